@@ -1,0 +1,54 @@
+"""The noise contract: every random normal of a run is a pure function of (seed, stream, position).
+
+A stream is (iteration, prompt, step, sample). Its normals come from Philox4x32-10 with
+
+    key     = (seed mod 2^32, seed div 2^32)
+    counter = (position div 4, iteration, prompt, step * 2^16 + sample)      four 32-bit words, word 0 first
+
+and position mod 4 selects the output (see `kernels/reference/philox.py` for the bits from words to normals).
+
+- position:  index of the element in the packed latents [tokens, channels] of one picture, row-major; < 2^34
+- iteration: training iteration, from 0; 0 in evaluation
+- prompt:    number of the prompt in the endless order of draws over all epochs and ranks (`prompts.py`), so that noise
+             knows nothing of ranks, batches or micro-batches; in evaluation the line of the prompt file
+- step:      grid index of the active step (< 0xFFFE), or one of the two names below
+- sample:    member of the group, < 2^16; 0 for the names below
+
+Every backend takes the same bits: equal integers, normals equal to rounding. Nothing else in a run draws normals.
+"""
+
+import torch
+from torch import Tensor
+
+from egrpo_fast.kernels.reference.philox import philox_normal
+
+INITIAL = 0xFFFF
+"""Step word of the noise that a training prompt's trajectories start from, shared by all of them."""
+EVALUATION = 0xFFFE
+"""Step word of the noise that an evaluation picture starts from, the same at every evaluation."""
+
+
+def draw_word(step: int, sample: int) -> int:
+    """Counter word 3 of a stream."""
+    assert 0 <= step <= INITIAL and 0 <= sample <= 0xFFFF
+    return step << 16 | sample
+
+
+def streams(iteration: int, prompts: Tensor, draws: Tensor) -> Tensor:
+    """Counter words 1 to 3 of every (prompt, draw): prompts int64 [P], draws int64 [G] of `draw_word`s -> [P, G, 3]."""
+    prompt, draw = torch.broadcast_tensors(prompts[:, None], draws[None, :])
+    return torch.stack((torch.full_like(prompt, iteration), prompt, draw), dim=-1)
+
+
+def initial_noise(
+    seed: int,
+    iteration: int,
+    prompts: Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    step: int = INITIAL,
+) -> Tensor:
+    """`x_1 ~ N(0, I)` of every prompt. prompts int64 [P]; shape: (tokens, channels). Returns [P, *shape]."""
+    draws = torch.tensor([draw_word(step, 0)], device=prompts.device)
+    numel = torch.Size(shape).numel()
+    return philox_normal(streams(iteration, prompts, draws)[:, 0], numel, seed, dtype).reshape(-1, *shape)

@@ -1,0 +1,171 @@
+"""Which rows live at which grid step, where they branch and which model calls are made: a static table.
+
+One prompt has a fixed set of state rows: row 0 is the anchor, then one row per sample. At every grid step each live row
+is the *source* of one or more *edges*, affine steps to a destination row (its own next state, or a branch). All live
+rows of a wavefront step share its time, so a step is one batched model call, whatever the number of branches.
+A method is a function that makes a plan; `e_grpo_plan` is the paper's.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from egrpo_fast.noise import draw_word
+from egrpo_fast.schedule import AffineStep, Schedule
+
+ANCHOR = 0
+
+
+@dataclass(frozen=True)
+class Edge:
+    """One affine step from a source row to a destination row; `draw` is the noise stream's last word (s > 0 only)."""
+
+    source: int
+    destination: int
+    step: AffineStep
+    draw: int = 0
+
+
+@dataclass(frozen=True)
+class Group:
+    """Samples that left one shared state by the same stochastic step: what an advantage is measured within.
+
+    index: grid index of the active step. source: row of the shared state. rows: row of each sample's picture.
+    draws: noise stream word of each sample.
+    """
+
+    index: int
+    source: int
+    step: AffineStep
+    rows: tuple[int, ...]
+    draws: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Wave:
+    """One grid step: every edge that starts there, sorted by source."""
+
+    index: int
+    time: float
+    edges: tuple[Edge, ...]
+
+    @cached_property
+    def sources(self) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(edge.source for edge in self.edges))
+
+
+@dataclass(frozen=True)
+class WaveTable:
+    """A wave's edges for several prompts in compressed rows, as `ops.branch_rows` takes them (see there)."""
+
+    time: float
+    sources: Tensor
+    source_slots: Tensor
+    offsets: Tensor
+    destinations: Tensor
+    coefficients: Tensor
+    draws: Tensor
+    slots: Tensor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The wavefront of one prompt.
+
+    num_rows: state rows of one prompt. waves: by grid index; only steps at which some row is live. groups: by active
+    step. anchor_picture: whether the anchor is carried to t = 0.
+    """
+
+    schedule: Schedule
+    num_rows: int
+    waves: tuple[Wave, ...]
+    groups: tuple[Group, ...]
+    anchor_picture: bool
+
+    def __post_init__(self) -> None:
+        for wave in self.waves:
+            destinations = [edge.destination for edge in wave.edges]
+            sources = set(wave.sources)
+            assert wave.sources and len(set(destinations)) == len(destinations), "overlapping destinations"
+            assert all(0 <= row < self.num_rows for row in (*destinations, *sources)), "row outside the plan"
+            assert all(e.destination == e.source or e.destination not in sources for e in wave.edges), "source overwritten"
+
+    @property
+    def picture_rows(self) -> tuple[int, ...]:
+        """Rows of the pictures that are rewarded, group by group."""
+        return tuple(row for group in self.groups for row in group.rows)
+
+    @property
+    def evaluations(self) -> int:
+        """Model evaluations of one prompt's rollout, without gradient."""
+        return sum(len(wave.sources) for wave in self.waves)
+
+    def tables(self, num_prompts: int, device: torch.device | str, dtype: torch.dtype) -> tuple[WaveTable, ...]:
+        """Every wave's table for `num_prompts` prompts; prompt p owns rows p * num_rows onwards. Made once per run."""
+        return tuple(self._table(wave, num_prompts, device, dtype) for wave in self.waves)
+
+    def _table(self, wave: Wave, num_prompts: int, device: torch.device | str, dtype: torch.dtype) -> WaveTable:
+        edges = [(slot, edge) for slot in range(num_prompts) for edge in wave.edges]
+        degrees = [sum(edge.source == source for edge in wave.edges) for source in wave.sources]
+
+        def words(values: Sequence[int], dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=device)
+
+        return WaveTable(
+            time=wave.time,
+            sources=words([slot * self.num_rows + source for slot in range(num_prompts) for source in wave.sources]),
+            source_slots=words([slot for slot in range(num_prompts) for _ in wave.sources], torch.int64),
+            offsets=words([0, *torch.tensor(degrees * num_prompts).cumsum(0).tolist()]),
+            destinations=words([slot * self.num_rows + edge.destination for slot, edge in edges]),
+            coefficients=torch.tensor(
+                [(edge.step.c_x, edge.step.c_v, edge.step.s) for _, edge in edges], dtype=dtype, device=device
+            ),
+            draws=words([edge.draw for _, edge in edges], torch.int64),
+            slots=words([slot for slot, _ in edges]),
+        )
+
+
+def tail_grid(start: int, num_steps: int, stride: int) -> list[int]:
+    """Grid indices of an ODE tail: start, start + stride, ..., num_steps; the last stride may be shorter."""
+    return [*range(start, num_steps, stride), num_steps]
+
+
+def e_grpo_plan(
+    schedule: Schedule,
+    group_sizes: Sequence[int],
+    tail_strides: Sequence[int],
+    anchor_picture: bool = False,
+) -> Plan:
+    """E-GRPO (paper, Algorithm 1): at every active step G_n samples leave the anchor by one merged SDE step, then ODE.
+
+    group_sizes, tail_strides: one number per active step. The anchor stops after its last active step unless its
+    picture is wanted.
+    """
+    num_steps = schedule.num_steps
+    edges: list[list[Edge]] = [[] for _ in range(num_steps)]
+    anchor_end = num_steps if anchor_picture else max(schedule.active)
+    for index in range(anchor_end):
+        edges[index].append(Edge(ANCHOR, ANCHOR, schedule.ode(index, index + 1)))
+
+    groups = []
+    next_row = ANCHOR + 1
+    for index, size, stride in zip(schedule.active, group_sizes, tail_strides, strict=True):
+        length = schedule.merges[index]
+        rows = tuple(range(next_row, next_row + size))
+        next_row += size
+        group = Group(index, ANCHOR, schedule.sde(index, length), rows, tuple(draw_word(index, i) for i in range(size)))
+        groups.append(group)
+        edges[index] += [Edge(ANCHOR, row, group.step, draw) for row, draw in zip(rows, group.draws)]
+        grid = tail_grid(index + length, num_steps, stride)
+        for here, there in zip(grid, grid[1:]):
+            edges[here] += [Edge(row, row, schedule.ode(here, there)) for row in rows]
+
+    waves = tuple(
+        Wave(index, schedule.times[index], tuple(sorted(step_edges, key=lambda edge: edge.source)))
+        for index, step_edges in enumerate(edges)
+        if step_edges
+    )
+    return Plan(schedule, next_row, waves, tuple(groups), anchor_picture)

@@ -1,0 +1,44 @@
+"""Group advantages and the clipped surrogate: the truth of `group_advantage_clip_loss`."""
+
+import torch
+from torch import Tensor
+
+
+def _standardise(values: Tensor) -> Tensor:
+    """`(R - mean) / std` over the last dimension (sample standard deviation); 0 where a group has no spread."""
+    # Measured from the group's minimum: nearly equal rewards keep their digits, equal ones give exactly zero.
+    spread = values - values.amin(-1, keepdim=True)
+    centred = spread - spread.mean(-1, keepdim=True)
+    deviation = centred.square().sum(-1, keepdim=True).div(max(values.shape[-1] - 1, 1)).sqrt()
+    has_spread = spread.amax(-1, keepdim=True) > 0
+    return torch.where(has_spread, centred / torch.where(has_spread, deviation, 1.0), 0.0)
+
+
+def group_advantage_ref(rewards: Tensor, weights: Tensor, mix: str, advantage_clip: float) -> Tensor:
+    """Advantage of every sample inside its group (prompt, active step).
+
+    rewards [K, P, S, G], weights [K]. mix 'reward': `standardise(sum_k w_k R_k)`; mix 'advantage':
+    `sum_k w_k standardise(R_k)`. Clamped to +-advantage_clip. Returns [P, S, G] in the dtype of rewards.
+    """
+    weights = weights.to(rewards.dtype).reshape(-1, 1, 1, 1)
+    if mix == "reward":
+        advantages = _standardise((weights * rewards).sum(0))
+    else:
+        advantages = (weights * _standardise(rewards)).sum(0)
+    return advantages.clamp(-advantage_clip, advantage_clip)
+
+
+def group_advantage_clip_loss_ref(
+    rewards: Tensor, log_ratio: Tensor, weights: Tensor, mix: str, clip_range: float, advantage_clip: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`loss = -mean min(r A, clip(r, 1 - c, 1 + c) A)` with `r = exp(log_ratio)`; differentiable in log_ratio.
+
+    rewards [K, P, S, G], log_ratio [P, S, G], weights [K]. Returns (loss [], advantages [P, S, G], clip_fraction []),
+    where clip_fraction is the share of samples whose clipped branch is the smaller one, so that they give no gradient.
+    """
+    advantages = group_advantage_ref(rewards, weights, mix, advantage_clip).to(log_ratio.dtype)
+    ratio = log_ratio.exp()
+    plain = ratio * advantages
+    clipped = ratio.clamp(1.0 - clip_range, 1.0 + clip_range) * advantages
+    clip_fraction = (clipped < plain).to(log_ratio.dtype).mean()
+    return -torch.minimum(plain, clipped).mean(), advantages, clip_fraction
