@@ -1,24 +1,39 @@
 """The public ops, their argument checks, and the one place that chooses reference, Triton or extension.
 
 Shapes: R rows, S source rows or groups, E edges, G samples of a group, K rewards, P prompts. A row is one picture's
-packed latents [tokens, channels], or any trailing shape. State is float32 (float64 in tests, reference only); velocity
-and model copies may be bfloat16, float16 or float32.
+packed latents [tokens, channels], or any trailing shape; rows may lie anywhere (`x[::2]`, `x[3:]`), each contiguous in
+itself. State is float32 (float64 on the reference, for tests); velocity and model copies may be bfloat16, float16 or
+float32 (float64 on the reference).
+
+Checks are the same for every backend, and a ValueError names the argument. Shapes, dtypes and devices are always
+checked: host work of microseconds. Values are checked where that may cost a device synchronisation of a few bytes, next
+to a forward and backward of the model: s > 0 in `gaussian_log_prob` and `replay_log_ratio`, rewards without NaN in
+`group_advantage_clip_loss`; not while torch.compile traces, which cannot branch on values. The ops between two model
+calls of a rollout, `sde_step` and `branch_rows`, never synchronise: `sde_step` checks s >= 0 where coefficients are on
+the CPU, the tables of `branch_rows` are checked where they are made.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
+from importlib import import_module
+from types import MappingProxyType, ModuleType
 
 import torch
 from torch import Tensor
 
 from egrpo_fast.kernels import reference
 
-BACKENDS = {"reference": reference}
-"""Backend name -> module with OPS (op name -> implementation) and unavailable(device) -> reason or None."""
-PREFERENCE = ("reference",)
-"""What `auto` tries, op by op, first to last."""
+BACKENDS = ("reference", "triton", "extension")
+"""Modules of `kernels/` with OPS (op name -> implementation) and unavailable(device) -> reason or None."""
+PREFERENCE = {"cuda": ("extension", "triton", "reference"), "cpu": ("extension", "reference")}
+"""What `auto` tries on a device type, op by op, first to last. Triton's interpreter is only for those who ask."""
 MIXES = ("reward", "advantage")
+
+STATE = (torch.float32,)
+MODEL = (torch.bfloat16, torch.float16, torch.float32)
+REFERENCE_ONLY = (torch.float64,)
+MAX_ELEMENTS = 2**31 - 1
+"""Of one row: positions inside a row are 32-bit; rows and bytes are counted in 64."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -26,35 +41,59 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _require_tensor(name: str, tensor: Tensor, shape: tuple[int | None, ...], dtypes: tuple[torch.dtype, ...]) -> None:
+def _require_values(condition: Tensor, message: str) -> None:
+    if not torch.compiler.is_compiling():
+        _require(bool(condition.all()), message)
+
+
+def _require_tensor(
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int | None, ...],
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
+    contiguous: bool = False,
+) -> None:
     fits = len(shape) == tensor.ndim and all(want in (None, size) for want, size in zip(shape, tensor.shape))
     _require(fits, f"{name}: shape {tuple(tensor.shape)}, expected {shape} (None: any)")
     _require(tensor.dtype in dtypes, f"{name}: dtype {tensor.dtype}, allowed: {', '.join(map(str, dtypes))}")
+    _require(tensor.device == device, f"{name}: on {tensor.device}, expected on {device} like the other arguments")
+    _require(not contiguous or tensor.is_contiguous(), f"{name}: strides {tensor.stride()}, expected contiguous")
 
 
-def _require_device(device: torch.device, **tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        _require(tensor.device == device, f"{name}: on {tensor.device}, the other arguments are on {device}")
+def _require_rows(
+    name: str, tensor: Tensor, shape: tuple[int | None, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
+) -> None:
+    _require_tensor(name, tensor, shape, dtypes, device)
+    contiguous = len(tensor) == 0 or tensor[0].is_contiguous()
+    _require(contiguous, f"{name}: strides {tensor.stride()}, expected every row contiguous in itself")
 
 
-STATE = (torch.float32, torch.float64)
-MODEL = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+def _row_shape(name: str, tensor: Tensor) -> torch.Size:
+    _require(tensor.ndim >= 2, f"{name}: shape {tuple(tensor.shape)}, expected rows of at least one dimension")
+    numel = tensor.shape[1:].numel()
+    _require(0 < numel <= MAX_ELEMENTS, f"{name}: rows of {numel} elements, allowed: 1 to {MAX_ELEMENTS}")
+    return tensor.shape[1:]
 
 
-def _require_rows(latents: Tensor, velocity: Tensor, coefficients: Tensor) -> None:
-    _require(latents.ndim >= 2, f"latents: shape {tuple(latents.shape)}, expected rows of at least one dimension")
-    _require_tensor("latents", latents, (None, *latents.shape[1:]), STATE)
-    _require_tensor("velocity", velocity, (None, *latents.shape[1:]), MODEL)
-    _require_tensor("coefficients", coefficients, (None, 3), (latents.dtype,))
-    _require_device(latents.device, velocity=velocity, coefficients=coefficients)
+def _require_seed(seed: int) -> None:
+    _require(0 <= seed < 2**63, f"seed: {seed}, allowed: 0 to 2^63 - 1")
 
 
 @dataclass(frozen=True)
 class Ops:
-    """One implementation of every op. `chosen` names the backend of each."""
+    """One implementation of every op on one type of device. `chosen` names the backend of each."""
 
+    device_type: str
     chosen: Mapping[str, str]
     _implementation: Mapping[str, Callable]
+
+    def _accepted(self, op: str, anchor: str, tensor: Tensor) -> tuple[tuple[torch.dtype, ...], tuple[torch.dtype, ...]]:
+        """State and model dtypes that the op's backend takes; refuses an `anchor` argument on a foreign device."""
+        here, there = tensor.device.type, self.device_type
+        _require(here == there, f"{anchor}: on {here!r}, these ops were chosen for {there!r}")
+        extra = REFERENCE_ONLY if self.chosen[op] == "reference" else ()
+        return STATE + extra, MODEL + extra
 
     def sde_step(
         self,
@@ -69,42 +108,54 @@ class Ops:
 
         latents [R, ...] float32; velocity [R, ...]; coefficients [R, 3] = (c_x, c_v, s) in latents' dtype; streams
         int64 [R, 3] (`noise.streams`). Returns x' and, from the same pass, its copy in model_dtype for the model (x'
-        itself where that is latents' own dtype or None).
+        itself where that is latents' own dtype or None). Not differentiable on every backend.
+        Minimal bytes per element: x 4 + v 2 read, x' 4 + copy 2 written = 12 (bfloat16), 10 without a copy.
         """
-        _require_rows(latents, velocity, coefficients)
-        rows = latents.shape[0]
-        _require(velocity.shape[0] == rows, f"velocity: {velocity.shape[0]} rows, latents have {rows}")
-        _require(coefficients.shape[0] == rows, f"coefficients: {coefficients.shape[0]} rows, latents have {rows}")
-        _require_tensor("streams", streams, (rows, 3), (torch.int64,))
-        _require_device(latents.device, streams=streams)
-        following = self._implementation["sde_step"](latents, velocity, coefficients, streams, seed)
-        return following, following.to(model_dtype or following.dtype)
+        state, model = self._accepted("sde_step", "latents", latents)
+        shape, rows, device = _row_shape("latents", latents), len(latents), latents.device
+        _require_rows("latents", latents, (rows, *shape), state, device)
+        _require_rows("velocity", velocity, (rows, *shape), model, device)
+        _require_tensor("coefficients", coefficients, (rows, 3), (latents.dtype,), device, contiguous=True)
+        _require_tensor("streams", streams, (rows, 3), (torch.int64,), device, contiguous=True)
+        _require_seed(seed)
+        model_dtype = model_dtype or latents.dtype
+        _require(model_dtype in model, f"model_dtype: {model_dtype}, allowed: {', '.join(map(str, model))}")
+        if device.type == "cpu":
+            _require_values(coefficients[:, 2] >= 0, "coefficients: s below 0 or NaN, allowed: s >= 0")
+        return self._implementation["sde_step"](latents, velocity, coefficients, streams, seed, model_dtype)
 
     def gaussian_log_prob(self, sample: Tensor, latents: Tensor, velocity: Tensor, coefficients: Tensor) -> Tensor:
-        """`mean_p log N(x'_p; c_x x_p + c_v v_p, s^2)` of every stored sample; differentiable in velocity.
+        """`mean_p log N(x'_p; c_x x_p + c_v v_p, s^2)` of every stored sample; differentiable in velocity only.
 
-        sample, latents, velocity [R, ...]; coefficients [R, 3], s > 0. Returns [R].
+        sample, latents, velocity [R, ...]; coefficients [R, 3], s > 0. Returns [R] in latents' dtype.
+        Minimal bytes per element: sample 2 + x 4 + v 2 read = 8 (bfloat16; float32 samples 10); backward 2 more.
         """
-        _require_rows(latents, velocity, coefficients)
-        _require_tensor("sample", sample, tuple(latents.shape), MODEL)
-        _require_tensor("velocity", velocity, tuple(latents.shape), MODEL)
-        _require_device(latents.device, sample=sample)
+        state, model = self._accepted("gaussian_log_prob", "latents", latents)
+        shape, rows, device = _row_shape("latents", latents), len(latents), latents.device
+        _require_rows("latents", latents, (rows, *shape), state, device)
+        _require_rows("sample", sample, (rows, *shape), model, device)
+        _require_rows("velocity", velocity, (rows, *shape), model, device)
+        _require_tensor("coefficients", coefficients, (rows, 3), (latents.dtype,), device, contiguous=True)
+        _require_values(coefficients[:, 2] > 0, "coefficients: s not above 0, a density needs s > 0")
         return self._implementation["gaussian_log_prob"](sample, latents, velocity, coefficients)
 
     def replay_log_ratio(
         self, velocity: Tensor, old_velocity: Tensor, coefficients: Tensor, streams: Tensor, seed: int
     ) -> Tensor:
-        """`log r_i = mean_p [eps_ip z_p - z_p^2 / 2]`, `z = c_v (v_new - v_old) / s`; differentiable in velocity.
+        """`log r_i = mean_p [eps_ip z_p - z_p^2 / 2]`, `z = c_v (v_new - v_old) / s`; differentiable in velocity only.
 
         velocity, old_velocity [S, ...], one per group; coefficients [S, 3], s > 0; streams int64 [S, G, 3].
-        Returns [S, G]. No sample and no stored noise is read: eps comes from the streams.
+        Returns [S, G] in coefficients' dtype. No sample and no stored noise is read: eps comes from the streams.
+        Minimal bytes per element of a *group*, whatever G: two velocities 2 + 2 read = 4 (bfloat16); backward 2 more.
         """
-        groups = velocity.shape[0]
-        _require_tensor("velocity", velocity, (groups, *velocity.shape[1:]), MODEL)
-        _require_tensor("old_velocity", old_velocity, tuple(velocity.shape), MODEL)
-        _require_tensor("coefficients", coefficients, (groups, 3), STATE)
-        _require_tensor("streams", streams, (groups, None, 3), (torch.int64,))
-        _require_device(velocity.device, old_velocity=old_velocity, coefficients=coefficients, streams=streams)
+        state, model = self._accepted("replay_log_ratio", "velocity", velocity)
+        shape, groups, device = _row_shape("velocity", velocity), len(velocity), velocity.device
+        _require_rows("velocity", velocity, (groups, *shape), model, device)
+        _require_rows("old_velocity", old_velocity, (groups, *shape), model, device)
+        _require_tensor("coefficients", coefficients, (groups, 3), state, device, contiguous=True)
+        _require_tensor("streams", streams, (groups, None, 3), (torch.int64,), device, contiguous=True)
+        _require_seed(seed)
+        _require_values(coefficients[:, 2] > 0, "coefficients: s not above 0, a ratio of densities needs s > 0")
         return self._implementation["replay_log_ratio"](velocity, old_velocity, coefficients, streams, seed)
 
     def group_advantage_clip_loss(
@@ -119,13 +170,20 @@ class Ops:
         """Advantages inside each (prompt, step) group and `loss = -mean min(r A, clip(r, 1 - c, 1 + c) A)`.
 
         rewards [K, P, S, G], weights [K] (mixed as `mix`: 'reward' or 'advantage'), log_ratio [P, S, G], in which the
-        loss is differentiable. Returns loss [], advantages [P, S, G], clip_fraction [].
+        loss is differentiable; any strides, one dtype. Returns loss [], advantages [P, S, G], clip_fraction [].
+        A group without spread has advantage 0. Minimal bytes per sample: 4 K + 4 read, advantage 4 + gradient 4 written.
         """
-        _require_tensor("log_ratio", log_ratio, (None, None, None), STATE)
-        _require_tensor("rewards", rewards, (None, *log_ratio.shape), STATE)
-        _require_tensor("weights", weights, (rewards.shape[0],), STATE)
-        _require_device(log_ratio.device, rewards=rewards, weights=weights)
+        state, _ = self._accepted("group_advantage_clip_loss", "log_ratio", log_ratio)
+        device = log_ratio.device
+        _require_tensor("log_ratio", log_ratio, (None, None, None), state, device)
+        _require(log_ratio.numel() > 0, f"log_ratio: shape {tuple(log_ratio.shape)}, expected at least one sample")
+        _require_tensor("rewards", rewards, (None, *log_ratio.shape), (log_ratio.dtype,), device)
+        _require(len(rewards) > 0, f"rewards: shape {tuple(rewards.shape)}, expected at least one reward")
+        _require_tensor("weights", weights, (len(rewards),), (log_ratio.dtype,), device, contiguous=True)
         _require(mix in MIXES, f"mix: {mix!r}, allowed: {', '.join(MIXES)}")
+        _require(clip_range > 0, f"clip_range: {clip_range}, allowed: above 0")
+        _require(advantage_clip > 0, f"advantage_clip: {advantage_clip}, allowed: above 0")
+        _require_values(~rewards.isnan(), "rewards: NaN")
         return self._implementation["group_advantage_clip_loss"](
             rewards, log_ratio, weights, mix, clip_range, advantage_clip
         )
@@ -153,27 +211,49 @@ class Ops:
         latents [R, ...], and model_latents like it in the model's dtype or None, are written; velocity [S, ...] in the
         order of sources int32 [S]; offsets int32 [S + 1]; destinations, slots int32 [E]; coefficients [E, 3];
         draws int64 [E] (`noise.draw_word`); prompts int64 [P]. Destinations are distinct; one may be its own source,
-        none another's. The tables are checked where they are made (`plan.py`), not at every step.
+        none another's. The tables' values are checked where they are made (`plan.py`), not at every step.
+        Minimal bytes per element: x 4 + v 2 read per source, x' 4 + copy 2 written per edge = 6 S + 6 E (bfloat16).
         """
-        _require_rows(latents, velocity, coefficients)
+        state, model = self._accepted("branch_rows", "latents", latents)
+        shape, device = _row_shape("latents", latents), latents.device
+        _require_rows("latents", latents, (None, *shape), state, device)
+        if model_latents is not None:
+            _require_rows("model_latents", model_latents, tuple(latents.shape), model, device)
+        _require_rows("velocity", velocity, (None, *shape), model, device)
+        count, edges, words = len(velocity), len(destinations), torch.int32
+        _require_tensor("sources", sources, (count,), (words,), device, contiguous=True)
+        _require_tensor("offsets", offsets, (count + 1,), (words,), device, contiguous=True)
+        _require_tensor("destinations", destinations, (edges,), (words,), device, contiguous=True)
+        _require_tensor("coefficients", coefficients, (edges, 3), (latents.dtype,), device, contiguous=True)
+        _require_tensor("draws", draws, (edges,), (torch.int64,), device, contiguous=True)
+        _require_tensor("slots", slots, (edges,), (words,), device, contiguous=True)
+        _require_tensor("prompts", prompts, (None,), (torch.int64,), device, contiguous=True)
+        _require(0 <= iteration < 2**32, f"iteration: {iteration}, allowed: 0 to 2^32 - 1")
+        _require_seed(seed)
         self._implementation["branch_rows"](
             latents, model_latents, velocity, sources, offsets, destinations, coefficients, draws, slots, prompts,
             iteration, seed,
         )  # fmt: skip
 
 
-def choose(backend: str = "auto", device: torch.device | str = "cpu") -> Ops:
-    """The ops of one backend, or with 'auto' the first of PREFERENCE that has the op and runs on the device.
+def _module(backend: str) -> ModuleType:
+    return import_module(f"egrpo_fast.kernels.{backend}")
 
-    A backend that was asked for by name and cannot run is a ValueError that says why.
+
+def choose(backend: str = "auto", device: torch.device | str = "cpu") -> Ops:
+    """The ops of one backend, or with 'auto', op by op, the first of PREFERENCE that has it and runs on the device.
+
+    A backend that was asked for by name and cannot run is a ValueError that says why; ops that it does not have (the
+    extension has branch_rows alone) come from the reference, as `chosen` tells. Only the reference takes float64: ask
+    for it by name there.
     """
     device = torch.device(device)
     if backend != "auto":
         _require(backend in BACKENDS, f"backend: {backend!r}, allowed: auto, {', '.join(BACKENDS)}")
-        reason = BACKENDS[backend].unavailable(device)
+        reason = _module(backend).unavailable(device)
         _require(reason is None, f"backend: {backend!r} cannot run on {device}: {reason}")
-    order = PREFERENCE if backend == "auto" else (backend, "reference")
-    usable = [name for name in order if BACKENDS[name].unavailable(device) is None]
-    chosen = {op: next(name for name in usable if op in BACKENDS[name].OPS) for op in reference.OPS}
-    implementation = {op: BACKENDS[name].OPS[op] for op, name in chosen.items()}
-    return Ops(MappingProxyType(chosen), MappingProxyType(implementation))
+    order = PREFERENCE.get(device.type, ("reference",)) if backend == "auto" else (backend, "reference")
+    usable = {name: module for name in order if (module := _module(name)).unavailable(device) is None}
+    chosen = {op: next(name for name in usable if op in usable[name].OPS) for op in reference.OPS}
+    implementation = {op: usable[name].OPS[op] for op, name in chosen.items()}
+    return Ops(device.type, MappingProxyType(chosen), MappingProxyType(implementation))

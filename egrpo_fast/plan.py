@@ -9,6 +9,7 @@ A method is a function that makes a plan; `e_grpo_plan` is the paper's.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -91,7 +92,8 @@ class Plan:
             sources = set(wave.sources)
             assert wave.sources and len(set(destinations)) == len(destinations), "overlapping destinations"
             assert all(0 <= row < self.num_rows for row in (*destinations, *sources)), "row outside the plan"
-            assert all(e.destination == e.source or e.destination not in sources for e in wave.edges), "source overwritten"
+            kept = all(edge.destination == edge.source or edge.destination not in sources for edge in wave.edges)
+            assert kept, "a source overwritten before it is read"
 
     @property
     def picture_rows(self) -> tuple[int, ...]:
@@ -160,7 +162,7 @@ def e_grpo_plan(
         groups.append(group)
         edges[index] += [Edge(ANCHOR, row, group.step, draw) for row, draw in zip(rows, group.draws)]
         grid = tail_grid(index + length, num_steps, stride)
-        for here, there in zip(grid, grid[1:]):
+        for here, there in pairwise(grid):
             edges[here] += [Edge(row, row, schedule.ode(here, there)) for row in rows]
 
     waves = tuple(
@@ -169,3 +171,10 @@ def e_grpo_plan(
         if step_edges
     )
     return Plan(schedule, next_row, waves, tuple(groups), anchor_picture)
+
+
+def ode_plan(schedule: Schedule) -> Plan:
+    """One deterministic trajectory per prompt, all the way: what an evaluation samples."""
+    steps = range(schedule.num_steps)
+    waves = (Wave(i, schedule.times[i], (Edge(ANCHOR, ANCHOR, schedule.ode(i, i + 1)),)) for i in steps)
+    return Plan(schedule, 1, tuple(waves), (), anchor_picture=True)

@@ -1,0 +1,299 @@
+"""The typed configuration of a run: named YAML recipes, `key.path=value` overrides, everything checked before loading.
+
+Every field has a type, a range and a line on what it means. A mistake is a `ConfigError` of one line per field.
+"""
+
+import difflib
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from egrpo_fast.schedule import Schedule, make_schedule
+
+Positive = Annotated[int, Field(ge=1)]
+Unit = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message names each field, its value and what is allowed."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class Model(_Section):
+    path: str
+    """Folder of a FLUX pipeline in diffusers' layout, or `shapes` for the embedded one."""
+    height: Positive = 720
+    """Picture height in pixels, a multiple of twice the VAE's factor (16 for FLUX)."""
+    width: Positive = 720
+    """Picture width in pixels, likewise."""
+    guidance: float = Field(3.5, ge=0.0)
+    """Guidance scale fed to models that embed it."""
+    max_sequence_length: Annotated[int, Field(ge=1, le=512)] = 512
+    """Tokens of the T5 prompt; longer prompts are cut and counted."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """What the transformer computes in; the master weights are float32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the update's backward pass."""
+
+
+class Prompts(_Section):
+    train: str
+    """Prompt file, one per line, or `shapes`."""
+    held_out: str
+    """Prompt file of the held-out evaluation, or `shapes`."""
+    per_iteration: Positive = 1
+    """Prompts of one iteration, over all ranks together; a multiple of the number of ranks."""
+    shuffle: bool = True
+    """A new order every epoch, from the seed."""
+
+
+class ScheduleSection(_Section):
+    num_steps: Annotated[int, Field(ge=2, le=1000)] = 16
+    """T, grid steps of the training rollout."""
+    shift: float = Field(3.0, gt=0.0)
+    """Time shift s of the grid."""
+    eta: float = Field(0.7, gt=0.0)
+    """Noise scale a of the SDE step."""
+    entropy_threshold: float = Field(2.2, ge=0.0)
+    """tau: steps of lower per-dimension entropy are merged until they reach it; 0 never merges."""
+    merge_lengths: Positive | list[Positive] | None = None
+    """Fixed merge, one number or one per grid step, in place of the threshold."""
+    max_merge: Positive | None = None
+    """Cap on what the threshold merges."""
+    active_steps: list[Annotated[int, Field(ge=0)]] | None = Field(None, min_length=1)
+    """Grid indices that are trained; none given: the first half."""
+
+    def build(self) -> Schedule:
+        return make_schedule(**dict(self))
+
+
+class Rollout(_Section):
+    group_size: Annotated[int, Field(ge=2, le=65536)] | list[Annotated[int, Field(ge=2, le=65536)]] = 12
+    """G, samples per active step: one number, or one per active step."""
+    tail_stride: Positive | list[Positive] = 1
+    """Grid steps per ODE step after the SDE step: one number, or one per active step."""
+    prompts_per_call: Positive = 1
+    """Prompts of one rank that share a wavefront."""
+    micro_batch: Positive | None = None
+    """Most rows of one model call; none given: all live rows."""
+    weights: Literal["sharded", "gathered"] = "gathered"
+    """Under ZeRO-3, gather the weights at every layer of every call, or once per rollout."""
+    backend: Literal["auto", "reference", "triton", "extension"] = "auto"
+    """Who runs the ops between model calls."""
+
+
+class Reward(_Section):
+    name: str
+    """A reward of `egrpo_fast.rewards`."""
+    weight: float = 1.0
+    """Its weight in the mix; 0: only watched."""
+    options: dict[str, Any] = {}
+    """Arguments of that reward."""
+
+
+class Objective(_Section):
+    mix: Literal["reward", "advantage"] = "reward"
+    """Add weighted rewards and standardise, or standardise each and add."""
+    clip_range: float = Field(1e-4, gt=0.0, lt=1.0)
+    """Clip of the ratio around 1; log-probs are averaged over elements."""
+    advantage_clip: float = Field(5.0, gt=0.0)
+    """Bound on the absolute advantage."""
+    optimizer_step: Literal["iteration", "active_step"] = "iteration"
+    """One optimizer step per iteration, or one per active step."""
+
+
+class Optimizer(_Section):
+    lr: float = Field(2e-6, gt=0.0)
+    """Peak learning rate of AdamW."""
+    betas: tuple[Unit, Unit] = (0.9, 0.999)
+    """AdamW's decay rates."""
+    eps: float = Field(1e-8, gt=0.0)
+    """AdamW's epsilon."""
+    weight_decay: float = Field(1e-4, ge=0.0)
+    """Decoupled weight decay."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps of linear warm-up."""
+    max_grad_norm: float = Field(1.0, gt=0.0)
+    """Gradient norm bound, over all parameters and ranks."""
+
+
+class DeepSpeed(_Section):
+    zero_stage: Literal[1, 2, 3] = 3
+    """What is sharded over ranks: 1 optimizer, 2 and gradients, 3 and weights."""
+    overrides: dict[str, Any] = {}
+    """Merged into DeepSpeed's own configuration last, for what this tree does not name."""
+
+
+class Evaluation(_Section):
+    every: Annotated[int, Field(ge=0)] = 25
+    """Iterations between held-out evaluations; 0: only before and after."""
+    num_prompts: Positive = 64
+    """Held-out prompts used, from the top of the file."""
+    num_steps: Annotated[int, Field(ge=2, le=1000)] = 16
+    """ODE steps of an evaluation picture."""
+    prompts_per_call: Positive = 16
+    """Pictures made together on one rank."""
+    grid_pictures: Positive = 16
+    """Pictures shown in the grids."""
+
+
+class Checkpoint(_Section):
+    every: Annotated[int, Field(ge=0)] = 50
+    """Iterations between checkpoints; 0: only at the end."""
+    keep: Positive = 2
+    """Newest checkpoints kept."""
+
+
+class Config(_Section):
+    """A whole run."""
+
+    output_dir: Path
+    """Where the run writes; must not hold another run unless `resume`."""
+    resume: bool = False
+    """Continue the run in output_dir from its newest checkpoint."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of noise, prompt order and everything else."""
+    iterations: Positive = 300
+    """Training iterations."""
+    wandb: bool = False
+    """Also log to Weights & Biases (the `wandb` extra)."""
+    model: Model
+    prompts: Prompts
+    schedule: ScheduleSection = ScheduleSection()
+    rollout: Rollout = Rollout()
+    rewards: list[Reward] = Field(min_length=1)
+    """Rewards; those of weight 0 are scored in evaluations only."""
+    objective: Objective = Objective()
+    optimizer: Optimizer = Optimizer()
+    deepspeed: DeepSpeed = DeepSpeed()
+    evaluation: Evaluation = Evaluation()
+    checkpoint: Checkpoint = Checkpoint()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Config":
+        schedule, steps = self.schedule, self.schedule.num_steps
+        active = schedule.active_steps
+        if active is not None:
+            if max(active) >= steps:
+                raise ValueError(f"schedule.active_steps: {max(active)} is past the end; allowed: 0 to {steps - 1}")
+            if sorted(set(active)) != active:
+                raise ValueError(f"schedule.active_steps: {active} must be increasing, without repeats")
+        merges = schedule.merge_lengths
+        if isinstance(merges, list):
+            if len(merges) != steps:
+                raise ValueError(f"schedule.merge_lengths: {len(merges)} numbers, one per grid step needed ({steps})")
+            for index, length in enumerate(merges):
+                if index + length > steps:
+                    raise ValueError(
+                        f"schedule.merge_lengths: step {index} merged over {length} passes the end; "
+                        f"at most {steps - index} there"
+                    )
+        if merges is not None and schedule.max_merge is not None:
+            raise ValueError("schedule.max_merge: caps the threshold's merges; not allowed beside merge_lengths")
+        num_active = len(active) if active is not None else steps // 2
+        for field in ("group_size", "tail_stride"):
+            value = getattr(self.rollout, field)
+            if isinstance(value, list) and len(value) != num_active:
+                raise ValueError(f"rollout.{field}: {len(value)} numbers, one per active step needed ({num_active})")
+        if not any(reward.weight for reward in self.rewards):
+            raise ValueError("rewards: at least one needs a weight other than 0")
+        names = [reward.name for reward in self.rewards]
+        if len(set(names)) != len(names):
+            raise ValueError(f"rewards: {names} names one twice")
+        if self.model.dtype == "float32" and self.deepspeed.overrides.get("bf16", {}).get("enabled"):
+            raise ValueError("deepspeed.overrides.bf16: contradicts model.dtype=float32")
+        return self
+
+    def per_active_step(self, value: int | list[int]) -> list[int]:
+        """A setting that is one number or one per active step, as a list."""
+        return value if isinstance(value, list) else [value] * len(self.schedule.build().active)
+
+    def yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def recipe_names() -> list[str]:
+    """Recipes that ship with the package."""
+    names = (item.name for item in resources.files("egrpo_fast.recipes").iterdir())
+    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+
+
+def _read_recipe(recipe: str) -> dict[str, Any]:
+    packaged = resources.files("egrpo_fast.recipes") / f"{recipe}.yaml"
+    if packaged.is_file():
+        text = packaged.read_text()
+    elif Path(recipe).is_file():
+        text = Path(recipe).read_text()
+    else:
+        raise ConfigError(f"recipe: no file and no recipe {recipe!r}; there are: {', '.join(recipe_names())}")
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"recipe: {recipe} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"recipe: {recipe} must hold a mapping of settings")
+    return tree
+
+
+def _override(tree: dict[str, Any], assignment: str) -> None:
+    path, equals, value = assignment.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"override: {assignment!r} is not key.path=value")
+    *parents, leaf = path.split(".")
+    node = tree
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"{path}: {parent} is a value, not a section")
+    try:
+        node[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"{path}: {value!r} is not a YAML value") from None
+
+
+def _field_names(model: type[BaseModel], prefix: str = "") -> list[str]:
+    names = []
+    for name, field in model.model_fields.items():
+        names.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            names += _field_names(field.annotation, f"{prefix}{name}.")
+    return names
+
+
+def _explain(error: ValidationError) -> str:
+    lines: dict[str, str] = {}
+    for item in error.errors():
+        # Branches of a union add their own tags to the location; the reader knows the field alone.
+        location = [str(part) for part in item["loc"] if isinstance(part, int) or str(part).isidentifier()]
+        location = [part for part in location if part not in ("int", "list")]
+        where, message = ".".join(location), item["msg"]
+        if item["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(where, _field_names(Config), n=1)
+            message = "unknown key" + (f"; did you mean {near[0]}?" if near else "")
+        elif item["type"] == "missing":
+            message = "missing, and has no default"
+        elif item["type"] == "value_error":
+            message = str(item["ctx"]["error"])
+        else:
+            message = f"{item['input']!r}: {message}"
+        message = message if not where else f"{where}: {message}"
+        lines[where] = f"{lines[where]}; or {item['msg']}" if where in lines else message
+    return "\n".join(lines.values())
+
+
+def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
+    """A named recipe or a YAML file, with `key.path=value` overrides (YAML values), checked. Raises ConfigError."""
+    tree = _read_recipe(recipe)
+    for assignment in overrides:
+        _override(tree, assignment)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from None

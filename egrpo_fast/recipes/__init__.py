@@ -1,0 +1,1 @@
+"""Named recipes: YAML trees of `egrpo_fast.config.Config`."""

@@ -1,0 +1,43 @@
+"""Rewards: pictures and prompts to scores. One file per reward; this one finds them and checks what they return.
+
+A reward is a callable `score(images [B, 3, H, W] float in [0, 1], prompts) -> [B]`, on the pictures' device.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Reward = Callable[[Tensor, Sequence[str]], Tensor]
+
+REGISTRY = {
+    "clip": "egrpo_fast.rewards.clip:ClipScore",
+    "shapes_soft": "egrpo_fast.rewards.shapes:ShapesSoft",
+    "shapes_strict": "egrpo_fast.rewards.shapes:ShapesStrict",
+}
+"""Name in a recipe -> `module:class`; the class takes the recipe's options and `device`."""
+
+
+def make_reward(name: str, options: Mapping[str, Any], device: torch.device | str = "cpu") -> Reward:
+    """The reward a recipe names. ValueError names what is wrong with it."""
+    if name not in REGISTRY:
+        raise ValueError(f"rewards: no reward {name!r}; there are: {', '.join(REGISTRY)}")
+    module, _, attribute = REGISTRY[name].partition(":")
+    reward = getattr(import_module(module), attribute)
+    try:
+        return reward(**options, device=device)
+    except (TypeError, ValueError, OSError, RuntimeError) as error:
+        raise ValueError(f"rewards.{name}: {' '.join(str(error).split())}") from error
+
+
+def score(name: str, reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """`[B]` float32 scores, checked: a reward that returns the wrong shape or a number that is none stops the run."""
+    scores = reward(images, prompts)
+    if scores.shape != (len(images),):
+        raise ValueError(f"rewards.{name}: scores of shape {tuple(scores.shape)} for {len(images)} pictures")
+    wrong = (~torch.isfinite(scores)).nonzero().flatten().tolist()
+    if wrong:
+        raise ValueError(f"rewards.{name}: not finite for {len(wrong)} pictures, the first of {prompts[wrong[0]]!r}")
+    return scores.float()

@@ -1,0 +1,28 @@
+"""The Shapes world's programmatic judges as rewards."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from egrpo_fast.shapes import checker
+
+
+class ShapesSoft:
+    """Share of the caption that the picture shows, graded, in [0, 1]: what the embedded recipe trains on."""
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        pass
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return checker.soft_score(images, list(prompts))
+
+
+class ShapesStrict:
+    """1 where everything in the caption is right and nothing else is there, else 0."""
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        pass
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return checker.strict(images, list(prompts)).float()

@@ -1,0 +1,119 @@
+"""Runs a plan over a velocity callable: one batched model call per grid step, branches parted in one op.
+
+Knows no model: any `velocity(latents[R, L, C], t, rows[R]) -> [R, L, C]` will do, an analytic flow included.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from egrpo_fast import noise
+from egrpo_fast.ops import Ops
+from egrpo_fast.plan import ANCHOR, Group, Plan, WaveTable
+
+Velocity = Callable[[Tensor, float, Tensor], Tensor]
+"""velocity(latents [R, L, C], t, rows int64 [R]) -> [R, L, C]; rows: which of the run's prompts each row is of."""
+
+
+@dataclass(frozen=True)
+class NoiseKey:
+    """What, with a plan's draws, names every noise stream of a rollout. prompts: int64 [P] on the rollout's device."""
+
+    seed: int
+    iteration: int
+    prompts: Tensor
+
+    def streams(self, group: Group) -> Tensor:
+        """Streams of a group's samples, int64 [P, G, 3]."""
+        return noise.streams(self.iteration, self.prompts, torch.tensor(group.draws, device=self.prompts.device))
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What a rollout of P prompts leaves behind; samples themselves are not stored, their noise can be replayed.
+
+    states, velocities: per group [P, L, C], the shared state x_t and the velocity that left it. pictures: final latents
+    [P, pictures, L, C] in the order of `plan.picture_rows`. anchors: [P, L, C], or None where the anchor stopped early.
+    """
+
+    plan: Plan
+    key: NoiseKey
+    states: tuple[Tensor, ...]
+    velocities: tuple[Tensor, ...]
+    pictures: Tensor
+    anchors: Tensor | None
+
+
+class Wavefront:
+    """A plan made ready for `num_prompts` prompts at a time: tables and row buffers, made once, reused every iteration.
+
+    shape: (tokens, channels) of one picture. dtype: of the state, float32 (float64 in tests). model_dtype: what the
+    model reads. micro_batch: most rows of one model call; None: all live rows.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        num_prompts: int,
+        shape: tuple[int, int],
+        ops: Ops,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        model_dtype: torch.dtype = torch.float32,
+        micro_batch: int | None = None,
+    ) -> None:
+        self.plan, self.num_prompts, self.ops, self.micro_batch = plan, num_prompts, ops, micro_batch
+        self.tables = plan.tables(num_prompts, device, dtype)
+        self._latents = torch.empty(num_prompts * plan.num_rows, *shape, dtype=dtype, device=device)
+        # Where the model reads the state's own dtype there is nothing to copy.
+        self._copy = None if model_dtype == dtype else torch.empty_like(self._latents, dtype=model_dtype)
+        self._picture_rows = torch.tensor(plan.picture_rows, dtype=torch.int64, device=device)
+
+    @property
+    def model_calls(self) -> int:
+        """Model calls of one run."""
+        return sum(len(table.sources.split(self.micro_batch or len(table.sources))) for table in self.tables)
+
+    def _velocity(self, velocity: Velocity, table: WaveTable) -> Tensor:
+        readable = self._latents if self._copy is None else self._copy
+        size = self.micro_batch or len(table.sources)
+        chunks = [
+            velocity(readable[sources], table.time, rows)
+            for sources, rows in zip(table.sources.split(size), table.source_slots.split(size))
+        ]
+        return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
+
+    @torch.no_grad()
+    def run(self, velocity: Velocity, key: NoiseKey, noise_step: int = noise.INITIAL) -> Rollout:
+        """Roll the plan out from the prompts' shared initial noise (stream word `noise_step`) to the pictures."""
+        plan, num_prompts = self.plan, self.num_prompts
+        assert len(key.prompts) == num_prompts
+        by_prompt = self._latents.unflatten(0, (num_prompts, plan.num_rows))
+        by_prompt[:, ANCHOR] = noise.initial_noise(
+            key.seed, key.iteration, key.prompts, self._latents.shape[1:], self._latents.dtype, noise_step
+        )
+        if self._copy is not None:
+            self._copy.copy_(self._latents)
+
+        groups = {group.index: group for group in plan.groups}
+        states, velocities = [], []
+        for wave, table in zip(plan.waves, self.tables):
+            v = self._velocity(velocity, table)
+            if group := groups.get(wave.index):
+                states.append(by_prompt[:, group.source].clone())
+                velocities.append(v.unflatten(0, (num_prompts, -1))[:, wave.sources.index(group.source)].clone())
+            self.ops.branch_rows(
+                self._latents, self._copy, v, table.sources, table.offsets, table.destinations, table.coefficients,
+                table.draws, table.slots, key.prompts, key.iteration, key.seed,
+            )  # fmt: skip
+
+        return Rollout(
+            plan=plan,
+            key=key,
+            states=tuple(states),
+            velocities=tuple(velocities),
+            pictures=by_prompt[:, self._picture_rows],
+            anchors=by_prompt[:, ANCHOR].clone() if plan.anchor_picture else None,
+        )

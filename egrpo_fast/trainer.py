@@ -1,0 +1,298 @@
+"""The loop: prompts -> rollout -> rewards -> update -> log -> checkpoint (paper, Algorithm 1)."""
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from egrpo_fast import metrics, noise, ops
+from egrpo_fast.backbones.flux import Conditioning, FluxBackbone
+from egrpo_fast.config import Config
+from egrpo_fast.engine import Engine, World
+from egrpo_fast.objective import Objective, policy_mismatch
+from egrpo_fast.plan import e_grpo_plan, ode_plan
+from egrpo_fast.prompts import Draw, PromptOrder
+from egrpo_fast.rewards import Reward, score
+from egrpo_fast.rollout import NoiseKey, Rollout, Velocity, Wavefront
+from egrpo_fast.schedule import make_schedule
+
+CHECKPOINTS = "checkpoints"
+BASE_PICTURES = "base_pictures.safetensors"
+
+
+@dataclass(frozen=True)
+class Experience:
+    """A scored rollout of one wavefront. rewards: [K, P, pictures], K trained rewards."""
+
+    rollout: Rollout
+    conditioning: Conditioning
+    rewards: Tensor
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A held-out evaluation, on every rank: mean of each reward, and on rank 0 the first pictures [N, 3, H, W]."""
+
+    rewards: dict[str, float]
+    pictures: Tensor | None
+
+
+class Trainer:
+    """Trains a backbone's transformer on rewards. `train()` runs what is left of `config.iterations`."""
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        backbone: FluxBackbone,
+        rewards: dict[str, Reward],
+        train_prompts: Sequence[str],
+        held_out_prompts: Sequence[str],
+    ) -> None:
+        self.config, self.world, self.backbone, self.rewards = config, world, backbone, rewards
+        self.order = PromptOrder(train_prompts, config.seed, config.prompts.shuffle)
+        self.held_out = list(held_out_prompts[: config.evaluation.num_prompts])
+        self.trained = [reward for reward in config.rewards if reward.weight]
+        self.engine = Engine(backbone.transformer, config)
+        self.ops = ops.choose(config.rollout.backend, world.device)
+        self.objective = Objective(
+            self.ops,
+            tuple(reward.weight for reward in self.trained),
+            config.objective.mix,
+            config.objective.clip_range,
+            config.objective.advantage_clip,
+        )
+
+        schedule = config.schedule.build()
+        self.plan = e_grpo_plan(
+            schedule,
+            config.per_active_step(config.rollout.group_size),
+            config.per_active_step(config.rollout.tail_stride),
+        )
+        buffers: dict[str, Any] = {
+            "shape": backbone.latent_shape,
+            "ops": self.ops,
+            "device": world.device,
+            "model_dtype": torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32,
+            "micro_batch": config.rollout.micro_batch,
+        }
+        self.wavefront = Wavefront(self.plan, config.rollout.prompts_per_call, **buffers)
+        evaluation_schedule = make_schedule(config.evaluation.num_steps, config.schedule.shift)
+        per_rank = -(-len(self.held_out) // world.size)
+        self.evaluation_wavefront = Wavefront(
+            ode_plan(evaluation_schedule), min(config.evaluation.prompts_per_call, per_rank), **buffers
+        )
+        self.watch = metrics.Stopwatch(world.device)
+        self.iteration = 0
+        if config.resume:
+            self.iteration = self.engine.load(config.output_dir / CHECKPOINTS)["iteration"]
+
+    def train(self) -> None:
+        """Iterate to the end, then write the summary, the plots and the trained pipeline."""
+        config = self.config
+        log = self._open_log()
+        held_out = self.evaluate()
+        if self.iteration == 0:
+            self._report(log, held_out)
+        while self.iteration < config.iterations:
+            draws = self.order.iteration(
+                self.iteration, config.prompts.per_iteration, self.world.rank, self.world.size
+            )
+            batch = self.sample(draws)
+            with self.watch.phase("update"):
+                values = self.update(batch)
+            self.iteration += 1
+            values |= self._reward_statistics(batch) | self.watch.read()
+            if log:
+                log.write(self.iteration, values)
+                log.advance(reward=values[f"reward/{self.trained[0].name}"], lr=values["lr"])
+            last = self.iteration == config.iterations
+            if last or (config.evaluation.every and self.iteration % config.evaluation.every == 0):
+                held_out = self.evaluate()
+                self._report(log, held_out)
+            if last or (config.checkpoint.every and self.iteration % config.checkpoint.every == 0):
+                self.save()
+        if log:
+            log.close()
+        self._finish(held_out)
+
+    def sample(self, draws: Sequence[Draw]) -> list[Experience]:
+        """Roll out and score this rank's prompts: the current policy's experience."""
+        batch = []
+        with self.engine.inference(self.config.rollout.weights == "gathered") as module:
+            for chunk in _chunks(draws, self.config.rollout.prompts_per_call):
+                prompts = [draw.prompt for draw in chunk]
+                numbers = torch.tensor([draw.number for draw in chunk], device=self.world.device)
+                with self.watch.phase("rollout"):
+                    conditioning = self.backbone.encode(prompts)
+                    velocity = self._velocity(module, conditioning)
+                    rollout = self.wavefront.run(velocity, NoiseKey(self.config.seed, self.iteration, numbers))
+                with self.watch.phase("rewards"):
+                    rewards = self._score(rollout.pictures, prompts, [reward.name for reward in self.trained])
+                batch.append(Experience(rollout, conditioning, torch.stack(list(rewards.values()))))
+        return batch
+
+    def update(self, batch: Sequence[Experience]) -> dict[str, float]:
+        """One forward and backward per active step and wavefront; one optimizer step per iteration or active step."""
+        groups = self.plan.groups
+        every_step = self.config.objective.optimizer_step == "active_step"
+        # The ratio's old policy is this same forward at the rollout's weights. With a single optimizer step that is
+        # the forward itself; with several, it is taken before the first.
+        old = [[self._at_group(e, n) for n in range(len(groups))] for e in batch] if every_step else None
+        share = len(batch) * (1 if every_step else len(groups))
+        losses, parts, mismatches, norms, rate = [], [], [], [], 0.0
+        first_picture = 0
+        for n, group in enumerate(groups):
+            pictures = slice(first_picture, first_picture := first_picture + len(group.rows))
+            for place, experience in enumerate(batch):
+                velocity = self._at_group(experience, n, gradient=True)
+                reference = old[place][n] if old else velocity.detach()
+                rollout = experience.rollout
+                part = self.objective(group, rollout.key, velocity, reference, experience.rewards[..., pictures])
+                last = place == len(batch) - 1 and (every_step or n == len(groups) - 1)
+                self.engine.backward(part.loss / share, last)
+                losses.append(part.loss.detach())
+                parts.append(part)
+                mismatches.append(policy_mismatch(group, reference, rollout.velocities[n]))
+            if last:
+                norm, rate = self.engine.step()
+                norms.append(norm)
+        statistics = torch.stack(
+            [
+                torch.stack(losses).mean(),
+                torch.stack([part.clip_fraction for part in parts]).mean(),
+                torch.stack([part.log_ratio.abs().max() for part in parts]).max(),
+                torch.stack([(part.advantages == 0).float().mean() for part in parts]).mean(),
+                torch.stack(mismatches).mean(),
+            ]
+        )
+        names = ("loss", "clip_fraction", "max_log_ratio", "zero_advantage_share", "policy_mismatch")
+        values = dict(zip(names, self.world.mean(statistics).tolist()))
+        return values | {"grad_norm": sum(norms) / len(norms), "lr": rate}
+
+    def evaluate(self) -> HeldOut:
+        """Every reward on held-out prompts, each from its own fixed noise, whatever the ranks and batches."""
+        wavefront, names = self.evaluation_wavefront, [reward.name for reward in self.config.rewards]
+        size = wavefront.num_prompts
+        # Every rank makes the same number of calls: the last ones are filled up with prompts that do not count.
+        total = -(-len(self.held_out) // (size * self.world.size)) * size * self.world.size
+        mine = list(range(self.world.rank, total, self.world.size))
+        scored: list[tuple[int, list[float]]] = []
+        shown: list[tuple[int, Tensor]] = []
+        with self.watch.phase("evaluation"), self.engine.inference(self.config.rollout.weights == "gathered") as module:
+            for chunk in _chunks(mine, size):
+                places = [place % len(self.held_out) for place in chunk]
+                prompts = [self.held_out[place] for place in places]
+                velocity = self._velocity(module, self.backbone.encode(prompts))
+                key = NoiseKey(self.config.seed, 0, torch.tensor(places, device=self.world.device))
+                anchors = wavefront.run(velocity, key, noise.EVALUATION).anchors
+                assert anchors is not None
+                pictures = self.backbone.decode(anchors)
+                scores = torch.stack([score(name, self.rewards[name], pictures, prompts) for name in names], dim=1)
+                for place, row, picture in zip(chunk, scores.tolist(), pictures):
+                    if place < len(self.held_out):
+                        scored.append((place, row))
+                    if place < min(self.config.evaluation.grid_pictures, len(self.held_out)):
+                        shown.append((place, picture.cpu()))
+        every = [row for _, row in sorted(pair for rank in self.world.gather(scored) for pair in rank)]
+        means = torch.tensor(every, dtype=torch.float64).mean(0).tolist()
+        collected = sorted((pair for rank in self.world.gather(shown) for pair in rank), key=lambda pair: pair[0])
+        grid = torch.stack([picture for _, picture in collected]) if self.world.is_main else None
+        return HeldOut(dict(zip(names, means)), grid)
+
+    def save(self) -> None:
+        """A checkpoint of this iteration; older ones beyond `checkpoint.keep` go."""
+        folder = self.config.output_dir / CHECKPOINTS
+        self.engine.save(folder, f"iteration-{self.iteration:06d}", {"iteration": self.iteration})
+        if self.world.is_main:
+            for old in sorted(folder.glob("iteration-*"))[: -self.config.checkpoint.keep]:
+                shutil.rmtree(old)
+
+    def _velocity(self, module: nn.Module, conditioning: Conditioning) -> Velocity:
+        return lambda latents, t, rows: self.backbone.velocity(module, latents, t, conditioning, rows)
+
+    def _at_group(self, experience: Experience, n: int, gradient: bool = False) -> Tensor:
+        """The training forward at an active step's shared states: [P, L, C]."""
+        state, group = experience.rollout.states[n], self.plan.groups[n]
+        rows = torch.arange(len(state), device=state.device)
+        with torch.set_grad_enabled(gradient):
+            return self._velocity(self.engine.module, experience.conditioning)(
+                state, self.plan.schedule.times[group.index], rows
+            )
+
+    def _score(self, latents: Tensor, prompts: Sequence[str], names: Sequence[str]) -> dict[str, Tensor]:
+        """latents [P, pictures, L, C] -> by reward, [P, pictures]."""
+        images = self.backbone.decode(latents.flatten(0, 1))
+        repeated = [prompt for prompt in prompts for _ in range(latents.shape[1])]
+        return {
+            name: score(name, self.rewards[name], images, repeated).unflatten(0, latents.shape[:2]) for name in names
+        }
+
+    def _reward_statistics(self, batch: Sequence[Experience]) -> dict[str, float]:
+        rewards = torch.cat([experience.rewards for experience in batch], dim=1)
+        sizes = [len(group.rows) for group in self.plan.groups]
+        spread = torch.stack([group.std(-1).mean(-1) for group in rewards.split(sizes, dim=-1)]).mean(0)
+        means, spreads = self.world.mean(torch.stack((rewards.mean((1, 2)), spread))).tolist()
+        return {f"reward/{reward.name}": value for reward, value in zip(self.trained, means)} | {
+            f"reward_spread/{reward.name}": value for reward, value in zip(self.trained, spreads)
+        }
+
+    def _open_log(self) -> metrics.RunLog | None:
+        if not self.world.is_main:
+            return None
+        config = self.config.model_dump(mode="json") if self.config.wandb else None
+        log = metrics.RunLog(self.config.output_dir, self.config.iterations, self.iteration, config)
+        plan = self.plan
+        log.say(
+            f"per prompt: {len(plan.waves)} wavefront steps, {plan.num_rows} rows, {plan.evaluations} evaluations "
+            f"in the rollout, {len(plan.groups)} forwards and backwards in the update; per iteration and rank: "
+            f"{self.config.prompts.per_iteration // self.world.size} prompts; "
+            f"ops: {', '.join(f'{op} {backend}' for op, backend in self.ops.chosen.items())}"
+        )
+        return log
+
+    def _report(self, log: metrics.RunLog | None, held_out: HeldOut) -> None:
+        if log is None:
+            return
+        assert held_out.pictures is not None
+        folder = self.config.output_dir
+        values = {f"held_out/{name}": value for name, value in held_out.rewards.items()}
+        log.write(self.iteration, values | self.watch.read())
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in held_out.rewards.items())
+        log.say(f"held out after {self.iteration} iterations: {shown}")
+        (folder / "pictures").mkdir(exist_ok=True)
+        captions = self.held_out[: len(held_out.pictures)]
+        metrics.picture_grid(folder / "pictures" / f"iteration-{self.iteration:06d}.png", held_out.pictures, captions)
+        if self.iteration == 0:
+            save_file({"pictures": held_out.pictures.contiguous()}, folder / BASE_PICTURES)
+
+    def _finish(self, after: HeldOut) -> None:
+        state_dict = self.engine.state_dict()
+        if not self.world.is_main:
+            return
+        assert after.pictures is not None
+        folder = self.config.output_dir
+        lines = metrics.RunLog.read(folder)
+        base = next(line for line in lines if line["iteration"] == 0)
+        metrics.curves(folder / "curve.png", lines)
+        before = load_file(folder / BASE_PICTURES)["pictures"]
+        metrics.before_after(folder / "before_after.png", before, after.pictures, self.held_out[: len(before)])
+        self.backbone.save(folder / "pipeline", state_dict)
+        summary = {
+            "iterations": self.iteration,
+            "held_out": {name: {"before": base[f"held_out/{name}"], "after": value} for name, value in after.rewards.items()},
+        }
+        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        print(f"\n{'held-out reward':<18}{'before':>10}{'after':>10}")
+        for name, value in after.rewards.items():
+            print(f"{name:<18}{base[f'held_out/{name}']:>10.4f}{value:>10.4f}")
+        print(f"\n{folder}: curve.png, before_after.png, pipeline/ (FluxPipeline.from_pretrained loads it)")
+
+
+def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
