@@ -1,7 +1,7 @@
 """Sampling against flows whose velocity is known in closed form: data a Gaussian, and a mixture of Gaussians.
 
-`x_t = (1 - t) x_0 + t x_1` with x_1 ~ N(0, 1); for x_0 ~ N(m, d^2) the velocity E[x_1 - x_0 | x_t] is linear in x_t, and
-for a mixture it is the posterior-weighted sum of its components'. Every element is one sample; float64.
+`x_t = (1 - t) x_0 + t x_1` with x_1 ~ N(0, 1); for x_0 ~ N(m, d^2) the velocity E[x_1 - x_0 | x_t] is linear in x_t,
+and for a mixture it is the posterior-weighted sum of its components'. Every element is one sample; float64.
 """
 
 import math

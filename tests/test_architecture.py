@@ -1,0 +1,96 @@
+"""Imports run one way, and each foreign giant is known to one room."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = [  # from the top; a room imports from rooms below it and from itself, never from its own floor or above
+    ("train", "cli"),
+    ("trainer",),
+    ("engine", "metrics", "rewards", "backbones", "objective"),
+    ("rollout",),
+    ("plan", "prompts", "config"),
+    ("schedule", "noise", "ops", "shapes", "recipes"),
+    ("kernels",),
+]
+FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
+KNOWN_TO = {"deepspeed": {"engine"}, "diffusers": {"backbones", "shapes"}, "open_clip": {"rewards", "shapes"}}
+
+
+def modules():
+    for folder, package in ((ROOT / "egrpo_fast", "egrpo_fast"), (ROOT / "kernels", "egrpo_fast.kernels")):
+        for path in sorted(folder.rglob("*.py")):
+            dotted = ".".join((package, *path.relative_to(folder).with_suffix("").parts)).removesuffix(".__init__")
+            yield pytest.param(dotted, path, id=dotted)
+
+
+def imports_of(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            if node.module == "egrpo_fast":
+                yield from (f"egrpo_fast.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+
+
+def breaches(module, imported):
+    """What is wrong with `module` importing `imported`; None: nothing."""
+    room = module.split(".")[1] if "." in module else None
+    top, *rest = imported.split(".")
+    if top in KNOWN_TO and room not in KNOWN_TO[top]:
+        return f"{module} imports {imported}, which only {sorted(KNOWN_TO[top])} may know"
+    if top == "kernels":
+        return f"{module} imports the bare name kernels"
+    if top != "egrpo_fast" or not rest or room is None:
+        return None
+    assert room in FLOOR and rest[0] in FLOOR, f"{module} or {imported} has no room: give it a floor in ROOMS"
+    if room != rest[0] and FLOOR[rest[0]] <= FLOOR[room]:
+        return f"{module} imports {imported}, which is not below it"
+    return None
+
+
+@pytest.mark.parametrize(("module", "path"), list(modules()))
+def test_imports_run_downwards(module, path):
+    found = [breach for imported in imports_of(path) if (breach := breaches(module, imported))]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("module", "imported"),
+    [
+        ("egrpo_fast.plan", "egrpo_fast.rollout"),
+        ("egrpo_fast.ops", "egrpo_fast.schedule"),
+        ("egrpo_fast.kernels.reference.philox", "egrpo_fast.noise"),
+        ("egrpo_fast.trainer", "deepspeed"),
+        ("egrpo_fast.rollout", "diffusers"),
+        ("egrpo_fast.ops", "kernels"),
+    ],
+)
+def test_a_breach_is_seen(module, imported):
+    assert breaches(module, imported)
+
+
+def test_the_bare_name_kernels_is_not_ours():
+    """From the repository root, as the Makefile runs things, `import kernels` must not find this project."""
+    code = "import importlib.util; spec = importlib.util.find_spec('kernels'); print(spec.origin if spec else None)"
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+    for command in (["-c", code], ["-m", "site"]):  # `-m` is how pytest and the launcher start
+        told = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert told.returncode == 0 and f"{ROOT / 'kernels'}" not in told.stdout and f"'{ROOT}'," not in told.stdout
+
+
+def test_the_bare_name_kernels_refuses_to_import():
+    """Even where the root is on the path, the folder does not answer to the bare name."""
+    result = subprocess.run(
+        [sys.executable, "-c", "import kernels"], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode != 0 and "import egrpo_fast.kernels" in result.stderr

@@ -1,0 +1,82 @@
+"""Every mistake in a recipe is one clear line that names the field and what is allowed."""
+
+import pytest
+import yaml
+
+from egrpo_fast.config import ConfigError, load_config, recipe_names
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_recipes_load_and_survive_a_round_trip(recipe, tmp_path):
+    config = load_config(recipe)
+    (tmp_path / "again.yaml").write_text(config.yaml())
+    assert load_config(str(tmp_path / "again.yaml")) == config
+
+
+def test_overrides_are_typed_yaml():
+    config = load_config("shapes", ["schedule.active_steps=[0, 3]", "rollout.group_size=[4, 6]", "optimizer.lr=3e-5"])
+    assert config.schedule.active_steps == [0, 3] and config.rollout.group_size == [4, 6]
+    assert config.optimizer.lr == 3e-5 and config.per_active_step(config.rollout.tail_stride) == [1, 1]
+
+
+BAD = {
+    "schedul.eta=1": "schedul: unknown key; did you mean schedule?",
+    "schedule.etta=1": "schedule.etta: unknown key; did you mean schedule.eta?",
+    "schedule.eta=0": "schedule.eta: 0: .*greater than 0",
+    "schedule.eta=.nan": "schedule.eta: nan: .*finite",
+    "schedule.entropy_threshold=-0.1": "schedule.entropy_threshold: -0.1: .*greater than or equal to 0",
+    "schedule.active_steps=[0, 16]": "schedule.active_steps: 16 is past the end; allowed: 0 to 15",
+    "schedule.active_steps=[3, 3]": "schedule.active_steps: .*increasing",
+    "schedule.active_steps=[]": "schedule.active_steps: .*at least 1",
+    "schedule.merge_lengths=0": "schedule.merge_lengths: 0: .*greater than or equal to 1",
+    "schedule.merge_lengths=[1, 2]": "schedule.merge_lengths: 2 numbers, one per grid step needed .16.",
+    f"schedule.merge_lengths={[1] * 15 + [2]}": "schedule.merge_lengths: step 15 merged over 2 passes the end; at most 1",
+    "rollout.group_size=1": "rollout.group_size: 1: .*greater than or equal to 2",
+    "rollout.group_size=[4, 4]": "rollout.group_size: 2 numbers, one per active step needed .8.",
+    "rollout.tail_stride=0": "rollout.tail_stride: 0: .*greater than or equal to 1",
+    "rollout.backend=cuda": "rollout.backend: 'cuda': .*'auto', 'reference', 'triton' or 'extension'",
+    "model.height=tall": "model.height: 'tall': .*valid integer",
+    "model.dtype=float8": "model.dtype: 'float8': .*'float32' or 'bfloat16'",
+    "rewards=[]": "rewards: .*at least 1",
+    "rewards=[{name: clip, weight: 0}]": "rewards: at least one needs a weight other than 0",
+    "rewards=[{name: clip}, {name: clip}]": "rewards: .*names one twice",
+    "seed=-1": "seed: -1: .*greater than or equal to 0",
+    "iterations=0": "iterations: 0: .*greater than or equal to 1",
+    "optimizer.lr=0": "optimizer.lr: 0: .*greater than 0",
+    "deepspeed.zero_stage=4": "deepspeed.zero_stage: 4: .*1, 2 or 3",
+    "schedule=3": "schedule: 3: ",
+    "schedule.eta.x=3": "schedule.eta",
+    "no equals sign": "override: 'no equals sign' is not key.path=value",
+    "seed=[": "seed: .* is not a YAML value",
+}
+
+
+@pytest.mark.parametrize("override", BAD)
+def test_bad_values_are_refused_by_name(override):
+    with pytest.raises(ConfigError, match=BAD[override]):
+        load_config("shapes", [override])
+
+
+def test_every_mistake_is_told_at_once():
+    with pytest.raises(ConfigError) as told:
+        load_config("shapes", ["seed=-1", "iterations=0", "schedule.eta=0"])
+    assert len(str(told.value).splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [("a: [", "is not YAML"), ("- 1\n", "must hold a mapping"), ("{}", "output_dir: missing")],
+)
+def test_bad_recipe_files(content, told, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=told):
+        load_config(str(tmp_path / "recipe.yaml"))
+
+
+def test_an_unknown_recipe_lists_the_known():
+    with pytest.raises(ConfigError, match="no recipe 'flux'; there are: .*shapes"):
+        load_config("flux")
+
+
+def test_the_recipe_file_is_plain_yaml():
+    assert yaml.safe_load(load_config("shapes").yaml())["schedule"]["entropy_threshold"] == 2.2

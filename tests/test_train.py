@@ -1,0 +1,132 @@
+"""The whole trainer through its own command: ranks, resuming, refusals. Tiny settings, the embedded pipeline."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from egrpo_fast.config import load_config
+from egrpo_fast.shapes import PIPELINE
+from egrpo_fast.train import make_trainer
+
+ROOT = Path(__file__).parents[1]
+TINY = [
+    "iterations=3", "schedule.num_steps=4", "rollout.group_size=3", "prompts.per_iteration=2",
+    "evaluation.num_prompts=5", "evaluation.prompts_per_call=2", "evaluation.num_steps=4", "optimizer.warmup_steps=1",
+    "checkpoint.every=1",
+]  # fmt: skip
+LAUNCHER = [sys.executable, "-m", "deepspeed.launcher.runner"]
+
+
+def launch(output, *overrides, ranks=1, port=29611):
+    """`deepspeed --num_gpus RANKS egrpo_fast/train.py shapes ...`, one thread per rank."""
+    command = [
+        *LAUNCHER, "--num_gpus", str(ranks), "--master_port", str(port), "egrpo_fast/train.py", "shapes", *TINY,
+        f"output_dir={output}", *overrides,
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return Path(output)
+
+
+def weights(folder):
+    return load_file(folder / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+def metrics(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    timeless = [{k: v for k, v in line.items() if not k.startswith("seconds/")} for line in lines]
+    return [line for line in timeless if "loss" in line], [line for line in timeless if "held_out/clip" in line]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    return launch(tmp_path_factory.mktemp("runs") / "uninterrupted")
+
+
+def test_a_run_leaves_everything_it_promises(uninterrupted):
+    iterations, evaluations = metrics(uninterrupted)
+    assert [line["iteration"] for line in iterations] == [1, 2, 3]
+    assert [line["iteration"] for line in evaluations] == [0, 3]
+    for name in ("curve.png", "before_after.png", "config.yaml", "summary.json", "pictures/iteration-000000.png"):
+        assert (uninterrupted / name).stat().st_size > 0
+    assert len(list((uninterrupted / "checkpoints").glob("iteration-*"))) == 2, "checkpoint.keep"
+    assert list((uninterrupted / "tensorboard").iterdir())
+    told = json.loads((uninterrupted / "summary.json").read_text())
+    assert told["held_out"]["clip"]["after"] == evaluations[-1]["held_out/clip"]
+    base = load_file(PIPELINE / "transformer" / "diffusion_pytorch_model.safetensors")
+    trained = weights(uninterrupted)
+    assert trained.keys() == base.keys() and any(not torch.equal(trained[k], base[k].float()) for k in base)
+
+
+def test_the_ratio_is_one_before_the_update(uninterrupted):
+    """One optimizer step per iteration: every log-ratio of every iteration is exactly 0, at all live rows per call."""
+    assert all(line["max_log_ratio"] == 0.0 and line["clip_fraction"] == 0.0 for line in metrics(uninterrupted)[0])
+
+
+def test_two_ranks_equal_one(uninterrupted, tmp_path):
+    """The same prompts, dealt to two ranks: the same rewards, and the same weights to float32 tolerance."""
+    both = launch(tmp_path / "two", ranks=2, port=29612)
+    for ours, theirs in zip(metrics(uninterrupted)[0], metrics(both)[0], strict=True):
+        assert ours["reward/shapes_soft"] == pytest.approx(theirs["reward/shapes_soft"], rel=1e-5)
+    for ours, theirs in zip(metrics(uninterrupted)[1], metrics(both)[1], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    one, two = weights(uninterrupted), weights(both)
+    assert one.keys() == two.keys()
+    for name in one:
+        assert torch.allclose(one[name], two[name], rtol=1e-5, atol=1e-6), name
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(uninterrupted, tmp_path):
+    stopped = launch(tmp_path / "run", "iterations=2", port=29613)
+    resumed = launch(stopped, "resume=true", port=29613)
+    assert metrics(resumed)[0] == metrics(uninterrupted)[0]
+    one, two = weights(uninterrupted), weights(resumed)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("micro_batch", [1, 7])
+def test_the_ratio_is_one_at_any_micro_batch_and_with_an_optimizer_step_per_active_step(micro_batch, tmp_path):
+    run = launch(tmp_path / "run", f"rollout.micro_batch={micro_batch}", "iterations=1", port=29614)
+    assert metrics(run)[0][0]["max_log_ratio"] == 0.0
+    steps = launch(tmp_path / "steps", "objective.optimizer_step=active_step", "iterations=1", port=29614)
+    assert metrics(steps)[0][0]["max_log_ratio"] > 0.0, "after the first step of an iteration the policy has moved"
+
+
+BAD = {
+    "prompts.train=/nowhere.txt": "prompts.train: cannot read /nowhere.txt",
+    "model.path=/nowhere": "model.path: no folder /nowhere",
+    "model.height=30": "model.height: 30 is not a multiple of 4",
+    "prompts.per_iteration=3 rollout.prompts_per_call=2": "prompts.per_iteration: 3 is not a multiple of 2",
+    "resume=true": "resume: .* holds no run to continue",
+}
+
+
+@pytest.mark.parametrize("overrides", BAD)
+def test_bad_input_is_refused_before_anything_is_written(overrides, tmp_path):
+    with pytest.raises(ValueError, match=BAD[overrides]):
+        make_trainer(load_config("shapes", [f"output_dir={tmp_path / 'run'}", *overrides.split()]))
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_run_is_never_overwritten(uninterrupted):
+    before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")}
+    with pytest.raises(ValueError, match="output_dir: .* is not empty"):
+        make_trainer(load_config("shapes", [*TINY, f"output_dir={uninterrupted}"]))
+    with pytest.raises(ValueError, match="schedule: differs from the run"):
+        make_trainer(load_config("shapes", [*TINY, f"output_dir={uninterrupted}", "resume=true", "schedule.eta=0.5"]))
+    assert before == {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")}
+
+
+def test_the_command_tells_one_line_and_fails():
+    command = [sys.executable, "egrpo_fast/train.py", "shapes", "schedule.etta=1"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.splitlines() == ["error: schedule.etta: unknown key; did you mean schedule.eta?"]
