@@ -53,6 +53,8 @@ class World:
             local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
             if "OMP_NUM_THREADS" not in os.environ:
                 torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+        # For CPU ranks DeepSpeed would now compile a reduction for inference, for a minute. ZeRO does not call it.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="nccl" if self.device.type == "cuda" else "gloo", verbose=False)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 

@@ -1,0 +1,56 @@
+# Every target is a command of the README. `make train` and `make test` set up .venv by themselves, once.
+VENV := .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+RECIPE ?= shapes
+OUT ?= runs/$(RECIPE)-$(shell date +%Y%m%d-%H%M%S)
+ARGS ?=
+
+# Run from here, Python would otherwise find the folder `kernels/` under a bare name that belongs to another package.
+export PYTHONSAFEPATH := 1
+
+.PHONY: train test test-slow lint plan bench plot gpu learning sanitize resources clean
+
+train: $(VENV)/.installed
+	@echo "== training recipe $(RECIPE) into $(OUT)"
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed egrpo_fast/train.py $(RECIPE) output_dir=$(OUT) $(ARGS)
+
+test: $(VENV)/.installed-dev
+	@echo "== tests"
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+plan: $(VENV)/.installed
+	$(BIN)/egrpo plan $(RECIPE) $(ARGS)
+
+learning: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/learning.py $(ARGS)
+
+# torch and the build tools come first: the extension is built against the torch it will run with.
+$(VENV)/.torch:
+	@echo "== set-up, once: $(VENV), then torch and the build tools"
+	$(PYTHON) -c 'import sys; sys.exit("error: Python 3.10 or newer is needed") if sys.version_info < (3, 10) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" wheel
+	$(BIN)/pip install --quiet "torch>=2.10" torchvision ninja
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*)
+	@echo "== set-up, once: egrpo_fast and what it needs"
+	$(BIN)/pip install --quiet --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "== set-up, once: the tools of the tests"
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev]"
+	$(BIN)/pip check
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info
