@@ -1,0 +1,10 @@
+"""Shapes: procedural captioned 32x32 pictures, a tiny FLUX pipeline that draws them, and judges of its pictures."""
+
+from pathlib import Path
+
+PIPELINE = Path(__file__).parent / "pipeline"
+"""Folder of the shipped pipeline, for `diffusers.FluxPipeline.from_pretrained(PIPELINE)`."""
+CLIP = Path(__file__).parent / "clip"
+"""Folder of the shipped CLIP, for `open_clip.create_model_and_transforms(f"local-dir:{CLIP}")`."""
+PROMPTS = {split: Path(__file__).parent / "prompts" / f"{split}.txt" for split in ("train", "held_out")}
+"""Captions of the world, one per line; no caption is in both."""
