@@ -29,6 +29,8 @@ PREFERENCE = {"cuda": ("extension", "triton", "reference"), "cpu": ("extension",
 """What `auto` tries on a device type, op by op, first to last. Triton's interpreter is only for those who ask."""
 MIXES = ("reward", "advantage")
 
+Dtypes = tuple[torch.dtype, ...]
+
 STATE = (torch.float32,)
 MODEL = (torch.bfloat16, torch.float16, torch.float32)
 REFERENCE_ONLY = (torch.float64,)
@@ -50,7 +52,7 @@ def _require_tensor(
     name: str,
     tensor: Tensor,
     shape: tuple[int | None, ...],
-    dtypes: tuple[torch.dtype, ...],
+    dtypes: Dtypes,
     device: torch.device,
     contiguous: bool = False,
 ) -> None:
@@ -62,7 +64,7 @@ def _require_tensor(
 
 
 def _require_rows(
-    name: str, tensor: Tensor, shape: tuple[int | None, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
+    name: str, tensor: Tensor, shape: tuple[int | None, ...], dtypes: Dtypes, device: torch.device
 ) -> None:
     _require_tensor(name, tensor, shape, dtypes, device)
     contiguous = len(tensor) == 0 or tensor[0].is_contiguous()
@@ -88,7 +90,7 @@ class Ops:
     chosen: Mapping[str, str]
     _implementation: Mapping[str, Callable]
 
-    def _accepted(self, op: str, anchor: str, tensor: Tensor) -> tuple[tuple[torch.dtype, ...], tuple[torch.dtype, ...]]:
+    def _accepted(self, op: str, anchor: str, tensor: Tensor) -> tuple[Dtypes, Dtypes]:
         """State and model dtypes that the op's backend takes; refuses an `anchor` argument on a foreign device."""
         here, there = tensor.device.type, self.device_type
         _require(here == there, f"{anchor}: on {here!r}, these ops were chosen for {there!r}")
@@ -171,7 +173,8 @@ class Ops:
 
         rewards [K, P, S, G], weights [K] (mixed as `mix`: 'reward' or 'advantage'), log_ratio [P, S, G], in which the
         loss is differentiable; any strides, one dtype. Returns loss [], advantages [P, S, G], clip_fraction [].
-        A group without spread has advantage 0. Minimal bytes per sample: 4 K + 4 read, advantage 4 + gradient 4 written.
+        A group without spread has advantage 0.
+        Minimal bytes per sample: 4 K + 4 read, advantage 4 + gradient 4 written.
         """
         state, _ = self._accepted("group_advantage_clip_loss", "log_ratio", log_ratio)
         device = log_ratio.device

@@ -6,12 +6,14 @@ from torch import Tensor
 
 def _standardise(values: Tensor) -> Tensor:
     """`(R - mean) / std` over the last dimension (sample standard deviation); 0 where a group has no spread."""
-    # Measured from the group's minimum: nearly equal rewards keep their digits, equal ones give exactly zero.
+    # Measured from the group's minimum, in units of its range: nearly equal rewards keep their digits, equal ones give
+    # exactly zero, and neither tiny nor huge ones leave the float's range when squared.
     spread = values - values.amin(-1, keepdim=True)
-    centred = spread - spread.mean(-1, keepdim=True)
+    peak = spread.amax(-1, keepdim=True)
+    unit = spread / torch.where(peak > 0, peak, 1.0)
+    centred = unit - unit.mean(-1, keepdim=True)
     deviation = centred.square().sum(-1, keepdim=True).div(max(values.shape[-1] - 1, 1)).sqrt()
-    has_spread = spread.amax(-1, keepdim=True) > 0
-    return torch.where(has_spread, centred / torch.where(has_spread, deviation, 1.0), 0.0)
+    return torch.where(peak > 0, centred / torch.where(peak > 0, deviation, 1.0), 0.0)
 
 
 def group_advantage_ref(rewards: Tensor, weights: Tensor, mix: str, advantage_clip: float) -> Tensor:

@@ -1,0 +1,13 @@
+#!/bin/sh
+# Everything that needs a GPU, in one call of under ten minutes: correctness on the device, then benchmarks, then
+# benchmarks/results/<gpu>.csv. Nothing is fetched: PYTHON (default python3) has torch, triton, pytest,
+# pytest-benchmark, scipy and setuptools; the package is installed from this folder, its extension with it.
+set -eu
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+export PYTHONSAFEPATH=1 TRITON_INTERPRET=0
+"$PYTHON" -c 'import torch; assert torch.cuda.is_available(), "no CUDA device is visible"'
+"$PYTHON" -m pip install --quiet --no-index --no-deps --no-build-isolation --editable .
+# A failure stops the script here, and no row is written.
+"$PYTHON" -m pytest -m gpu tests/kernels tests/extension
+"$PYTHON" -m pytest benchmarks -o python_files='*.py' -m '' --benchmark-columns=min,median,max --write-results

@@ -1,0 +1,43 @@
+"""Draws every `results/<gpu>.csv` as `results/<gpu>.png`: share of the copy bandwidth at the largest problem."""
+
+import csv
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+RESULTS = Path(__file__).parent / "results"
+ORDER = ("triton", "extension", "compiled", "eager", "reference")
+
+
+def draw(path: Path) -> Path:
+    rows = list(csv.DictReader(path.open(newline="")))
+    largest = max(int(row["tokens"]) * int(row["prompts"]) for row in rows)
+    rows = [row for row in rows if int(row["tokens"]) * int(row["prompts"]) == largest]
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    figure, axes = plt.subplots(figsize=(9, 0.9 * len(cases) + 1.5), layout="constrained")
+    height = 0.8 / len(ORDER)
+    for offset, implementation in enumerate(ORDER):
+        chosen = [row for row in rows if row["implementation"] == implementation]
+        at = [cases.index(row["case"]) + (offset - (len(ORDER) - 1) / 2) * height for row in chosen]
+        axes.barh(at, [float(row["share_of_copy"]) for row in chosen], height, label=implementation)
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(cases)), cases)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"minimal bytes / time, as a share of the copy bandwidth ({rows[0]['copy_gb_per_s']} GB/s)")
+    axes.set_title("{gpu}, {tokens} tokens x {prompts} prompts, torch {torch}, commit {commit}".format(**rows[0]))
+    axes.legend(loc="lower right")
+    target = path.with_suffix(".png")
+    figure.savefig(target, dpi=150)
+    plt.close(figure)
+    return target
+
+
+if __name__ == "__main__":
+    paths = sorted(RESULTS.glob("*.csv"))
+    for path in paths:
+        print(draw(path))
+    if not paths:
+        print("no measurements: `make gpu` on a machine with a GPU writes them")
