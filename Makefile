@@ -32,6 +32,27 @@ plan: $(VENV)/.installed
 learning: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/learning.py $(ARGS)
 
+bench: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest benchmarks -o python_files='*.py' --benchmark-columns=min,median,max $(ARGS)
+
+plot: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/plot.py
+
+# Everything that wants a GPU, on a machine that has torch and triton but perhaps no network: no .venv is made.
+gpu:
+	PYTHON=$(PYTHON) benchmarks/gpu.sh
+
+# The extension's tests with the library built under AddressSanitizer and UndefinedBehaviorSanitizer.
+sanitize: $(VENV)/.installed-dev
+	EGRPO_BUILD=cpu EGRPO_SANITIZE=1 $(BIN)/python setup.py build_ext --build-lib build/sanitize --build-temp build/sanitize
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  EGRPO_EXTENSION=build/sanitize/egrpo_fast/kernels/extension/_C.abi3.so \
+	  $(BIN)/python -m pytest tests/extension -q --ignore tests/extension/test_kernel.py
+
+# Registers, stack and spills of every CUDA and Triton kernel, compiled for sm_80, sm_90 and sm_100.
+resources: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -rA -s -q tests/extension/test_kernel.py tests/kernels/test_compile_ahead.py
+
 # torch and the build tools come first: the extension is built against the torch it will run with.
 $(VENV)/.torch:
 	@echo "== set-up, once: $(VENV), then torch and the build tools"

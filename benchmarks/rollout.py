@@ -94,7 +94,7 @@ def without_prefix(velocity, plan, key, shape, device, model_dtype, batch):
 
 
 def shapes_velocity(device):
-    backbone = FluxBackbone.from_pretrained(str(PIPELINE), 32, 32, max_sequence_length=32, device=device)
+    backbone = FluxBackbone.from_pretrained(str(PIPELINE), 32, 32, max_sequence_length=24, device=device)
     conditioning = backbone.encode(PROMPTS["held_out"].read_text().splitlines()[:1])
     model = backbone.transformer
     return (

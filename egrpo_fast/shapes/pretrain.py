@@ -230,12 +230,12 @@ def flow_matching(
     ]
     lines = torch.tensor([line[scene.caption] for scene in named])
     with torch.no_grad():
-        latents = []
+        encoded = []
         for chunk in tqdm(images.split(500), desc="encode", mininterval=5):
             z = vae.encode(chunk * 2 - 1).latent_dist.mode()
             z = (z - vae.config.shift_factor) * vae.config.scaling_factor
-            latents.append(pipeline._pack_latents(z, *z.shape))
-        latents = torch.cat(latents)
+            encoded.append(pipeline._pack_latents(z, *z.shape))
+        latents = torch.cat(encoded)
         texts = [
             pipeline.encode_prompt(captions[i : i + 500], max_sequence_length=MAX_SEQUENCE_LENGTH)[:2]
             for i in trange(0, len(captions), 500, desc="embed", mininterval=5)
