@@ -283,14 +283,12 @@ class Trainer:
         before = load_file(folder / BASE_PICTURES)["pictures"]
         metrics.before_after(folder / "before_after.png", before, after.pictures, self.held_out[: len(before)])
         self.backbone.save(folder / "pipeline", state_dict)
-        summary = {
-            "iterations": self.iteration,
-            "held_out": {name: {"before": base[f"held_out/{name}"], "after": value} for name, value in after.rewards.items()},
-        }
+        held_out = {name: {"before": base[f"held_out/{name}"], "after": after.rewards[name]} for name in after.rewards}
+        summary = {"iterations": self.iteration, "held_out": held_out}
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         print(f"\n{'held-out reward':<18}{'before':>10}{'after':>10}")
-        for name, value in after.rewards.items():
-            print(f"{name:<18}{base[f'held_out/{name}']:>10.4f}{value:>10.4f}")
+        for name, value in held_out.items():
+            print(f"{name:<18}{value['before']:>10.4f}{value['after']:>10.4f}")
         print(f"\n{folder}: curve.png, before_after.png, pipeline/ (FluxPipeline.from_pretrained loads it)")
 
 

@@ -39,8 +39,9 @@ def test_the_ode_sampler_reproduces_the_pipeline_step_for_step(backbone):
     pipeline = FluxPipeline.from_pretrained(PIPELINE)
     pipeline.set_progress_bar_config(disable=True)
     pictures = pipeline(
-        CAPTIONS, height=32, width=32, num_inference_steps=16, guidance_scale=3.5, max_sequence_length=24, latents=start,
-        output_type="pt", callback_on_step_end=lambda pipe, i, t, values: steps.append(values["latents"].clone()) or {},
+        CAPTIONS, height=32, width=32, num_inference_steps=16, guidance_scale=3.5, max_sequence_length=24,
+        latents=start, output_type="pt",
+        callback_on_step_end=lambda pipe, i, t, values: steps.append(values["latents"].clone()) or {},
     ).images  # fmt: skip
     schedule, conditioning, x = make_schedule(16), backbone.encode(CAPTIONS), start
     with torch.no_grad():
