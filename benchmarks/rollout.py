@@ -146,7 +146,7 @@ def main():
 
     def wavefront(chosen):
         made = Wavefront(plan, 1, shape, chosen, device, model_dtype=dtype, micro_batch=micro_batch)
-        return lambda counted: made.run(counted, key).pictures[0]
+        return lambda counted: made.run(counted, key).final_latents[0]
 
     def apart(batch):
         return lambda counted: without_prefix(counted, plan, key, shape, device, dtype, batch)

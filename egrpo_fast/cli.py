@@ -87,8 +87,8 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         config = load_config(arguments.recipe, arguments.overrides)
-        if arguments.plot and not arguments.plot.resolve().parent.is_dir():
-            raise ValueError(f"--plot: no folder {arguments.plot.resolve().parent}")
+        if arguments.plot and (arguments.plot.suffix != ".png" or not arguments.plot.resolve().parent.is_dir()):
+            raise ValueError(f"--plot: {arguments.plot} is not the name of a .png file in a folder that exists")
     except ValueError as error:
         raise SystemExit("\n".join(f"error: {line}" for line in str(error).splitlines())) from None
     description = describe(config)
@@ -97,7 +97,7 @@ def main() -> None:
     else:
         _print_plan(description)
     if arguments.plot:
-        from egrpo_fast.metrics import entropy_plot
+        from egrpo_fast.figures import entropy_plot
 
         entropy_plot(arguments.plot, config.schedule.build(), config.schedule.entropy_threshold)
 

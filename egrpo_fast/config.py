@@ -4,8 +4,10 @@ Every field has a type, a range and a line on what it means. A mistake is a `Con
 """
 
 import difflib
+import math
 from collections.abc import Sequence
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -36,9 +38,11 @@ class Model(_Section):
     guidance: float = Field(3.5, ge=0.0)
     """Guidance scale fed to models that embed it."""
     max_sequence_length: Annotated[int, Field(ge=1, le=512)] = 512
-    """Tokens of the T5 prompt; longer prompts are cut and counted."""
+    """Tokens of the T5 prompt; longer prompts are cut."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """What the transformer computes in; the master weights are float32."""
+    decode_batch: Positive = 32
+    """Pictures that the VAE decodes and the rewards score at a time."""
     gradient_checkpointing: bool = False
     """Recompute activations in the update's backward pass."""
 
@@ -124,6 +128,13 @@ class Optimizer(_Section):
     """Gradient norm bound, over all parameters and ranks."""
 
 
+OWNED_BY_US = {
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "optimizer", "scheduler", "bf16", "fp16", "steps_per_print",
+}  # fmt: skip
+"""DeepSpeed's keys that `engine.py` sets from the rest of the tree."""
+
+
 class DeepSpeed(_Section):
     zero_stage: Literal[1, 2, 3] = 3
     """What is sharded over ranks: 1 optimizer, 2 and gradients, 3 and weights."""
@@ -179,6 +190,9 @@ class Config(_Section):
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
         schedule, steps = self.schedule, self.schedule.num_steps
+        owned = sorted(OWNED_BY_US & set(self.deepspeed.overrides))
+        if owned:
+            raise ValueError(f"deepspeed.overrides: {', '.join(owned)} follow from this configuration; set them there")
         active = schedule.active_steps
         if active is not None:
             if max(active) >= steps:
@@ -195,6 +209,11 @@ class Config(_Section):
                         f"schedule.merge_lengths: step {index} merged over {length} passes the end; "
                         f"at most {steps - index} there"
                     )
+        if isinstance(merges, int):
+            reach = steps - (max(active) if active is not None else steps // 2 - 1)
+            if merges > reach:
+                told = f"{merges} passes the end from the last active step; at most {reach}"
+                raise ValueError(f"schedule.merge_lengths: {told}")
         if merges is not None and schedule.max_merge is not None:
             raise ValueError("schedule.max_merge: caps the threshold's merges; not allowed beside merge_lengths")
         num_active = len(active) if active is not None else steps // 2
@@ -207,8 +226,13 @@ class Config(_Section):
         names = [reward.name for reward in self.rewards]
         if len(set(names)) != len(names):
             raise ValueError(f"rewards: {names} names one twice")
-        if self.model.dtype == "float32" and self.deepspeed.overrides.get("bf16", {}).get("enabled"):
-            raise ValueError("deepspeed.overrides.bf16: contradicts model.dtype=float32")
+        try:
+            made = schedule.build()
+            finite = all(map(math.isfinite, (made.entropy(i, n) for i, n in enumerate(made.merges))))
+        except ArithmeticError:
+            finite = False
+        if not finite or any(earlier <= later for earlier, later in pairwise(made.times)):
+            raise ValueError(f"schedule: shift {schedule.shift:g} and eta {schedule.eta:g} leave no usable time grid")
         return self
 
     def per_active_step(self, value: int | list[int]) -> list[int]:
@@ -230,7 +254,10 @@ def _read_recipe(recipe: str) -> dict[str, Any]:
     if packaged.is_file():
         text = packaged.read_text()
     elif Path(recipe).is_file():
-        text = Path(recipe).read_text()
+        try:
+            text = Path(recipe).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"recipe: cannot read {recipe}: {error}") from None
     else:
         raise ConfigError(f"recipe: no file and no recipe {recipe!r}; there are: {', '.join(recipe_names())}")
     try:
@@ -271,10 +298,11 @@ def _explain(error: ValidationError) -> str:
     lines: dict[str, str] = {}
     for item in error.errors():
         # Branches of a union add their own tags to the location; the reader knows the field alone.
-        location = [str(part) for part in item["loc"] if isinstance(part, int) or str(part).isidentifier()]
-        location = [part for part in location if part not in ("int", "list")]
+        unknown = item["type"] == "extra_forbidden"
+        location = [str(part) for part in item["loc"] if unknown or isinstance(part, int) or str(part).isidentifier()]
+        location = [part for part in location if unknown or part not in ("int", "list")]
         where, message = ".".join(location), item["msg"]
-        if item["type"] == "extra_forbidden":
+        if unknown:
             near = difflib.get_close_matches(where, _field_names(Config), n=1)
             message = "unknown key" + (f"; did you mean {near[0]}?" if near else "")
         elif item["type"] == "missing":

@@ -30,6 +30,8 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
             "gradient_accumulation_steps": 1,
             "gradient_clipping": config.optimizer.max_grad_norm,
             "bf16": {"enabled": config.model.dtype == "bfloat16"},
+            # Gradients of all active steps and prompts add up before a step: in bfloat16 the sum would lose them.
+            "data_types": {"grad_accum_dtype": "fp32"},
             "zero_optimization": {"stage": config.deepspeed.zero_stage},
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 10**9,
@@ -50,7 +52,7 @@ class World:
             self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         else:
             self.device = torch.device("cpu")
-            local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+            local_ranks = int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
             if "OMP_NUM_THREADS" not in os.environ:
                 torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
         # For CPU ranks DeepSpeed would now compile a reduction for inference, for a minute. ZeRO does not call it.
@@ -63,10 +65,16 @@ class World:
         return self.rank == 0
 
     def mean(self, values: Tensor) -> Tensor:
-        """Mean over ranks, in float64: the same bits for every placement of equal numbers of equal values."""
-        total = values.to(self.device, torch.float64)
+        """Mean over ranks, in float64."""
+        total = values.to(self.device, torch.float64, copy=True)
         dist.all_reduce(total)
         return total / self.size
+
+    def largest(self, value: Tensor) -> float:
+        """Largest over ranks of a scalar."""
+        largest = value.to(self.device, torch.float64, copy=True)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return largest.item()
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order, on every rank."""
@@ -133,10 +141,17 @@ class Engine:
         self._engine.backward(loss, scale_wrt_gas=False)
 
     def step(self) -> tuple[float, float]:
-        """One optimizer step. Returns the gradient norm before clipping and the learning rate that was used."""
+        """One optimizer step. Returns the gradient norm before clipping and the learning rate that was used.
+
+        FloatingPointError, on every rank alike, where the gradient is not finite.
+        """
         rate = self._engine.get_lr()[0]
         self._engine.step()
-        return float(self._engine.get_global_grad_norm() or 0.0), rate
+        norm = self._engine.get_global_grad_norm()
+        # DeepSpeed reports a norm that is not finite as -1.
+        if norm is None or not 0.0 <= float(norm) < float("inf"):
+            raise FloatingPointError("the gradient is not finite; resume the run from its last checkpoint")
+        return float(norm), rate
 
     def state_dict(self) -> dict[str, Tensor]:
         """All weights on rank 0's CPU, gathered one parameter at a time; empty on the other ranks."""
@@ -144,7 +159,7 @@ class Engine:
         for name, parameter in self._engine.module.named_parameters():
             with deepspeed.zero.GatheredParameters([parameter]):
                 if dist.get_rank() == 0:
-                    collected[name] = parameter.detach().cpu().clone()
+                    collected[name] = parameter.detach().to("cpu", copy=True)
         return collected
 
     def save(self, folder: Path, tag: str, state: dict[str, Any]) -> None:

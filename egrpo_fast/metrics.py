@@ -1,22 +1,16 @@
-"""What a run shows: progress bar, JSONL, TensorBoard, W&B if asked for, picture grids and curves. Rank 0 only."""
+"""What a run tells: progress bar, seconds by phase, JSONL, TensorBoard, W&B if asked for. Rank 0 only."""
 
 import json
-import textwrap
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-
-from egrpo_fast.schedule import Schedule
-
-plt.switch_backend("Agg")  # pictures go to files; a machine without a screen has no other
 
 METRICS = "metrics.jsonl"
 
@@ -60,7 +54,12 @@ class RunLog:
         if wandb_config is not None:
             import wandb
 
-            self._wandb = wandb.init(project="egrpo_fast", dir=str(folder), config=dict(wandb_config), resume="allow")
+            name = folder / "wandb_id"
+            if not start:
+                name.write_text(uuid.uuid4().hex)
+            self._wandb = wandb.init(
+                project="egrpo_fast", id=name.read_text(), dir=str(folder), config=dict(wandb_config), resume="allow"
+            )
 
     @staticmethod
     def read(folder: Path) -> list[dict[str, Any]]:
@@ -85,92 +84,8 @@ class RunLog:
     def say(self, text: str) -> None:
         self._bar.write(text)
 
-    def image(self, name: str, image: Tensor, iteration: int) -> None:
-        """[3, H, W] in [0, 1] to TensorBoard."""
-        self._board.add_image(name, image, iteration)
-
     def close(self) -> None:
         self._bar.close()
         self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
-
-
-def _show(axis: Any, image: Tensor, title: str) -> None:
-    smooth = "nearest" if image.shape[-1] < 64 else "antialiased"
-    axis.imshow(image.permute(1, 2, 0).float().cpu(), interpolation=smooth)
-    axis.set_title(title, fontsize=7, wrap=True)
-    axis.axis("off")
-
-
-def _wrapped(caption: str, width: int = 26) -> str:
-    return "\n".join(textwrap.wrap(caption, width)[:4])
-
-
-def picture_grid(path: Path, images: Tensor, captions: Sequence[str], columns: int = 8) -> None:
-    """[N, 3, H, W] pictures under their captions, as one PNG."""
-    rows = -(-len(images) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(1.6 * columns, 2.1 * rows), squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, image, caption in zip(axes.flat, images, captions):
-        _show(axis, image, _wrapped(caption))
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def before_after(path: Path, before: Tensor, after: Tensor, captions: Sequence[str], columns: int = 8) -> None:
-    """The same prompts from the same noise, base above trained, as one PNG."""
-    bands = -(-len(captions) // columns)
-    figure, axes = plt.subplots(2 * bands, columns, figsize=(1.6 * columns, 3.9 * bands), squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    for place, caption in enumerate(captions):
-        band, column = divmod(place, columns)
-        _show(axes[2 * band, column], before[place], _wrapped(caption))
-        _show(axes[2 * band + 1, column], after[place], "")
-    for band in range(bands):
-        for row, label in ((2 * band, "before"), (2 * band + 1, "after")):
-            axes[row, 0].text(-0.08, 0.5, label, rotation=90, va="center", ha="right", transform=axes[row, 0].transAxes)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def curves(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Held-out rewards (one panel each) and the training reward, by iteration, as one PNG."""
-    names = list(dict.fromkeys(name for line in lines for name in line if name.startswith("held_out/")))
-    figure, axes = plt.subplots(1, max(1, len(names)), figsize=(4.2 * max(1, len(names)), 3.2), squeeze=False)
-    for axis, name in zip(axes.flat, names):
-        reward = name.removeprefix("held_out/")
-        trained = [(line["iteration"], line[f"reward/{reward}"]) for line in lines if f"reward/{reward}" in line]
-        if trained:
-            axis.plot(*zip(*trained), color="tab:blue", alpha=0.35, linewidth=1, label="training groups")
-        axis.plot(
-            *zip(*[(line["iteration"], line[name]) for line in lines if name in line]),
-            color="tab:red", marker="o", markersize=3, label="held out",
-        )  # fmt: skip
-        axis.set(title=reward, xlabel="iteration")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def entropy_plot(path: Path, schedule: Schedule, threshold: float, longest: int = 6) -> None:
-    """Entropy of every step merged over 1 to `longest` grid steps, the threshold, and the merges that were chosen."""
-    figure, axis = plt.subplots(figsize=(7, 4))
-    for length in range(1, longest + 1):
-        steps = range(schedule.num_steps - length + 1)
-        axis.plot(steps, [schedule.entropy(step, length) for step in steps], label=f"merge {length}", linewidth=1)
-    chosen = [schedule.entropy(step, schedule.merges[step]) for step in schedule.active]
-    axis.plot(schedule.active, chosen, "ko", markersize=5, label="trained, as merged")
-    axis.axhline(threshold, color="gray", linestyle="--", linewidth=1, label=f"threshold {threshold:g}")
-    axis.set(xlabel="grid step (0: noise)", ylabel="per-dimension entropy of the SDE step")
-    axis.legend(fontsize=8)
-    axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)

@@ -1,6 +1,6 @@
 """Advantages, log-ratios by replay and the clipped surrogate: from scores and a new velocity to a loss (paper, 3.2)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -22,6 +22,10 @@ class GroupLoss:
     advantages: Tensor
     log_ratio: Tensor
     clip_fraction: Tensor
+
+    def detach(self) -> "GroupLoss":
+        """The same numbers, without what the backward pass holds on to."""
+        return replace(self, loss=self.loss.detach())
 
 
 @dataclass(frozen=True)

@@ -34,11 +34,12 @@ class Edge:
 class Group:
     """Samples that left one shared state by the same stochastic step: what an advantage is measured within.
 
-    index: grid index of the active step. source: row of the shared state. rows: row of each sample's picture.
+    index, time: of the active step. source: row of the shared state. rows: row of each sample's picture.
     draws: noise stream word of each sample.
     """
 
     index: int
+    time: float
     source: int
     step: AffineStep
     rows: tuple[int, ...]
@@ -76,8 +77,8 @@ class WaveTable:
 class Plan:
     """The wavefront of one prompt.
 
-    num_rows: state rows of one prompt. waves: by grid index; only steps at which some row is live. groups: by active
-    step. anchor_picture: whether the anchor is carried to t = 0.
+    num_rows: state rows of one prompt. waves: by grid index; only steps at which some row is live. groups: at most one
+    per grid index, increasing. anchor_picture: whether the anchor is carried to t = 0.
     """
 
     schedule: Schedule
@@ -87,6 +88,8 @@ class Plan:
     anchor_picture: bool
 
     def __post_init__(self) -> None:
+        indices = [group.index for group in self.groups]
+        assert indices == sorted(set(indices)), "groups not increasing by grid index"
         for wave in self.waves:
             destinations = [edge.destination for edge in wave.edges]
             sources = set(wave.sources)
@@ -99,6 +102,10 @@ class Plan:
     def picture_rows(self) -> tuple[int, ...]:
         """Rows of the pictures that are rewarded, group by group."""
         return tuple(row for group in self.groups for row in group.rows)
+
+    def by_group(self, values: Tensor) -> tuple[Tensor, ...]:
+        """[..., pictures] in the order of `picture_rows` -> one [..., G_n] per group."""
+        return values.split([len(group.rows) for group in self.groups], dim=-1)
 
     @property
     def evaluations(self) -> int:
@@ -158,7 +165,8 @@ def e_grpo_plan(
         length = schedule.merges[index]
         rows = tuple(range(next_row, next_row + size))
         next_row += size
-        group = Group(index, ANCHOR, schedule.sde(index, length), rows, tuple(draw_word(index, i) for i in range(size)))
+        draws = tuple(draw_word(index, sample) for sample in range(size))
+        group = Group(index, schedule.times[index], ANCHOR, schedule.sde(index, length), rows, draws)
         groups.append(group)
         edges[index] += [Edge(ANCHOR, row, group.step, draw) for row, draw in zip(rows, group.draws)]
         grid = tail_grid(index + length, num_steps, stride)

@@ -34,16 +34,17 @@ class NoiseKey:
 class Rollout:
     """What a rollout of P prompts leaves behind; samples themselves are not stored, their noise can be replayed.
 
-    states, velocities: per group [P, L, C], the shared state x_t and the velocity that left it. pictures: final latents
-    [P, pictures, L, C] in the order of `plan.picture_rows`. anchors: [P, L, C], or None where the anchor stopped early.
+    states, velocities: per group [P, L, C], the shared state x_t and the velocity that the rollout left it with.
+    final_latents: [P, pictures, L, C] in the order of `plan.picture_rows`. anchor_latents: [P, L, C] at t = 0, or None
+    where the anchor stopped early.
     """
 
     plan: Plan
     key: NoiseKey
     states: tuple[Tensor, ...]
     velocities: tuple[Tensor, ...]
-    pictures: Tensor
-    anchors: Tensor | None
+    final_latents: Tensor
+    anchor_latents: Tensor | None
 
 
 class Wavefront:
@@ -114,6 +115,6 @@ class Wavefront:
             key=key,
             states=tuple(states),
             velocities=tuple(velocities),
-            pictures=by_prompt[:, self._picture_rows],
-            anchors=by_prompt[:, ANCHOR].clone() if plan.anchor_picture else None,
+            final_latents=by_prompt[:, self._picture_rows],
+            anchor_latents=by_prompt[:, ANCHOR].clone() if plan.anchor_picture else None,
         )

@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from egrpo_fast import metrics, noise, ops
+from egrpo_fast import figures, metrics, noise, ops
 from egrpo_fast.backbones.flux import Conditioning, FluxBackbone
 from egrpo_fast.config import Config
 from egrpo_fast.engine import Engine, World
-from egrpo_fast.objective import Objective, policy_mismatch
+from egrpo_fast.objective import GroupLoss, Objective, policy_mismatch
 from egrpo_fast.plan import e_grpo_plan, ode_plan
-from egrpo_fast.prompts import Draw, PromptOrder
+from egrpo_fast.prompts import Prompt, PromptOrder
 from egrpo_fast.rewards import Reward, score
 from egrpo_fast.rollout import NoiseKey, Rollout, Velocity, Wavefront
 from egrpo_fast.schedule import make_schedule
@@ -96,21 +96,24 @@ class Trainer:
         """Iterate to the end, then write the summary, the plots and the trained pipeline."""
         config = self.config
         log = self._open_log()
-        held_out = self.evaluate()
+        if self.iteration in (0, config.iterations):
+            held_out = self.evaluate()
         if self.iteration == 0:
             self._report(log, held_out)
         while self.iteration < config.iterations:
-            draws = self.order.iteration(
+            prompts = self.order.iteration(
                 self.iteration, config.prompts.per_iteration, self.world.rank, self.world.size
             )
-            batch = self.sample(draws)
+            batch = self.sample(prompts)
             with self.watch.phase("update"):
                 values = self.update(batch)
             self.iteration += 1
-            values |= self._reward_statistics(batch) | self.watch.read()
+            seconds = self.watch.read()
+            values |= self._reward_statistics(batch) | seconds
             if log:
                 log.write(self.iteration, values)
-                log.advance(reward=values[f"reward/{self.trained[0].name}"], lr=values["lr"])
+                phases = {name.removeprefix("seconds/"): value for name, value in seconds.items()}
+                log.advance(reward=values[f"reward/{self.trained[0].name}"], **phases)
             last = self.iteration == config.iterations
             if last or (config.evaluation.every and self.iteration % config.evaluation.every == 0):
                 held_out = self.evaluate()
@@ -121,58 +124,60 @@ class Trainer:
             log.close()
         self._finish(held_out)
 
-    def sample(self, draws: Sequence[Draw]) -> list[Experience]:
+    def sample(self, prompts: Sequence[Prompt]) -> list[Experience]:
         """Roll out and score this rank's prompts: the current policy's experience."""
-        batch = []
-        with self.engine.inference(self.config.rollout.weights == "gathered") as module:
-            for chunk in _chunks(draws, self.config.rollout.prompts_per_call):
-                prompts = [draw.prompt for draw in chunk]
-                numbers = torch.tensor([draw.number for draw in chunk], device=self.world.device)
-                with self.watch.phase("rollout"):
-                    conditioning = self.backbone.encode(prompts)
-                    velocity = self._velocity(module, conditioning)
-                    rollout = self.wavefront.run(velocity, NoiseKey(self.config.seed, self.iteration, numbers))
-                with self.watch.phase("rewards"):
-                    rewards = self._score(rollout.pictures, prompts, [reward.name for reward in self.trained])
-                batch.append(Experience(rollout, conditioning, torch.stack(list(rewards.values()))))
-        return batch
+        names = [reward.name for reward in self.trained]
+        chunks = list(_chunks([prompt.text for prompt in prompts], self.config.rollout.prompts_per_call))
+        numbers = torch.tensor([prompt.number for prompt in prompts], device=self.world.device)
+        with self.watch.phase("rollout"):
+            conditionings = [self.backbone.encode(chunk) for chunk in chunks]
+            with self.engine.inference(self.config.rollout.weights == "gathered") as module:
+                rollouts = [
+                    self.wavefront.run(
+                        self._velocity(module, conditioning), NoiseKey(self.config.seed, self.iteration, some)
+                    )
+                    for conditioning, some in zip(conditionings, numbers.split(self.config.rollout.prompts_per_call))
+                ]
+        # The gathered weights are given back before the pictures need their memory.
+        with self.watch.phase("rewards"):
+            return [
+                Experience(rollout, conditioning, self._score(rollout.final_latents, chunk, names))
+                for rollout, conditioning, chunk in zip(rollouts, conditionings, chunks)
+            ]
 
     def update(self, batch: Sequence[Experience]) -> dict[str, float]:
         """One forward and backward per active step and wavefront; one optimizer step per iteration or active step."""
         groups = self.plan.groups
         every_step = self.config.objective.optimizer_step == "active_step"
-        # The ratio's old policy is this same forward at the rollout's weights. With a single optimizer step that is
-        # the forward itself; with several, it is taken before the first.
-        old = [[self._at_group(e, n) for n in range(len(groups))] for e in batch] if every_step else None
+        # The ratio compares with the rollout's weights under this same forward, so it starts at exactly 1. With one
+        # optimizer step that is the forward itself; with several, it is taken before the first.
+        references = [[self._at_group(e, n) for n in range(len(groups))] for e in batch] if every_step else None
         share = len(batch) * (1 if every_step else len(groups))
-        losses, parts, mismatches, norms, rate = [], [], [], [], 0.0
-        first_picture = 0
+        parts: list[GroupLoss] = []
+        mismatches, norms, rate = [], [], 0.0
         for n, group in enumerate(groups):
-            pictures = slice(first_picture, first_picture := first_picture + len(group.rows))
             for place, experience in enumerate(batch):
+                rollout, rewards = experience.rollout, self.plan.by_group(experience.rewards)[n]
                 velocity = self._at_group(experience, n, gradient=True)
-                reference = old[place][n] if old else velocity.detach()
-                rollout = experience.rollout
-                part = self.objective(group, rollout.key, velocity, reference, experience.rewards[..., pictures])
+                reference = references[place][n] if references else velocity.detach()
+                part = self.objective(group, rollout.key, velocity, reference, rewards)
                 last = place == len(batch) - 1 and (every_step or n == len(groups) - 1)
                 self.engine.backward(part.loss / share, last)
-                losses.append(part.loss.detach())
-                parts.append(part)
+                parts.append(part.detach())
                 mismatches.append(policy_mismatch(group, reference, rollout.velocities[n]))
             if last:
                 norm, rate = self.engine.step()
                 norms.append(norm)
-        statistics = torch.stack(
-            [
-                torch.stack(losses).mean(),
-                torch.stack([part.clip_fraction for part in parts]).mean(),
-                torch.stack([part.log_ratio.abs().max() for part in parts]).max(),
-                torch.stack([(part.advantages == 0).float().mean() for part in parts]).mean(),
-                torch.stack(mismatches).mean(),
-            ]
-        )
-        names = ("loss", "clip_fraction", "max_log_ratio", "zero_advantage_share", "policy_mismatch")
-        values = dict(zip(names, self.world.mean(statistics).tolist()))
+        first = parts[: len(batch)] if every_step else parts  # what was compared before the first optimizer step
+        means = {
+            "loss": torch.stack([part.loss for part in parts]),
+            "clip_fraction": torch.stack([part.clip_fraction for part in parts]),
+            "zero_advantage_share": torch.stack([(part.advantages == 0).float().mean() for part in parts]),
+            "policy_mismatch": torch.stack(mismatches),
+        }
+        values = dict(zip(means, self.world.mean(torch.stack([value.mean() for value in means.values()])).tolist()))
+        for name, some in (("log_ratio_before_update", first), ("max_log_ratio", parts)):
+            values[name] = self.world.largest(torch.stack([part.log_ratio.abs().max() for part in some]).max())
         return values | {"grad_norm": sum(norms) / len(norms), "lr": rate}
 
     def evaluate(self) -> HeldOut:
@@ -190,9 +195,9 @@ class Trainer:
                 prompts = [self.held_out[place] for place in places]
                 velocity = self._velocity(module, self.backbone.encode(prompts))
                 key = NoiseKey(self.config.seed, 0, torch.tensor(places, device=self.world.device))
-                anchors = wavefront.run(velocity, key, noise.EVALUATION).anchors
-                assert anchors is not None
-                pictures = self.backbone.decode(anchors)
+                latents = wavefront.run(velocity, key, noise.EVALUATION).anchor_latents
+                assert latents is not None
+                pictures = self.backbone.decode(latents)
                 scores = torch.stack([score(name, self.rewards[name], pictures, prompts) for name in names], dim=1)
                 for place, row, picture in zip(chunk, scores.tolist(), pictures):
                     if place < len(self.held_out):
@@ -221,22 +226,20 @@ class Trainer:
         state, group = experience.rollout.states[n], self.plan.groups[n]
         rows = torch.arange(len(state), device=state.device)
         with torch.set_grad_enabled(gradient):
-            return self._velocity(self.engine.module, experience.conditioning)(
-                state, self.plan.schedule.times[group.index], rows
-            )
+            return self._velocity(self.engine.module, experience.conditioning)(state, group.time, rows)
 
-    def _score(self, latents: Tensor, prompts: Sequence[str], names: Sequence[str]) -> dict[str, Tensor]:
-        """latents [P, pictures, L, C] -> by reward, [P, pictures]."""
-        images = self.backbone.decode(latents.flatten(0, 1))
+    def _score(self, latents: Tensor, prompts: Sequence[str], names: Sequence[str]) -> Tensor:
+        """latents [P, pictures, L, C] -> [K, P, pictures], `model.decode_batch` pictures in memory at a time."""
         repeated = [prompt for prompt in prompts for _ in range(latents.shape[1])]
-        return {
-            name: score(name, self.rewards[name], images, repeated).unflatten(0, latents.shape[:2]) for name in names
-        }
+        size, scores = self.config.model.decode_batch, []
+        for some, of_prompts in zip(latents.flatten(0, 1).split(size), _chunks(repeated, size)):
+            images = self.backbone.decode(some)
+            scores.append(torch.stack([score(name, self.rewards[name], images, of_prompts) for name in names]))
+        return torch.cat(scores, dim=1).unflatten(1, latents.shape[:2])
 
     def _reward_statistics(self, batch: Sequence[Experience]) -> dict[str, float]:
         rewards = torch.cat([experience.rewards for experience in batch], dim=1)
-        sizes = [len(group.rows) for group in self.plan.groups]
-        spread = torch.stack([group.std(-1).mean(-1) for group in rewards.split(sizes, dim=-1)]).mean(0)
+        spread = torch.stack([group.std(-1).mean(-1) for group in self.plan.by_group(rewards)]).mean(0)
         means, spreads = self.world.mean(torch.stack((rewards.mean((1, 2)), spread))).tolist()
         return {f"reward/{reward.name}": value for reward, value in zip(self.trained, means)} | {
             f"reward_spread/{reward.name}": value for reward, value in zip(self.trained, spreads)
@@ -267,7 +270,7 @@ class Trainer:
         log.say(f"held out after {self.iteration} iterations: {shown}")
         (folder / "pictures").mkdir(exist_ok=True)
         captions = self.held_out[: len(held_out.pictures)]
-        metrics.picture_grid(folder / "pictures" / f"iteration-{self.iteration:06d}.png", held_out.pictures, captions)
+        figures.picture_grid(folder / "pictures" / f"iteration-{self.iteration:06d}.png", held_out.pictures, captions)
         if self.iteration == 0:
             save_file({"pictures": held_out.pictures.contiguous()}, folder / BASE_PICTURES)
 
@@ -279,9 +282,9 @@ class Trainer:
         folder = self.config.output_dir
         lines = metrics.RunLog.read(folder)
         base = next(line for line in lines if line["iteration"] == 0)
-        metrics.curves(folder / "curve.png", lines)
+        figures.curves(folder / "curve.png", lines)
         before = load_file(folder / BASE_PICTURES)["pictures"]
-        metrics.before_after(folder / "before_after.png", before, after.pictures, self.held_out[: len(before)])
+        figures.before_after(folder / "before_after.png", before, after.pictures, self.held_out[: len(before)])
         self.backbone.save(folder / "pipeline", state_dict)
         held_out = {name: {"before": base[f"held_out/{name}"], "after": after.rewards[name]} for name in after.rewards}
         summary = {"iterations": self.iteration, "held_out": held_out}

@@ -47,7 +47,7 @@ def distribution_function(name, t):
 def run(plan, velocity, shape=SAMPLES, seed=0):
     reference = ops.choose("reference")
     wavefront = Wavefront(plan, 1, shape, reference, dtype=torch.float64, model_dtype=torch.float64)
-    return wavefront.run(velocity, NoiseKey(seed, 0, torch.tensor([0]))).anchors.flatten()
+    return wavefront.run(velocity, NoiseKey(seed, 0, torch.tensor([0]))).anchor_latents.flatten()
 
 
 def sde_plan(schedule, change=lambda step: step):

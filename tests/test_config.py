@@ -23,6 +23,12 @@ BAD = {
     "schedul.eta=1": "schedul: unknown key; did you mean schedule?",
     "schedule.etta=1": "schedule.etta: unknown key; did you mean schedule.eta?",
     "schedule.eta=0": "schedule.eta: 0: .*greater than 0",
+    "schedule.num-steps=8": "schedule.num-steps: unknown key; did you mean schedule.num_steps?",
+    "schedule.eta=1e300": "schedule: shift 3 and eta 1e.300 leave no usable time grid",
+    "schedule.shift=1e-300": "schedule: shift 1e-300",
+    "schedule.shift=1e30": "schedule: shift 1e.30",
+    "schedule.merge_lengths=10": "schedule.merge_lengths: 10 passes the end from the last active step; at most 9",
+    "deepspeed.overrides.bf16=3": "deepspeed.overrides: bf16 follow from this configuration",
     "schedule.eta=.nan": "schedule.eta: nan: .*finite",
     "schedule.entropy_threshold=-0.1": "schedule.entropy_threshold: -0.1: .*greater than or equal to 0",
     "schedule.active_steps=[0, 16]": "schedule.active_steps: 16 is past the end; allowed: 0 to 15",
@@ -70,6 +76,12 @@ def test_every_mistake_is_told_at_once():
 def test_bad_recipe_files(content, told, tmp_path):
     (tmp_path / "recipe.yaml").write_text(content)
     with pytest.raises(ConfigError, match=told):
+        load_config(str(tmp_path / "recipe.yaml"))
+
+
+def test_a_recipe_that_is_not_text(tmp_path):
+    (tmp_path / "recipe.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="recipe: cannot read"):
         load_config(str(tmp_path / "recipe.yaml"))
 
 

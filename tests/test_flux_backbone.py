@@ -8,7 +8,8 @@ from diffusers import FluxPipeline
 
 from egrpo_fast import noise, ops
 from egrpo_fast.backbones.flux import FluxBackbone, check_folder
-from egrpo_fast.plan import ode_plan
+from egrpo_fast.objective import Objective, policy_mismatch
+from egrpo_fast.plan import e_grpo_plan, ode_plan
 from egrpo_fast.rollout import NoiseKey, Wavefront
 from egrpo_fast.schedule import make_schedule
 from egrpo_fast.shapes import PIPELINE, PROMPTS
@@ -29,7 +30,7 @@ def sample(backbone, num_steps=16, micro_batch=None):
     conditioning = backbone.encode(CAPTIONS)
     return wavefront.run(
         lambda latents, t, rows: backbone.velocity(backbone.transformer, latents, t, conditioning, rows), KEY
-    ).anchors
+    ).anchor_latents
 
 
 def test_the_ode_sampler_reproduces_the_pipeline_step_for_step(backbone):
@@ -52,6 +53,27 @@ def test_the_ode_sampler_reproduces_the_pipeline_step_for_step(backbone):
     latents = sample(backbone)
     assert torch.allclose(latents, steps[-1], rtol=0, atol=2e-4)
     assert torch.allclose(backbone.decode(latents), pictures, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 7, None], ids=["1", "7", "all"])
+def test_the_ratio_is_exactly_one_before_the_first_update(backbone, micro_batch):
+    """The rollout at any micro-batch; old policy: a forward without gradient, new: one with. The real transformer."""
+    plan = e_grpo_plan(make_schedule(4, active_steps=[0, 1]), [4, 3], [1, 1])
+    chosen, conditioning, rows = ops.choose("reference"), backbone.encode(CAPTIONS), torch.arange(3)
+
+    def velocity(latents, t, rows):
+        return backbone.velocity(backbone.transformer, latents, t, conditioning, rows)
+
+    rollout = Wavefront(plan, 3, backbone.latent_shape, chosen, micro_batch=micro_batch).run(velocity, KEY)
+    for n, group in enumerate(plan.groups):
+        with torch.no_grad():
+            old = velocity(rollout.states[n], group.time, rows)
+        new = velocity(rollout.states[n], group.time, rows)
+        rewards = torch.rand(1, 3, len(group.rows))
+        ratio = Objective(chosen, (1.0,))(group, KEY, new, old, rewards).log_ratio.exp()
+        assert torch.equal(ratio, torch.ones(3, len(group.rows)))
+        moved = Objective(chosen, (1.0,))(group, KEY, new + 1e-3, old, rewards).log_ratio
+        assert (moved != 0).all() and policy_mismatch(group, old, rollout.velocities[n]) < 1e-5
 
 
 def test_micro_batches_agree(backbone):

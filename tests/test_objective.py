@@ -34,7 +34,7 @@ def rollout_of(weight):
 
 
 def made_up_rewards(rollout, n, first):
-    pictures = rollout.pictures[:, first : first + len(PLAN.groups[n].rows)]
+    pictures = rollout.final_latents[:, first : first + len(PLAN.groups[n].rows)]
     return torch.stack((pictures.sin().mean((2, 3)), pictures.square().mean((2, 3))))
 
 

@@ -26,7 +26,7 @@ def test_real_prompts_are_drawn_once_per_epoch_over_all_ranks(prompt_file, world
     for iteration in range(3 * len(prompts) // per_iteration):
         ranks = [order.iteration(iteration, per_iteration, rank, world_size) for rank in range(world_size)]
         assert len({len(rank) for rank in ranks}) == 1, "every rank draws the same number"
-        drawn |= {draw.number: draw.prompt for rank in ranks for draw in rank}
+        drawn |= {prompt.number: prompt.text for rank in ranks for prompt in rank}
     epochs = [[drawn[number] for number in range(e * len(prompts), (e + 1) * len(prompts))] for e in range(2)]
     for epoch in epochs:
         assert sorted(epoch) == sorted(prompts), "a prompt was repeated or lost"
@@ -37,13 +37,13 @@ def test_the_order_is_a_function_of_seed_and_number():
     prompts = [str(i) for i in range(50)]
     one, same, other = (PromptOrder(prompts, seed) for seed in (1, 1, 2))
     assert [one[n] for n in (120, 3, 99)] == [same[n] for n in (120, 3, 99)], "whatever was asked before"
-    assert [one[n].prompt for n in range(50)] != [other[n].prompt for n in range(50)]
-    assert [PromptOrder(prompts, 1, shuffle=False)[n].prompt for n in range(50)] == prompts
+    assert [one[n].text for n in range(50)] != [other[n].text for n in range(50)]
+    assert [PromptOrder(prompts, 1, shuffle=False)[n].text for n in range(50)] == prompts
 
 
 def test_blank_lines_and_padding_are_dropped(tmp_path):
-    (tmp_path / "p.txt").write_text("\n  a cat \n\nzwei Häuser\n   \n", encoding="utf-8")
-    assert read_prompts(tmp_path / "p.txt") == ["a cat", "zwei Häuser"]
+    (tmp_path / "p.txt").write_bytes("\ufeff\n  a cat \r\n\nzwei Häuser\u2028am Fluss\n   \n".encode())
+    assert read_prompts(tmp_path / "p.txt") == ["a cat", "zwei Häuser\u2028am Fluss"]
 
 
 @pytest.mark.parametrize(

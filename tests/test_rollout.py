@@ -56,7 +56,7 @@ def alone(prompt, n, sample, dtype=torch.float64):
 def test_the_wavefront_equals_every_branch_alone():
     rollout = wavefront(PROMPTS)
     for p, prompt in enumerate(PROMPTS):
-        pictures = iter(rollout.pictures[p])
+        pictures = iter(rollout.final_latents[p])
         for n, size in enumerate(SIZES):
             for sample in range(size):
                 assert torch.allclose(next(pictures), alone(prompt, n, sample), rtol=0, atol=1e-10)
@@ -65,7 +65,7 @@ def test_the_wavefront_equals_every_branch_alone():
 @pytest.mark.parametrize("micro_batch", [1, 4, 7, None])
 def test_any_micro_batch(micro_batch):
     together, split = wavefront(PROMPTS), wavefront(PROMPTS, micro_batch=micro_batch)
-    assert torch.allclose(split.pictures, together.pictures, rtol=0, atol=1e-10)
+    assert torch.allclose(split.final_latents, together.final_latents, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1], [1]], ids=str)
@@ -74,14 +74,14 @@ def test_any_prompt_order_and_count_is_bitwise_the_same(order, micro_batch):
     """Under an element-wise velocity, in float32, nothing at all may change."""
     together = wavefront(PROMPTS, torch.float32, element_wise)
     some = wavefront([PROMPTS[i] for i in order], torch.float32, element_wise, micro_batch=micro_batch)
-    assert torch.equal(some.pictures, together.pictures[order])
+    assert torch.equal(some.final_latents, together.final_latents[order])
     assert all(torch.equal(a, b[order]) for a, b in zip(some.states, together.states))
     assert all(torch.equal(a, b[order]) for a, b in zip(some.velocities, together.velocities))
 
 
 def test_other_prompts_iterations_and_seeds_draw_other_noise():
-    base = wavefront([5], model=element_wise).pictures
-    assert not torch.allclose(base, wavefront([6], model=element_wise).pictures, atol=1e-2)
+    base = wavefront([5], model=element_wise).final_latents
+    assert not torch.allclose(base, wavefront([6], model=element_wise).final_latents, atol=1e-2)
     first, second = base[0, 0], base[0, 1]
     assert not torch.allclose(first, second, atol=1e-2), "samples of a group must differ"
 
@@ -113,9 +113,9 @@ def test_the_anchors_picture_is_the_ode_sample():
     x = noise.initial_noise(7, 3, torch.tensor(PROMPTS), SHAPE, torch.float64)
     for i, t in enumerate(SCHEDULE.times[:-1]):
         x = x - (t - SCHEDULE.times[i + 1]) * matrix(PROMPTS)(x, t, torch.arange(3))
-    assert torch.allclose(rollout.anchors, x, rtol=0, atol=1e-10)
-    assert torch.allclose(rollout.pictures, wavefront(PROMPTS).pictures, rtol=0, atol=1e-10)
-    assert wavefront(PROMPTS).anchors is None
+    assert torch.allclose(rollout.anchor_latents, x, rtol=0, atol=1e-10)
+    assert torch.allclose(rollout.final_latents, wavefront(PROMPTS).final_latents, rtol=0, atol=1e-10)
+    assert wavefront(PROMPTS).anchor_latents is None
 
 
 def test_buffers_are_reused_without_a_trace():
@@ -123,7 +123,8 @@ def test_buffers_are_reused_without_a_trace():
     made = Wavefront(PLAN, 1, SHAPE, ops.choose("reference"))
     first = made.run(element_wise([5]), NoiseKey(7, 3, torch.tensor([5])))
     made.run(element_wise([6]), NoiseKey(7, 4, torch.tensor([6])))
-    assert torch.equal(made.run(element_wise([5]), NoiseKey(7, 3, torch.tensor([5]))).pictures, first.pictures)
+    again = made.run(element_wise([5]), NoiseKey(7, 3, torch.tensor([5])))
+    assert torch.equal(again.final_latents, first.final_latents)
 
 
 def test_the_model_reads_its_own_dtype():
@@ -134,5 +135,19 @@ def test_the_model_reads_its_own_dtype():
         return element_wise([5])(x, t, rows)
 
     made = Wavefront(PLAN, 1, SHAPE, ops.choose("reference"), model_dtype=torch.bfloat16)
-    pictures = made.run(velocity, NoiseKey(7, 3, torch.tensor([5]))).pictures
+    pictures = made.run(velocity, NoiseKey(7, 3, torch.tensor([5]))).final_latents
     assert seen == {torch.bfloat16} and pictures.dtype == torch.float32
+
+
+def test_the_rollouts_noise_is_what_the_update_replays():
+    """eps recovered from the rollout's samples equals eps of `NoiseKey.streams`, which the log-ratio is made from."""
+    schedule = make_schedule(1, merge_lengths=1, active_steps=[0])
+    plan = e_grpo_plan(schedule, [4], [1])
+    made = Wavefront(plan, 2, SHAPE, ops.choose("reference"), dtype=torch.float64, model_dtype=torch.float64)
+    key = NoiseKey(7, 3, torch.tensor([5, 2]))
+    rollout = made.run(element_wise([5, 2]), key)
+    (group,) = plan.groups
+    mean = group.step.c_x * rollout.states[0] + group.step.c_v * rollout.velocities[0]
+    eps = (rollout.final_latents - mean[:, None]) / group.step.s
+    replayed = philox_normal(key.streams(group), 48, key.seed, torch.float64)
+    assert torch.allclose(eps.flatten(2), replayed, rtol=0, atol=1e-12)

@@ -37,10 +37,11 @@ def check_folder(path: str, height: int, width: int) -> None:
     try:
         components = json.loads(index.read_text())
         blocks = json.loads((folder / "vae" / "config.json").read_text())["block_out_channels"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"model.path: {path} cannot be read as a FLUX pipeline: {error!r}") from None
-    if components.get("_class_name") != "FluxPipeline":
-        raise ValueError(f"model.path: {path} holds a {components.get('_class_name')}; FluxPipeline is expected")
+    found = components.get("_class_name") if isinstance(components, dict) else type(components).__name__
+    if found != "FluxPipeline":
+        raise ValueError(f"model.path: {path} holds a {found}; FluxPipeline is expected")
     missing = [name for name in ("transformer", "text_encoder", "text_encoder_2") if not (folder / name).is_dir()]
     if missing:
         raise ValueError(f"model.path: {path} lacks {', '.join(missing)}")
@@ -54,15 +55,22 @@ class FluxBackbone:
     """A FLUX pipeline taken apart into what training needs.
 
     height, width: of the pictures, in pixels. guidance: for a transformer with guidance embedding, ignored by others.
-    The transformer is handed to the engine, which may shard it; VAE and text encoders stay whole and frozen.
+    decode_batch: pictures that `decode` takes at a time. The transformer is left where it was loaded, for the engine to
+    place and shard; VAE and text encoders stay whole and frozen on the device.
     """
 
     def __init__(
-        self, pipeline: FluxPipeline, height: int, width: int, guidance: float, max_sequence_length: int
+        self,
+        pipeline: FluxPipeline,
+        height: int,
+        width: int,
+        guidance: float,
+        max_sequence_length: int,
+        decode_batch: int,
     ) -> None:
         self._pipeline = pipeline
         self.guidance, self.max_sequence_length = guidance, max_sequence_length
-        self.height, self.width = height, width
+        self.height, self.width, self.decode_batch = height, width, decode_batch
         self._rows, self._columns = (size // (pipeline.vae_scale_factor * LATENT_PATCH) for size in (height, width))
         for frozen in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
             frozen.requires_grad_(False).eval()
@@ -77,6 +85,7 @@ class FluxBackbone:
         width: int,
         guidance: float = 3.5,
         max_sequence_length: int = 512,
+        decode_batch: int = 32,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> "FluxBackbone":
@@ -86,8 +95,9 @@ class FluxBackbone:
             pipeline = FluxPipeline.from_pretrained(path, dtype=dtype)
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"model.path: {path} could not be loaded: {' '.join(str(error).split())}") from None
-        pipeline.to(device)
-        return cls(pipeline, height, width, guidance, max_sequence_length)
+        for frozen in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
+            frozen.to(device)
+        return cls(pipeline, height, width, guidance, max_sequence_length, decode_batch)
 
     @property
     def transformer(self) -> FluxTransformer2DModel:
@@ -136,11 +146,11 @@ class FluxBackbone:
         )[0]
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, micro_batch: int = 32) -> Tensor:
+    def decode(self, latents: Tensor) -> Tensor:
         """Pictures [B, 3, H, W], float32 in [0, 1], of packed latents [B, L, C]."""
         vae = self._pipeline.vae
         pictures = []
-        for chunk in latents.split(micro_batch):
+        for chunk in latents.split(self.decode_batch):
             unpacked = self._pipeline._unpack_latents(chunk, self.height, self.width, self._pipeline.vae_scale_factor)
             scaled = unpacked / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
             pictures.append(vae.decode(scaled.to(vae.dtype), return_dict=False)[0])

@@ -1,8 +1,10 @@
 """Rewards: pictures and prompts to scores. One file per reward; this one finds them and checks what they return.
 
-A reward is a callable `score(images [B, 3, H, W] float in [0, 1], prompts) -> [B]`, on the pictures' device.
+A reward is a callable `score(images [B, 3, H, W] float in [0, 1], prompts) -> [B]`, on the pictures' device. It may
+have a static `check(prompts, height, width)` that raises ValueError for prompts or pictures which it cannot judge.
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
@@ -20,12 +22,30 @@ REGISTRY = {
 """Name in a recipe -> `module:class`; the class takes the recipe's options and `device`."""
 
 
-def make_reward(name: str, options: Mapping[str, Any], device: torch.device | str = "cpu") -> Reward:
-    """The reward a recipe names. ValueError names what is wrong with it."""
+def _find(name: str) -> Any:
     if name not in REGISTRY:
         raise ValueError(f"rewards: no reward {name!r}; there are: {', '.join(REGISTRY)}")
     module, _, attribute = REGISTRY[name].partition(":")
-    reward = getattr(import_module(module), attribute)
+    try:
+        return getattr(import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"rewards.{name}: {error.name} is not installed; pip install 'egrpo_fast[rewards]'") from None
+
+
+def check_reward(name: str, options: Mapping[str, Any], prompts: Sequence[str], height: int, width: int) -> None:
+    """ValueError, before any weight is read, where a recipe's reward cannot be made or cannot judge this run."""
+    reward = _find(name)
+    try:
+        inspect.signature(reward).bind(**options, device="cpu")
+        if check := getattr(reward, "check", None):
+            check(prompts, height, width)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"rewards.{name}: {error}") from None
+
+
+def make_reward(name: str, options: Mapping[str, Any], device: torch.device | str = "cpu") -> Reward:
+    """The reward a recipe names. ValueError names what is wrong with it."""
+    reward = _find(name)
     try:
         return reward(**options, device=device)
     except (TypeError, ValueError, OSError, RuntimeError) as error:

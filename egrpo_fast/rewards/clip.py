@@ -18,11 +18,11 @@ class ClipScore:
     model's size (bicubic, antialiased), centre crop, the model's own normalisation.
     """
 
-    def __init__(
-        self, model: str = "ViT-H-14", pretrained: str | None = None, device: torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, model: str, pretrained: str | None = None, device: torch.device | str = "cpu") -> None:
         name = f"local-dir:{CLIP}" if model == "shapes" else model
-        self._model = open_clip.create_model(name, pretrained=pretrained, device=device).eval().requires_grad_(False)
+        # Without weights open_clip would hand out a random model, and a run would train on noise.
+        network = open_clip.create_model(name, pretrained=pretrained, require_pretrained=True, device=device)
+        self._model = network.eval().requires_grad_(False)
         self._tokenizer = open_clip.get_tokenizer(name)
         config = open_clip.get_model_preprocess_cfg(self._model)
         size = config["size"]
