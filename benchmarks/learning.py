@@ -3,7 +3,7 @@
     python benchmarks/learning.py [--seeds 0 1 2] [--out runs/learning] [key.path=value ...]
 
 Runs `deepspeed egrpo_fast/train.py shapes` once per seed (one that has finished is not run again), then writes
-`benchmarks/results/learning.json` and `docs/images/learning.png`, and copies the first seed's before/after grid there.
+`benchmarks/results/learning.json` and `docs/images/learning.png`, and copies the last seed's before/after grid there.
 """
 
 import argparse
@@ -106,7 +106,7 @@ def main():
     images = ROOT / "docs" / "images"
     images.mkdir(parents=True, exist_ok=True)
     plot(images / "learning.png", curves, truth)
-    shutil.copy(arguments.out / f"seed-{arguments.seeds[0]}" / "before_after.png", images / "before_after.png")
+    shutil.copy(arguments.out / f"seed-{arguments.seeds[-1]}" / "before_after.png", images / "before_after.png")
 
     print(f"\n{'held out':<16}{'before':>18}{'after':>18}{'ground truth':>14}{'gap closed':>22}")
     for name, row in table.items():

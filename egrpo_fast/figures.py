@@ -27,12 +27,11 @@ def _wrapped(caption: str, width: int = 26) -> str:
 def picture_grid(path: Path, images: Tensor, captions: Sequence[str], columns: int = 8) -> None:
     """[N, 3, H, W] pictures under their captions, as one PNG."""
     rows = -(-len(images) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(1.6 * columns, 2.1 * rows), squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(1.6 * columns, 2.3 * rows), squeeze=False, layout="constrained")
     for axis in axes.flat:
         axis.axis("off")
     for axis, image, caption in zip(axes.flat, images, captions):
         _show(axis, image, _wrapped(caption))
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -40,7 +39,9 @@ def picture_grid(path: Path, images: Tensor, captions: Sequence[str], columns: i
 def before_after(path: Path, before: Tensor, after: Tensor, captions: Sequence[str], columns: int = 8) -> None:
     """The same prompts from the same noise, base above trained, as one PNG."""
     bands = -(-len(captions) // columns)
-    figure, axes = plt.subplots(2 * bands, columns, figsize=(1.6 * columns, 3.9 * bands), squeeze=False)
+    figure, axes = plt.subplots(
+        2 * bands, columns, figsize=(1.6 * columns, 4.0 * bands), squeeze=False, layout="constrained"
+    )
     for axis in axes.flat:
         axis.axis("off")
     for place, caption in enumerate(captions):
@@ -50,7 +51,6 @@ def before_after(path: Path, before: Tensor, after: Tensor, captions: Sequence[s
     for band in range(bands):
         for row, label in ((2 * band, "before"), (2 * band + 1, "after")):
             axes[row, 0].text(-0.08, 0.5, label, rotation=90, va="center", ha="right", transform=axes[row, 0].transAxes)
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -151,3 +151,21 @@ def test_the_rollouts_noise_is_what_the_update_replays():
     eps = (rollout.final_latents - mean[:, None]) / group.step.s
     replayed = philox_normal(key.streams(group), 48, key.seed, torch.float64)
     assert torch.allclose(eps.flatten(2), replayed, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("model_dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("backend", ["triton", "extension"])
+def test_every_backend_gives_the_same_rollout(backend, model_dtype):
+    """`rollout.backend` changes who computes, not what: Triton in its interpreter, the extension on the CPU."""
+    runs = []
+    for name in ("reference", backend):
+        chosen = ops.choose(name)
+        assert chosen.chosen["branch_rows"] == name
+        made = Wavefront(PLAN, 3, SHAPE, chosen, model_dtype=model_dtype)
+        runs.append(made.run(element_wise(PROMPTS), NoiseKey(7, 3, torch.tensor(PROMPTS))))
+    theirs, ours = runs
+    # The anchor has only ODE steps: the same bits. Samples hold normals, equal to rounding, and what the model makes
+    # of them at its own precision.
+    assert all(torch.equal(a, b) for a, b in zip(ours.states, theirs.states))
+    bound = 1e-5 if model_dtype == torch.float32 else 2e-2
+    assert torch.allclose(ours.final_latents, theirs.final_latents, rtol=0, atol=bound)
