@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from egrpo_fast.shapes import CLIP, PIPELINE
+from egrpo_fast.shapes import CLIP, PIPELINE, PROMPTS
 from egrpo_fast.shapes.checker import soft_score, strict
 from egrpo_fast.shapes.world import (
     BACKGROUND,
@@ -198,8 +198,14 @@ def test_the_judges_survive_any_picture():
 
 
 def test_package_data_is_small():
-    files = [path for folder in (PIPELINE, CLIP) for path in folder.rglob("*") if path.is_file()]
+    files = [path for path in PIPELINE.parent.rglob("*") if path.is_file()]
     assert files and sum(path.stat().st_size for path in files) < 10e6
+
+
+def test_the_prompt_files_are_the_worlds_captions():
+    train, held_out = (PROMPTS[split].read_text().splitlines() for split in ("train", "held_out"))
+    assert train == captions("train", len(train), 0) and held_out == captions("held-out", len(held_out), 0)
+    assert not set(train) & set(held_out)
 
 
 def test_the_shipped_pipeline_draws():

@@ -80,9 +80,12 @@ def test_the_ratio_is_one_before_the_first_update(tmp_path):
         assert line["policy_mismatch"] < 1e-5
 
 
-def test_two_ranks_equal_one(uninterrupted, tmp_path):
-    """The same prompts, dealt to two ranks: the same rewards, and the same weights to float32 tolerance."""
-    both = launch(tmp_path / "two", ranks=2, port=29612)
+@pytest.mark.parametrize("rollout_weights", ["gathered", "sharded"])
+def test_two_ranks_equal_one(rollout_weights, uninterrupted, tmp_path):
+    """The same prompts, dealt to two ranks: the same rewards, and the same weights to float32 tolerance. However the
+    rollout finds its weights."""
+    both = launch(tmp_path / "two", f"rollout.weights={rollout_weights}", "deepspeed.overrides="
+                  "{zero_optimization: {stage3_param_persistence_threshold: 0}}", ranks=2, port=29612)  # fmt: skip
     for ours, theirs in zip(metrics(uninterrupted)[0], metrics(both)[0], strict=True):
         assert ours["reward/shapes_soft"] == pytest.approx(theirs["reward/shapes_soft"], rel=1e-5)
     for ours, theirs in zip(metrics(uninterrupted)[1], metrics(both)[1], strict=True):

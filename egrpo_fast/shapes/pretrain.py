@@ -2,11 +2,13 @@
 
     OUT/pipeline       a FluxPipeline: 32x32 pictures, latents [4, 16, 16], 64 packed tokens of 16 channels
     OUT/clip           an open_clip model and its tokenizer, `local-dir:OUT/clip`
+    OUT/prompts        train.txt and held_out.txt, captions of the two splits
     OUT/pretrain.json  losses, seconds and scores of every stage
 
-Stages run in the order text, vae, flux, blur, clip, check; each reads what it needs from OUT and writes its part there,
-so a run can be taken up at any stage. A stage is a function of the seed and of `--scale`, which multiplies all step
-counts. All of it runs on the CPU; where other processes share it, one thread (OMP_NUM_THREADS=1) is as fast as two.
+Stages run in the order prompts, text, vae, flux, blur, clip, check; each reads what it needs from OUT and writes its
+part there, so a run can be taken up at any stage. A stage is a function of the seed and of `--scale`, which
+multiplies all step counts. All of it runs on the CPU; where other processes share it, one thread (OMP_NUM_THREADS=1)
+is as fast as two.
 
 The transformer learns captions of the train split by flow matching until it draws them all (`flux`), and then unlearns
 some of it on pictures of wider jitter, many of which differ from their caption in one or two attributes (`blur`): so a
@@ -44,6 +46,7 @@ MAX_SEQUENCE_LENGTH = 24
 SHIFT, GUIDANCE, SAMPLING_STEPS = 3.0, 3.5, 16
 TEXT_WIDTH = 64
 PICTURES = 60_000
+PROMPTS = {"train": 4000, "held-out": 256}
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -421,7 +424,17 @@ def check(out: Path, scale: float, seed: int) -> dict:
     }
 
 
+def write_prompts(out: Path, scale: float, seed: int) -> dict:
+    """Prompt files of both splits."""
+    (out / "prompts").mkdir(parents=True, exist_ok=True)
+    for split, count in PROMPTS.items():
+        lines = world.captions(split, count, seed)
+        (out / "prompts" / f"{split.replace('-', '_')}.txt").write_text("\n".join(lines) + "\n")
+    return dict(PROMPTS)
+
+
 STAGES: dict[str, Callable[[Path, float, int], dict]] = {
+    "prompts": write_prompts,
     "text": train_text,
     "vae": train_vae,
     "flux": train_flux,
