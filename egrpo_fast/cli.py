@@ -1,12 +1,19 @@
-"""The `egrpo` command: looks at runs without running them. Training itself is `deepspeed egrpo_fast/train.py`."""
+"""The `egrpo` command: what is beside training. Training itself is `deepspeed egrpo_fast/train.py`."""
 
 import argparse
 import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from egrpo_fast.config import Config, load_config, recipe_names
+import yaml
+from pydantic import ValidationError
+
+from egrpo_fast.config import Config, Reward, load_config, recipe_names
 from egrpo_fast.plan import Plan, e_grpo_plan
+from egrpo_fast.prompts import read_prompts
+from egrpo_fast.shapes import PROMPTS
 
 
 def describe(config: Config) -> dict[str, Any]:
@@ -76,21 +83,22 @@ def _print_plan(description: dict[str, Any]) -> None:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="egrpo", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    plan = commands.add_parser("plan", help="print the schedule, the rows and the model calls of a recipe")
-    plan.add_argument("recipe", help=f"a YAML file, or one of: {', '.join(recipe_names())}")
-    plan.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings of the recipe to change")
-    plan.add_argument("--json", action="store_true", help="for machines")
-    plan.add_argument("--plot", type=Path, metavar="PNG", help="entropy by step and merge length, as a picture")
-    arguments = parser.parse_args()
-    try:
-        config = load_config(arguments.recipe, arguments.overrides)
-        if arguments.plot and (arguments.plot.suffix != ".png" or not arguments.plot.resolve().parent.is_dir()):
-            raise ValueError(f"--plot: {arguments.plot} is not the name of a .png file in a folder that exists")
-    except ValueError as error:
-        raise SystemExit("\n".join(f"error: {line}" for line in str(error).splitlines())) from None
+def parse_rewards(given: Sequence[str]) -> list[Reward]:
+    """`NAME` or `NAME={option: value, ...}` (YAML) each, as a recipe's `rewards`."""
+    rewards = []
+    for text in given:
+        name, _, options = text.partition("=")
+        try:
+            rewards.append(Reward(name=name, options=yaml.safe_load(options) if options else {}))
+        except (yaml.YAMLError, ValidationError):
+            raise ValueError(f"rewards: {text!r} is neither NAME nor NAME={{option: value}}") from None
+    return rewards
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    config = load_config(arguments.recipe, arguments.overrides)
+    if arguments.plot and (arguments.plot.suffix != ".png" or not arguments.plot.resolve().parent.is_dir()):
+        raise ValueError(f"--plot: {arguments.plot} is not the name of a .png file in a folder that exists")
     description = describe(config)
     if arguments.json:
         print(json.dumps(description, indent=2))
@@ -100,6 +108,147 @@ def main() -> None:
         from egrpo_fast.figures import entropy_plot
 
         entropy_plot(arguments.plot, config.schedule.build(), config.schedule.entropy_threshold)
+
+
+def _device(asked: str | None) -> str:
+    import torch
+
+    device = asked or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device: {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+SETTINGS = ("height", "width", "num_steps", "guidance", "shift", "max_sequence_length", "dtype", "seed")
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    # Mistakes in what is quick to read are told before the seconds that diffusers takes to import.
+    rewards = parse_rewards(arguments.rewards or ())
+    file = PROMPTS["held_out"] if arguments.prompts == "shapes" else arguments.prompts
+    prompts = tuple(read_prompts(file, "--prompts")[: arguments.num_prompts])
+
+    try:
+        from egrpo_fast import evaluation
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error.name} is not installed; pip install 'egrpo_fast[evaluation]'") from None
+
+    models = evaluation.find_models(arguments.models)
+    asked = {name: value for name in SETTINGS if (value := getattr(arguments, name)) is not None}
+    settings = evaluation.Settings(prompts, **evaluation.default_settings(models[0]) | asked)
+    device = _device(arguments.device)
+    print(settings)
+    told = evaluation.evaluate(
+        models, settings, rewards or evaluation.default_rewards(models), arguments.out, arguments.batch, device,
+        arguments.part, arguments.page_prompts,
+    )  # fmt: skip
+    print(f"\n{told}\n{arguments.out}: table.md, scores.parquet, page.html, and the pictures in models/")
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    try:
+        from egrpo_fast import reward_server
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error.name} is not installed; pip install 'egrpo_fast[http]'") from None
+
+    token = os.environ.get(reward_server.TOKEN_VARIABLE)
+    if arguments.token_file:
+        try:
+            token = arguments.token_file.read_text().strip()
+        except OSError as error:
+            raise ValueError(f"--token-file: cannot read {arguments.token_file}: {error.strerror}") from None
+    reward_server.serve(
+        parse_rewards(arguments.rewards), arguments.host, arguments.port, token, _device(arguments.device),
+        arguments.batch,
+    )  # fmt: skip
+
+
+def _number(least: float, most: float = 2**63 - 1, kind: type = int) -> Any:
+    """For argparse: a number from `least` to `most`."""
+
+    def read(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is no number from {least:g} to {most:g}")
+        return value
+
+    return read
+
+
+def _part(text: str) -> tuple[int, int]:
+    part, slash, parts = text.partition("/")
+    if not (slash and part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 0 to N - 1")
+    return int(part), int(parts)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="egrpo", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+
+    plan = commands.add_parser("plan", help="print the schedule, the rows and the model calls of a recipe")
+    plan.set_defaults(run=_plan)
+    plan.add_argument("recipe", help=f"a YAML file, or one of: {', '.join(recipe_names())}")
+    plan.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings of the recipe to change")
+    plan.add_argument("--json", action="store_true", help="for machines")
+    plan.add_argument("--plot", type=Path, metavar="PNG", help="entropy by step and merge length, as a picture")
+
+    about = "draw the same prompts from the same noise with several models, score them, compare with the first"
+    evaluate = commands.add_parser("evaluate", help=about, description=about)
+    evaluate.set_defaults(run=_evaluate)
+    add = evaluate.add_argument
+    add("models", nargs="+", metavar="[LABEL=]MODEL",
+        help="a run's folder, a diffusers folder, a hub id, or `shapes`; the first is the base")  # fmt: skip
+    add("--prompts", required=True, metavar="FILE", help="one prompt per line, or `shapes`")
+    add("--num-prompts", type=_number(1), metavar="N", help="only the first N of them")
+    add("--rewards", nargs="+", action="extend", metavar="NAME[={...}]",
+        help="with options as YAML; none given: the run's own and, for FLUX, the paper's four")  # fmt: skip
+    add("--out", type=Path, default=Path("runs/evaluation"), metavar="DIR",
+        help="continued where it already holds this evaluation (%(default)s)")  # fmt: skip
+    protocol = evaluate.add_argument_group("how pictures are made", "FLUX's default; a Shapes model has its own")
+    add = protocol.add_argument
+    add("--height", type=_number(1, 8192), metavar="PIXELS", help="(1024)")
+    add("--width", type=_number(1, 8192), metavar="PIXELS", help="(1024)")
+    add("--num-steps", type=_number(2, 1000), metavar="N", help="ODE steps (50)")
+    add("--guidance", type=_number(0, 1000, float), metavar="SCALE", help="for models that embed it (3.5)")
+    add("--shift", type=_number(0.01, 100, float), metavar="S",
+        help="time shift (3, the paper's; not the size-dependent one of FLUX.1-dev's scheduler)")  # fmt: skip
+    add("--max-sequence-length", type=_number(1, 512), metavar="N", help="tokens of the T5 prompt (512)")
+    add("--dtype", choices=("float32", "bfloat16"), help="(bfloat16)")
+    add("--seed", type=_number(0), metavar="N", help="of the noise (0)")
+    work = evaluate.add_argument_group("how the work is done", "changes no score beyond rounding")
+    add = work.add_argument
+    add("--batch", type=_number(1), metavar="N", help="pictures at a time (4; Shapes 64)")
+    add("--device", help="(cuda where there is one, else cpu)")
+    add("--part", type=_part, metavar="I/N", help="draw every N-th prompt from I on, and stop: N processes, N devices")
+    add("--page-prompts", type=_number(0), default=64, metavar="N", help="prompts on the picture page (%(default)s)")
+
+    about = "score pictures for trainers elsewhere, over HTTP (the reward `http`)"
+    serve = commands.add_parser("serve-rewards", help=about, description=about)
+    serve.set_defaults(run=_serve)
+    add = serve.add_argument
+    add("--rewards", nargs="+", required=True, metavar="NAME[={...}]", help="with options as YAML")
+    add("--host", default="127.0.0.1", help="address to bind; beyond loopback a token is required (%(default)s)")
+    add("--port", type=_number(1, 65535), default=8017, help="(%(default)s)")
+    add("--token-file", type=Path, metavar="FILE", help="bearer token; else the variable EGRPO_REWARD_TOKEN")
+    add("--device", help="(cuda where there is one, else cpu)")
+    add("--batch", type=_number(1), default=32, metavar="N", help="pictures scored at a time (%(default)s)")
+    return parser
+
+
+def main() -> None:
+    arguments = _parser().parse_args()
+    try:
+        arguments.run(arguments)
+    except ValueError as error:
+        raise SystemExit("\n".join(f"error: {line}" for line in str(error).splitlines())) from None
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; `egrpo evaluate` continues when it is given the same again") from None
 
 
 if __name__ == "__main__":

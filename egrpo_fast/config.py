@@ -95,7 +95,7 @@ class Rollout(_Section):
 
 class Reward(_Section):
     name: str
-    """A reward of `egrpo_fast.rewards`."""
+    """A reward of `egrpo_fast.rewards`, or any Python callable as `package.module:attribute`."""
     weight: float = 1.0
     """Its weight in the mix; 0: only watched."""
     options: dict[str, Any] = {}
@@ -109,6 +109,8 @@ class Objective(_Section):
     """Clip of the ratio around 1; log-probs are averaged over elements."""
     advantage_clip: float = Field(5.0, gt=0.0)
     """Bound on the absolute advantage."""
+    on_error: Literal["stop", "drop"] = "stop"
+    """A picture that a reward fails on, or scores NaN: stop the run, or drop it from its group with a warning."""
     optimizer_step: Literal["iteration", "active_step"] = "iteration"
     """One optimizer step per iteration, or one per active step."""
 
@@ -142,6 +144,15 @@ class DeepSpeed(_Section):
     """Merged into DeepSpeed's own configuration last, for what this tree does not name."""
 
 
+class StopWhen(_Section):
+    reward: str
+    """The reward to watch, one of `rewards`; best one that is not trained on."""
+    drop: float = Field(0.02, ge=0.0)
+    """How far its held-out mean may fall below its best, in its own units."""
+    patience: Positive = 2
+    """Evaluations in a row below that, while the trained rewards are above what they were at the best."""
+
+
 class Evaluation(_Section):
     every: Annotated[int, Field(ge=0)] = 25
     """Iterations between held-out evaluations; 0: only before and after."""
@@ -153,6 +164,8 @@ class Evaluation(_Section):
     """Pictures made together on one rank."""
     grid_pictures: Positive = 16
     """Pictures shown in the grids."""
+    stop_when: StopWhen | None = None
+    """End the run when a watched reward falls while the trained ones rise; none given: never."""
 
 
 class Checkpoint(_Section):
@@ -226,6 +239,13 @@ class Config(_Section):
         names = [reward.name for reward in self.rewards]
         if len(set(names)) != len(names):
             raise ValueError(f"rewards: {names} names one twice")
+        if (rule := self.evaluation.stop_when) is not None:
+            if rule.reward not in names:
+                raise ValueError(f"evaluation.stop_when.reward: {rule.reward!r} is none of rewards: {', '.join(names)}")
+            if not any(reward.weight for reward in self.rewards if reward.name != rule.reward):
+                raise ValueError(f"evaluation.stop_when.reward: nothing but {rule.reward!r} is trained on")
+            if not self.evaluation.every:
+                raise ValueError("evaluation.stop_when: nothing to watch with evaluation.every 0")
         try:
             made = schedule.build()
             finite = all(map(math.isfinite, (made.entropy(i, n) for i, n in enumerate(made.merges))))

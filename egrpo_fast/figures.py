@@ -56,7 +56,7 @@ def before_after(path: Path, before: Tensor, after: Tensor, captions: Sequence[s
 
 
 def curves(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Held-out rewards (one panel each) and the training reward, by iteration, as one PNG."""
+    """Held-out rewards (one panel each) and the training reward, by iteration, and where the watch stopped the run."""
     names = list(dict.fromkeys(name for line in lines for name in line if name.startswith("held_out/")))
     figure, axes = plt.subplots(1, max(1, len(names)), figsize=(4.2 * max(1, len(names)), 3.2), squeeze=False)
     for axis, name in zip(axes.flat, names):
@@ -68,6 +68,9 @@ def curves(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
             *zip(*[(line["iteration"], line[name]) for line in lines if name in line]),
             color="tab:red", marker="o", markersize=3, label="held out",
         )  # fmt: skip
+        for line in lines:
+            if line.get("watch/stop"):
+                axis.axvline(line["iteration"], color="black", linestyle="--", linewidth=1, label="watch: stop")
         axis.set(title=reward, xlabel="iteration")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)

@@ -17,9 +17,10 @@ from egrpo_fast.engine import Engine, World
 from egrpo_fast.objective import GroupLoss, Objective, policy_mismatch
 from egrpo_fast.plan import e_grpo_plan, ode_plan
 from egrpo_fast.prompts import Prompt, PromptOrder
-from egrpo_fast.rewards import Reward, score
+from egrpo_fast.rewards import Reward, fill_dropped, score
 from egrpo_fast.rollout import NoiseKey, Rollout, Velocity, Wavefront
 from egrpo_fast.schedule import make_schedule
+from egrpo_fast.watch import verdict
 
 CHECKPOINTS = "checkpoints"
 BASE_PICTURES = "base_pictures.safetensors"
@@ -27,11 +28,12 @@ BASE_PICTURES = "base_pictures.safetensors"
 
 @dataclass(frozen=True)
 class Experience:
-    """A scored rollout of one wavefront. rewards: [K, P, pictures], K trained rewards."""
+    """A scored rollout of one wavefront. rewards [K, P, pictures]: K trained ones; dropped []: share of samples."""
 
     rollout: Rollout
     conditioning: Conditioning
     rewards: Tensor
+    dropped: Tensor
 
 
 @dataclass(frozen=True)
@@ -89,18 +91,21 @@ class Trainer:
         )
         self.watch = metrics.Stopwatch(world.device)
         self.iteration = 0
+        self.history: list[tuple[int, dict[str, float]]] = []
         if config.resume:
-            self.iteration = self.engine.load(config.output_dir / CHECKPOINTS)["iteration"]
+            state = self.engine.load(config.output_dir / CHECKPOINTS)
+            self.iteration, self.history = state["iteration"], state.get("held_out", [])
 
     def train(self) -> None:
-        """Iterate to the end, then write the summary, the plots and the trained pipeline."""
+        """Iterate to the end, or until the watch stops the run; then write summary, plots and trained pipeline."""
         config = self.config
         log = self._open_log()
-        if self.iteration in (0, config.iterations):
+        last = self.iteration >= config.iterations or self._stopped()  # a resumed run that had ended
+        if self.iteration == 0 or last:
             held_out = self.evaluate()
         if self.iteration == 0:
             self._report(log, held_out)
-        while self.iteration < config.iterations:
+        while not last:
             prompts = self.order.iteration(
                 self.iteration, config.prompts.per_iteration, self.world.rank, self.world.size
             )
@@ -118,6 +123,7 @@ class Trainer:
             if last or (config.evaluation.every and self.iteration % config.evaluation.every == 0):
                 held_out = self.evaluate()
                 self._report(log, held_out)
+                last = last or self._stopped()
             if last or (config.checkpoint.every and self.iteration % config.checkpoint.every == 0):
                 self.save()
         if log:
@@ -141,7 +147,7 @@ class Trainer:
         # The gathered weights are given back before the pictures need their memory.
         with self.watch.phase("rewards"):
             return [
-                Experience(rollout, conditioning, self._score(rollout.final_latents, chunk, names))
+                Experience(rollout, conditioning, *self._score(rollout.final_latents, chunk, names))
                 for rollout, conditioning, chunk in zip(rollouts, conditionings, chunks)
             ]
 
@@ -213,7 +219,8 @@ class Trainer:
     def save(self) -> None:
         """A checkpoint of this iteration; older ones beyond `checkpoint.keep` go."""
         folder = self.config.output_dir / CHECKPOINTS
-        self.engine.save(folder, f"iteration-{self.iteration:06d}", {"iteration": self.iteration})
+        state = {"iteration": self.iteration, "held_out": self.history}
+        self.engine.save(folder, f"iteration-{self.iteration:06d}", state)
         if self.world.is_main:
             for old in sorted(folder.glob("iteration-*"))[: -self.config.checkpoint.keep]:
                 shutil.rmtree(old)
@@ -228,22 +235,31 @@ class Trainer:
         with torch.set_grad_enabled(gradient):
             return self._velocity(self.engine.module, experience.conditioning)(state, group.time, rows)
 
-    def _score(self, latents: Tensor, prompts: Sequence[str], names: Sequence[str]) -> Tensor:
-        """latents [P, pictures, L, C] -> [K, P, pictures], `model.decode_batch` pictures in memory at a time."""
+    def _score(self, latents: Tensor, prompts: Sequence[str], names: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """latents [P, pictures, L, C] -> rewards [K, P, pictures] and the share [] of them that was dropped.
+
+        `model.decode_batch` pictures are in memory at a time.
+        """
         repeated = [prompt for prompt in prompts for _ in range(latents.shape[1])]
         size, scores = self.config.model.decode_batch, []
+        drop = self.config.objective.on_error == "drop"
         for some, of_prompts in zip(latents.flatten(0, 1).split(size), _chunks(repeated, size)):
             images = self.backbone.decode(some)
-            scores.append(torch.stack([score(name, self.rewards[name], images, of_prompts) for name in names]))
-        return torch.cat(scores, dim=1).unflatten(1, latents.shape[:2])
+            scores.append(torch.stack([score(name, self.rewards[name], images, of_prompts, drop) for name in names]))
+        rewards = torch.cat(scores, dim=1).unflatten(1, latents.shape[:2])
+        return fill_dropped(self.plan.by_group(rewards))
 
     def _reward_statistics(self, batch: Sequence[Experience]) -> dict[str, float]:
         rewards = torch.cat([experience.rewards for experience in batch], dim=1)
         spread = torch.stack([group.std(-1).mean(-1) for group in self.plan.by_group(rewards)]).mean(0)
         means, spreads = self.world.mean(torch.stack((rewards.mean((1, 2)), spread))).tolist()
-        return {f"reward/{reward.name}": value for reward, value in zip(self.trained, means)} | {
+        values = {f"reward/{reward.name}": value for reward, value in zip(self.trained, means)} | {
             f"reward_spread/{reward.name}": value for reward, value in zip(self.trained, spreads)
         }
+        if self.config.objective.on_error == "drop":
+            dropped = torch.stack([experience.dropped for experience in batch]).mean()
+            values["dropped_share"] = self.world.mean(dropped).item()
+        return values
 
     def _open_log(self) -> metrics.RunLog | None:
         if not self.world.is_main:
@@ -259,15 +275,30 @@ class Trainer:
         )
         return log
 
+    def _stopped(self) -> bool:
+        """Whether the watch ends the run: the same on every rank, for the history is."""
+        found = verdict(self.config, self.history)
+        return found is not None and found.stop
+
     def _report(self, log: metrics.RunLog | None, held_out: HeldOut) -> None:
+        self.history.append((self.iteration, held_out.rewards))
         if log is None:
             return
         assert held_out.pictures is not None
         folder = self.config.output_dir
         values = {f"held_out/{name}": value for name, value in held_out.rewards.items()}
+        rule, found = self.config.evaluation.stop_when, verdict(self.config, self.history)
+        if found:
+            values |= {"watch/best": found.best, "watch/alarms": found.alarms, "watch/stop": float(found.stop)}
         log.write(self.iteration, values | self.watch.read())
         shown = "  ".join(f"{name} {value:.4f}" for name, value in held_out.rewards.items())
         log.say(f"held out after {self.iteration} iterations: {shown}")
+        if rule and found and found.alarms:
+            log.say(
+                f"WARNING: {rule.reward} fell to {held_out.rewards[rule.reward]:.4f} from its best of {found.best:.4f} "
+                f"(iteration {found.best_at}) while the trained rewards rose: alarm {found.alarms} of {rule.patience}"
+                f"{'; the run stops here' if found.stop else ''}"
+            )
         (folder / "pictures").mkdir(exist_ok=True)
         captions = self.held_out[: len(held_out.pictures)]
         figures.picture_grid(folder / "pictures" / f"iteration-{self.iteration:06d}.png", held_out.pictures, captions)
@@ -287,7 +318,9 @@ class Trainer:
         figures.before_after(folder / "before_after.png", before, after.pictures, self.held_out[: len(before)])
         self.backbone.save(folder / "pipeline", state_dict)
         held_out = {name: {"before": base[f"held_out/{name}"], "after": after.rewards[name]} for name in after.rewards}
-        summary = {"iterations": self.iteration, "held_out": held_out}
+        summary: dict[str, Any] = {"iterations": self.iteration, "held_out": held_out}
+        if self._stopped() and self.config.evaluation.stop_when:
+            summary["stopped_by"] = self.config.evaluation.stop_when.reward
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         print(f"\n{'held-out reward':<18}{'before':>10}{'after':>10}")
         for name, value in held_out.items():

@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS = [  # from the top; a room imports from rooms below it and from itself, never from its own floor or above
     ("train", "cli"),
-    ("trainer",),
-    ("engine", "metrics", "figures", "rewards", "backbones", "objective"),
+    ("trainer", "evaluation", "reward_server"),
+    ("engine", "metrics", "figures", "page", "watch", "rewards", "backbones", "objective"),
     ("rollout",),
     ("plan", "prompts", "config"),
     ("schedule", "noise", "ops", "shapes", "recipes"),
@@ -23,7 +23,11 @@ KNOWN_TO = {
     "deepspeed": {"egrpo_fast.engine"},
     # The script that made the embedded pipeline builds one from diffusers' parts; nothing imports it.
     "diffusers": {"egrpo_fast.backbones.flux", "egrpo_fast.shapes.pretrain"},
-    "open_clip": {"egrpo_fast.rewards.clip", "egrpo_fast.shapes.pretrain"},
+    "open_clip": {"egrpo_fast.rewards.clip", "egrpo_fast.rewards.hps", "egrpo_fast.shapes.pretrain"},
+    "pyarrow": {"egrpo_fast.evaluation"},
+    "httpx2": {"egrpo_fast.rewards.http"},
+    "starlette": {"egrpo_fast.reward_server"},
+    "uvicorn": {"egrpo_fast.reward_server"},
 }
 
 

@@ -1,42 +1,63 @@
-"""Rewards: pictures and prompts to scores. One file per reward; this one finds them and checks what they return.
+"""Rewards: pictures and prompts to scores. One file per reward; this one finds them by name.
 
 A reward is a callable `score(images [B, 3, H, W] float in [0, 1], prompts) -> [B]`, on the pictures' device. It may
 have a static `check(prompts, height, width)` that raises ValueError for prompts or pictures which it cannot judge.
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import pickle
+from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor
 
-Reward = Callable[[Tensor, Sequence[str]], Tensor]
+from egrpo_fast.rewards.scoring import Reward, RewardError, fill_dropped, score
+
+__all__ = ["REGISTRY", "Reward", "RewardError", "check_reward", "fill_dropped", "make_reward", "score"]
 
 REGISTRY = {
     "clip": "egrpo_fast.rewards.clip:ClipScore",
+    "hps": "egrpo_fast.rewards.hps:HpsScore",
+    "pick_score": "egrpo_fast.rewards.pick_score:PickScore",
+    "image_reward": "egrpo_fast.rewards.image_reward:ImageReward",
+    "jpeg": "egrpo_fast.rewards.jpeg:JpegCompressibility",
     "shapes_soft": "egrpo_fast.rewards.shapes:ShapesSoft",
     "shapes_strict": "egrpo_fast.rewards.shapes:ShapesStrict",
+    "http": "egrpo_fast.rewards.http:HttpReward",
 }
-"""Name in a recipe -> `module:class`; the class takes the recipe's options and `device`."""
+"""Name in a recipe -> `module:attribute`. A recipe may also name any such path itself.
+
+A class is made with the recipe's options and `device`. A function is the reward: called with pictures, prompts and the
+options.
+"""
 
 
 def _find(name: str) -> Any:
-    if name not in REGISTRY:
-        raise ValueError(f"rewards: no reward {name!r}; there are: {', '.join(REGISTRY)}")
-    module, _, attribute = REGISTRY[name].partition(":")
+    module, colon, attribute = REGISTRY.get(name, name).partition(":")
+    if not colon:
+        raise ValueError(f"rewards: no reward {name!r}; there are: {', '.join(REGISTRY)}, or any module:attribute")
     try:
-        return getattr(import_module(module), attribute)
+        reward = getattr(import_module(module), attribute)
     except ModuleNotFoundError as error:
-        raise ValueError(f"rewards.{name}: {error.name} is not installed; pip install 'egrpo_fast[rewards]'") from None
+        told = "pip install 'egrpo_fast[rewards]'" if name in REGISTRY else "is it on Python's path?"
+        raise ValueError(f"rewards.{name}: {error.name} is not installed; {told}") from None
+    except (AttributeError, ImportError) as error:
+        raise ValueError(f"rewards.{name}: {error}") from None
+    if not callable(reward):
+        raise ValueError(f"rewards.{name}: {type(reward).__name__} is no class and no function")
+    return reward
 
 
 def check_reward(name: str, options: Mapping[str, Any], prompts: Sequence[str], height: int, width: int) -> None:
     """ValueError, before any weight is read, where a recipe's reward cannot be made or cannot judge this run."""
     reward = _find(name)
     try:
-        inspect.signature(reward).bind(**options, device="cpu")
+        if isinstance(reward, type):
+            inspect.signature(reward).bind(**options, device="cpu")
+        else:
+            inspect.signature(reward).bind("images", "prompts", **options)
         if check := getattr(reward, "check", None):
             check(prompts, height, width)
     except (TypeError, ValueError) as error:
@@ -47,17 +68,12 @@ def make_reward(name: str, options: Mapping[str, Any], device: torch.device | st
     """The reward a recipe names. ValueError names what is wrong with it."""
     reward = _find(name)
     try:
+        if not isinstance(reward, type):
+            inspect.signature(reward).bind("images", "prompts", **options)
+            return partial(reward, **options)
         return reward(**options, device=device)
+    except pickle.UnpicklingError:
+        # From libraries that read their own checkpoints, by torch's `weights_only`: refused, and not executed.
+        raise ValueError(f"rewards.{name}: a checkpoint holds more than tensors, and is not executed") from None
     except (TypeError, ValueError, OSError, RuntimeError) as error:
         raise ValueError(f"rewards.{name}: {' '.join(str(error).split())}") from error
-
-
-def score(name: str, reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """`[B]` float32 scores, checked: a reward that returns the wrong shape or a number that is none stops the run."""
-    scores = reward(images, prompts)
-    if scores.shape != (len(images),):
-        raise ValueError(f"rewards.{name}: scores of shape {tuple(scores.shape)} for {len(images)} pictures")
-    wrong = (~torch.isfinite(scores)).nonzero().flatten().tolist()
-    if wrong:
-        raise ValueError(f"rewards.{name}: not finite for {len(wrong)} pictures, the first of {prompts[wrong[0]]!r}")
-    return scores.float()

@@ -1,53 +1,72 @@
 """CLIP score: cosine similarity of picture and prompt in an open_clip model (Radford et al., 2021)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import open_clip
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from egrpo_fast.rewards.preprocess import Preprocess
+from egrpo_fast.rewards.scorer import Dtype, Scorer
 from egrpo_fast.shapes import CLIP
 
 
-class ClipScore:
+class OpenClipCosine(Scorer):
+    """`cos(image_features, text_features)` in [-1, 1], of any open_clip network and picture transform."""
+
+    original_dtype: Dtype = "float16"
+
+    def __init__(
+        self,
+        network: nn.Module,
+        tokenizer: Callable[[list[str]], Tensor],
+        preprocess: Preprocess,
+        device: torch.device | str,
+        micro_batch: int | None,
+        dtype: Dtype | None,
+        offload: bool,
+    ) -> None:
+        super().__init__(network, preprocess, device, micro_batch, dtype, offload)
+        self._tokenizer = tokenizer
+
+    def encode(self, prompts: list[str]) -> Tensor:
+        return F.normalize(self.network.encode_text(self._tokenizer(prompts).to(self.device)).float(), dim=-1)
+
+    def compare(self, pictures: Tensor, features: Tensor) -> Tensor:
+        # A half-precision product would round a score of 0.3 to steps of 2e-4, as wide as a group's differences.
+        return (F.normalize(self.network.encode_image(pictures).float(), dim=-1) * features).sum(-1)
+
+
+class ClipScore(OpenClipCosine):
     """`cos(image_features, text_features)` in [-1, 1].
 
     model: an open_clip model name, `local-dir:FOLDER` or `hf-hub:ID`, or `shapes` for the embedded one. pretrained: its
-    weights' tag or file, where the model does not name them itself. Pictures stay on their device: shorter side to the
-    model's size (bicubic, antialiased), centre crop, the model's own normalisation.
+    weights' tag or file, where the model does not name them itself; one of the two must. Pictures: the model's own
+    transform, on the device. micro_batch, dtype, offload: as in `Scorer`; autocast to float16 on a GPU.
+    ValueError: no weights, or not this model's.
     """
 
-    def __init__(self, model: str, pretrained: str | None = None, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        model: str,
+        pretrained: str | None = None,
+        micro_batch: int | None = None,
+        dtype: Dtype | None = None,
+        offload: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> None:
         name = f"local-dir:{CLIP}" if model == "shapes" else model
+        home = "cpu" if offload else device
         # Without weights open_clip would hand out a random model, and a run would train on noise.
-        network = open_clip.create_model(name, pretrained=pretrained, require_pretrained=True, device=device)
-        self._model = network.eval().requires_grad_(False)
-        self._tokenizer = open_clip.get_tokenizer(name)
-        config = open_clip.get_model_preprocess_cfg(self._model)
-        size = config["size"]
-        self._size = size[0] if isinstance(size, (tuple, list)) else size
-        self._mean, self._std = (
-            torch.tensor(config[key], device=device).reshape(1, 3, 1, 1) for key in ("mean", "std")
+        network = open_clip.create_model(
+            name, pretrained=pretrained, require_pretrained=True, weights_only=True, device=home
         )
-
-    def preprocess(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] in [0, 1] -> [B, 3, size, size], normalised."""
-        height, width = images.shape[-2:]
-        scale = self._size / min(height, width)
-        target = (max(self._size, round(height * scale)), max(self._size, round(width * scale)))
-        if target != (height, width):
-            images = F.interpolate(images, target, mode="bicubic", antialias=True).clamp(0, 1)
-        top, left = ((side - self._size) // 2 for side in target)
-        images = images[..., top : top + self._size, left : left + self._size]
-        return (images - self._mean) / self._std
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        # A group shares its prompt: encode each distinct one once.
-        distinct = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
-        tokens = self._tokenizer(list(distinct)).to(images.device)
-        text = F.normalize(self._model.encode_text(tokens), dim=-1)
-        image = F.normalize(self._model.encode_image(self.preprocess(images)), dim=-1)
-        rows = torch.tensor([distinct[prompt] for prompt in prompts], device=images.device)
-        return (image * text[rows]).sum(-1).float()
+        config = open_clip.get_model_preprocess_cfg(network)
+        height, width = config["size"] if isinstance(config["size"], (tuple, list)) else (config["size"],) * 2
+        if height != width:
+            raise ValueError(f"model: {model} reads pictures of {height}x{width}; only square ones are served")
+        preprocess = Preprocess(
+            height, tuple(config["mean"]), tuple(config["std"]), config["resize_mode"], config["interpolation"]
+        )
+        super().__init__(network, open_clip.get_tokenizer(name), preprocess, device, micro_batch, dtype, offload)

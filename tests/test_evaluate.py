@@ -1,0 +1,283 @@
+"""`egrpo evaluate` on the embedded pipeline against a perturbed copy of it, and its statistics against known values."""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import pyarrow.parquet
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from scipy import stats
+
+from egrpo_fast import cli, evaluation
+from egrpo_fast.config import Reward
+from egrpo_fast.page import Shown, Table, write_page
+from egrpo_fast.prompts import read_prompts
+from egrpo_fast.shapes import PIPELINE, PROMPTS
+
+NUM_PROMPTS = 5
+LABELS = ["shapes", "trained"]
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run's folder whose pipeline is the embedded one, perturbed."""
+    run = tmp_path_factory.mktemp("runs") / "trained"
+    shutil.copytree(PIPELINE, run / "pipeline")
+    generator = torch.Generator().manual_seed(0)
+    weights = load_file(PIPELINE / WEIGHTS)
+    save_file(
+        {
+            name: value + 0.1 * value.float().std(unbiased=False) * torch.randn(value.shape, generator=generator)
+            for name, value in weights.items()
+        },
+        run / "pipeline" / WEIGHTS,
+    )
+    (run / "config.yaml").write_text("rewards: [{name: shapes_soft}, {name: clip, options: {model: shapes}}]\n")
+    return run
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["egrpo", "evaluate", *map(str, arguments)])
+    cli.main()
+
+
+def command(trained, out, *more):
+    return "shapes", trained, "--prompts", "shapes", "--num-prompts", NUM_PROMPTS, "--num-steps", 4, "--out", out, *more
+
+
+@pytest.fixture(scope="module")
+def evaluated(trained, tmp_path_factory):
+    out = tmp_path_factory.mktemp("evaluations") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        run(patch, *command(trained, out))
+    return out
+
+
+def rows(out):
+    return pyarrow.parquet.read_table(out / "scores.parquet").to_pylist()
+
+
+def test_what_an_evaluation_leaves(evaluated):
+    found = rows(evaluated)
+    prompts = read_prompts(PROMPTS["held_out"])[:NUM_PROMPTS]
+    assert [(row["model"], row["prompt_number"], row["prompt"]) for row in found] == [
+        (label, number, prompt) for label in LABELS for number, prompt in enumerate(prompts)
+    ]
+    for row in found:
+        assert 0 <= row["shapes_soft"] <= 1 and -1 <= row["clip"] <= 1 and row["shapes_strict"] in (0, 1)
+        assert (evaluated / row["picture"]).is_file()
+    table = (evaluated / "table.md").read_text()
+    for label in LABELS:
+        mean = sum(row["clip"] for row in found if row["model"] == label) / NUM_PROMPTS
+        assert re.search(rf"\| {label} +\|.* {mean:.4f} \[", table)
+    assert any(a["clip"] != b["clip"] for a, b in zip(found[:NUM_PROMPTS], found[NUM_PROMPTS:]))
+
+
+def test_scores_know_nothing_of_batches_and_parts(evaluated, trained, tmp_path, monkeypatch):
+    """Two processes' parts, two pictures at a time: the same pictures to an 8-bit step, so the same scores."""
+    for part in ("1/2", "0/2"):
+        run(monkeypatch, *command(trained, tmp_path / "out", "--batch", 2, "--part", part))
+    run(monkeypatch, *command(trained, tmp_path / "out", "--batch", 3))
+    for ours, theirs in zip(rows(evaluated), rows(tmp_path / "out"), strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4)
+
+
+def test_the_base_draws_what_the_trainer_shows(evaluated):
+    """Prompt n's noise is the trainer's held-out noise: an independent rollout of prompt 3 alone gives its picture."""
+    from egrpo_fast import noise, ops
+    from egrpo_fast.backbones.flux import FluxBackbone
+    from egrpo_fast.plan import ode_plan
+    from egrpo_fast.rollout import NoiseKey, Wavefront
+    from egrpo_fast.schedule import make_schedule
+
+    backbone = FluxBackbone.from_pretrained(str(PIPELINE), 32, 32, max_sequence_length=24)
+    text = backbone.encode(read_prompts(PROMPTS["held_out"])[3:4])
+    wavefront = Wavefront(ode_plan(make_schedule(4, 3.0)), 1, backbone.latent_shape, ops.choose("auto", "cpu"))
+    latents = wavefront.run(
+        lambda x, t, of: backbone.velocity(backbone.transformer, x, t, text, of),
+        NoiseKey(0, 0, torch.tensor([3])), noise.EVALUATION,
+    ).anchor_latents  # fmt: skip
+    kept = evaluation._read_pictures([evaluated / "models/shapes/pictures/00003.png"], 32, 32)
+    assert (backbone.decode(latents) - kept).abs().max() <= 1 / 255
+
+
+def test_an_interrupted_evaluation_continues(evaluated, trained, tmp_path, monkeypatch):
+    """Pictures missing, a score file cut in mid-line, a reward not begun: only that is done again, to the same end."""
+    out = tmp_path / "out"
+    shutil.copytree(evaluated, out)
+    for name in ("scores.parquet", "table.md", "page.html", "models/trained/pictures/00002.png"):
+        (out / name).unlink()
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("models/*/pictures/*.png")}
+    (out / "models/trained/scores/clip.jsonl").unlink()
+    cut = out / "models/shapes/scores/shapes_soft.jsonl"
+    cut.write_text(cut.read_text()[:-9])
+    run(monkeypatch, *command(trained, out))
+    for ours, theirs in zip(rows(out), rows(evaluated), strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4)
+    assert (out / "table.md").exists() and (out / "page.html").exists()
+    assert all(path.stat().st_mtime_ns == then for path, then in kept.items())
+
+
+def test_nothing_is_loaded_when_all_is_there(evaluated, trained, monkeypatch):
+    for name in ("FluxBackbone", "make_reward"):
+        monkeypatch.delattr(evaluation, name)
+    run(monkeypatch, *command(trained, evaluated))
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--num-steps", "5"], "num_steps: 5 differs from 4 in .*settings.json"),
+        (["--seed", "1"], "seed: 1 differs from 0"),
+        (["--num-prompts", "4"], "prompts: 4, SHA-256 .* differs from 5, SHA-256"),
+        (["--rewards", "clip={model: shapes, micro_batch: 2}"], "clip: .* differs from .* in .*rewards.json"),
+        (["--rewards", "beauty"], "no reward 'beauty'"),
+        (["--rewards", "clip={model: shapes"], "neither NAME nor NAME={option: value}"),
+        (["--rewards", "clip"], "rewards.clip: missing a required argument: 'model'"),
+        (["--rewards", "shapes_soft", "shapes_soft"], "rewards: at least one, each once"),
+        (["--height", "30"], "model.height: 30 is not a multiple of 4"),
+        (["--height", "64"], "shapes_soft: judges pictures of 32x32"),
+        (["--prompts", "/nowhere.txt"], "--prompts: cannot read /nowhere.txt"),
+    ],
+)
+def test_another_evaluation_or_bad_input_is_refused_by_name(evaluated, trained, more, told, monkeypatch):
+    before = {path: path.stat().st_mtime_ns for path in evaluated.rglob("*.png")}
+    with pytest.raises(SystemExit, match=told):
+        run(monkeypatch, *command(trained, evaluated, *more))
+    assert before == {path: path.stat().st_mtime_ns for path in evaluated.rglob("*.png")}
+
+
+def test_a_reward_that_cannot_be_loaded_is_told_before_anything_is_drawn(trained, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit, match="rewards.clip: "):
+        run(monkeypatch, *command(trained, out, "--rewards", "shapes_soft", "clip={model: 'local-dir:/nowhere'}"))
+    assert not list(out.rglob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--num-steps", "1"], "--num-steps: '1' is no number from 2 to 1000"),
+        (["--shift", "nan"], "--shift: 'nan' is no number"),
+        (["--seed", "-1"], "--seed: '-1' is no number from 0"),
+        (["--part", "2/2"], "--part: '2/2' is not I/N"),
+        (["--part", "x"], "--part: 'x' is not I/N"),
+    ],
+)
+def test_numbers_out_of_range_are_told_by_the_parser(trained, tmp_path, more, told, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run(monkeypatch, *command(trained, tmp_path / "out"), *more)
+    assert told in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_models_that_cannot_be_compared(trained, tmp_path):
+    with pytest.raises(ValueError, match="two are called trained; give LABEL=PATH"):
+        evaluation.find_models([str(trained), str(trained / "pipeline")])
+    assert [m.label for m in evaluation.find_models([f"a={trained}", f"b={trained}"])] == ["a", "b"]
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
+    (unfinished / "config.yaml").write_text("rewards: []\n")
+    with pytest.raises(ValueError, match="has no pipeline/ yet"):
+        evaluation.find_models([str(unfinished)])
+    with pytest.raises(ValueError, match="some are of the Shapes world"):
+        evaluation.find_models(["shapes", "black-forest-labs/FLUX.1-dev"])
+
+
+def test_weights_that_changed_since_are_refused(evaluated, trained, tmp_path):
+    copy = tmp_path / "out"
+    shutil.copytree(evaluated, copy)
+    model = evaluation.find_model(str(trained))
+    evaluation.Folder(copy).keep("models/trained/model.json", model.recorded())
+    told = json.loads((copy / "models/trained/model.json").read_text())
+    (copy / "models/trained/model.json").write_text(json.dumps({**told, "weights": "others"}))
+    with pytest.raises(ValueError, match="weights: .* differs from others"):
+        evaluation.Folder(copy).keep("models/trained/model.json", model.recorded())
+
+
+def test_defaults_are_the_papers_for_flux_and_the_recipes_for_shapes(trained):
+    flux, shapes = (evaluation.find_model(name) for name in ("black-forest-labs/FLUX.1-dev", str(trained)))
+    protocol = evaluation.Settings(("a",), **evaluation.default_settings(flux))
+    assert (protocol.height, protocol.width, protocol.num_steps) == (1024, 1024, 50)
+    assert (protocol.guidance, protocol.shift, protocol.max_sequence_length) == (3.5, 3.0, 512)
+    small = evaluation.Settings(("a",), **evaluation.default_settings(shapes))
+    assert (small.height, small.num_steps, small.max_sequence_length, small.dtype) == (32, 16, 24, "float32")
+    assert [reward.name for reward in evaluation.default_rewards([flux])] == [
+        "hps", "clip", "pick_score", "image_reward"
+    ]  # fmt: skip
+    own = evaluation.Model("x", "x", (Reward(name="clip", options={"model": "ours"}), Reward(name="jpeg")))
+    named = {reward.name: reward.options for reward in evaluation.default_rewards([flux, own])}
+    assert set(named) == {"clip", "jpeg", "hps", "pick_score", "image_reward"} and named["clip"] == {"model": "ours"}
+
+
+def test_the_bootstrap_is_the_percentile_interval():
+    """Means of resampled zeros and ones are binomial: their percentiles are known. A constant has no width."""
+    for ones, count in ((50, 100), (9, 30)):
+        values = torch.tensor([1.0] * ones + [0.0] * (count - ones), dtype=torch.float64)
+        known = stats.binom.ppf([0.025, 0.975], count, ones / count) / count
+        assert evaluation.bootstrap(values).tolist() == pytest.approx(known, abs=1 / count + 1e-9)
+    both = evaluation.bootstrap(torch.tensor([[3.0, 3.0], [0.0, 1.0]], dtype=torch.float64))
+    assert both.tolist() == [[3.0, 3.0], [0.0, 1.0]]
+
+
+def test_the_bootstrap_covers():
+    """95% intervals of 400 samples of 60 normals hold the true mean about 95 times in 100; 50% ones do not."""
+    generator = torch.Generator().manual_seed(1)
+    samples = torch.randn(400, 60, generator=generator, dtype=torch.float64)
+
+    def covered(level):
+        low, high = evaluation.bootstrap(samples, level, resamples=1000).unbind(-1)
+        return ((low < 0) & (high > 0)).double().mean().item()
+
+    assert 0.91 < covered(0.95) < 0.98 and covered(0.5) < 0.6
+
+
+def test_win_rates_and_gains_by_hand():
+    base, ours = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([2.0, 2.0, 1.0, 5.0])
+    assert evaluation.wins(ours, base).tolist() == [1.0, 0.5, 0.0, 1.0]
+    mean, gain, rate = evaluation.tables(torch.stack((base, ours)).unsqueeze(1).double(), ["a", "b"], ["r"])
+    assert [row[1].split()[0] for row in mean.rows] == ["2.5000", "2.5000"]
+    assert gain.rows[0][1].startswith("+0.0000 [") and rate.rows[0][1].startswith("62.5 [")
+
+
+class Tags(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.tags, self.text = [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_the_page_needs_nothing_and_escapes_everything(evaluated, tmp_path):
+    png = (evaluated / "models/shapes/pictures/00000.png").read_bytes()
+    evil = '<script>alert("1")</script> & <img src=x onerror=alert(1)>'
+    table = Table(evil, ["model", evil], [[evil, "1.0 [0.0, 2.0]"]])
+    write_page(tmp_path / "page.html", evil, evil, [table], [(evil, [Shown(evil, png, {evil: 1.0})])])
+    for file in (tmp_path / "page.html", evaluated / "page.html"):
+        page = Tags()
+        page.feed(file.read_text())
+        used = {tag for tag, _ in page.tags}
+        assert not used & {"script", "link", "iframe", "object", "embed", "base", "form", "a"}
+        for tag, attributes in page.tags:
+            assert not any(name.startswith("on") or name in ("srcset", "href") for name in attributes)
+            if tag == "img":
+                assert attributes["src"].startswith("data:image/png;base64,")
+        assert not re.search(r"https?://|url\(|@import", file.read_text().replace(evil, ""))
+    shown = Tags()
+    shown.feed((tmp_path / "page.html").read_text())
+    assert sum(evil in text for text in shown.text) >= 5
+    ours = Tags()
+    ours.feed((evaluated / "page.html").read_text())
+    assert sum(tag == "img" for tag, _ in ours.tags) == 2 * NUM_PROMPTS
+
+
+def test_markdown_cells_cannot_break_their_table():
+    lines = Table("t", ["model", "r"], [["a|b\nc", "1"]]).markdown().splitlines()
+    assert lines[-1].startswith("| a\\|b c |") and len({line.count("|") - line.count("\\|") for line in lines[2:]}) == 1

@@ -1,0 +1,353 @@
+"""Rewards over HTTP: what comes back equals local scores; a server that is gone, slow or lying is named, in time."""
+
+import json
+import socket
+import threading
+import time
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+import uvicorn
+from safetensors.torch import save
+
+from egrpo_fast import cli
+from egrpo_fast.prompts import read_prompts
+from egrpo_fast.reward_server import check_access, is_loopback, make_app
+from egrpo_fast.rewards import RewardError, make_reward, score
+from egrpo_fast.rewards import http as client
+from egrpo_fast.rewards.http import HttpReward, RewardServerError, pack_request, unpack_request
+from egrpo_fast.shapes import PROMPTS
+
+TOKEN = "a token of the tests".replace(" ", "-")
+PROMPT = read_prompts(PROMPTS["held_out"])[:5]
+FAST = {"timeout": 20, "retries": 2, "backoff": 0.01}
+
+
+def pictures(count=5):
+    return torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def nowhere():
+    """A port of loopback that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@contextmanager
+def serving(rewards, token=TOKEN):
+    port = nowhere()
+    server = uvicorn.Server(uvicorn.Config(make_app(rewards, token, batch=2), port=port, log_level="warning"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    deadline = time.monotonic() + 20
+    while not server.started:
+        assert time.monotonic() < deadline and thread.is_alive()
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    thread.join(10)
+
+
+def nan_for_dark(images, prompts):
+    means = images.mean((1, 2, 3))
+    return torch.where(means < 0.1, torch.nan, means)
+
+
+def out_of_memory(images, prompts):
+    raise RuntimeError("out of memory")
+
+
+@pytest.fixture(scope="module")
+def server():
+    rewards = {
+        "shapes_soft": make_reward("shapes_soft", {}),
+        "clip": make_reward("clip", {"model": "shapes"}),
+        "nan_for_dark": nan_for_dark,
+        "out_of_memory": out_of_memory,
+    }
+    with serving(rewards) as url:
+        yield url
+
+
+@pytest.fixture(autouse=True)
+def token(monkeypatch):
+    monkeypatch.setenv(client.TOKEN_VARIABLE, TOKEN)
+
+
+@pytest.mark.parametrize("name", ["clip", "shapes_soft"])
+@pytest.mark.parametrize("batch", [1, 3, 32])
+def test_a_round_trip_equals_the_local_score(server, name, batch):
+    local = make_reward(name, {"model": "shapes"} if name == "clip" else {})
+    ours = make_reward("http", {"reward": name, "url": server, "batch": batch, "precision": "float32"})
+    assert torch.allclose(ours(pictures(), PROMPT), local(pictures(), PROMPT), atol=1e-6)
+
+
+@pytest.mark.parametrize(("precision", "step"), [("uint8", 0.5 / 255), ("float16", 2**-12), ("float32", 0.0)])
+def test_pictures_travel_to_within_half_a_step(precision, step):
+    images, prompts = unpack_request(pack_request(pictures(), PROMPT, precision))
+    assert prompts == PROMPT and images.dtype == torch.float32
+    assert (images - pictures()).abs().max() <= step + 1e-7
+    eight_bits = torch.arange(256).div(255).reshape(1, 1, 16, 16).expand(1, 3, 16, 16)
+    if precision != "float16":
+        assert torch.equal(unpack_request(pack_request(eight_bits, ["é 絵"], precision))[0], eight_bits)
+
+
+@pytest.mark.parametrize("given", [None, "wrong-token-of-some-length", TOKEN + "x"])
+def test_a_wrong_token_is_refused_at_once_and_never_told(server, given, monkeypatch, tmp_path):
+    monkeypatch.delenv(client.TOKEN_VARIABLE)
+    options = {"reward": "clip", "url": server}
+    if given:
+        (tmp_path / "token").write_text(given + "\n")
+        options["token_file"] = str(tmp_path / "token")
+    with pytest.raises(ValueError, match="refuses: status 401 the bearer token is missing or wrong") as error:
+        make_reward("http", options)
+    assert TOKEN not in str(error.value) and (given is None or given not in str(error.value))
+
+
+def test_a_token_file_is_read(server, monkeypatch, tmp_path):
+    monkeypatch.delenv(client.TOKEN_VARIABLE)
+    (tmp_path / "token").write_text(TOKEN + "\n")
+    assert make_reward("http", {"reward": "clip", "url": server, "token_file": str(tmp_path / "token")})
+    with pytest.raises(ValueError, match="No such file"):
+        make_reward("http", {"reward": "clip", "url": server, "token_file": str(tmp_path / "none")})
+
+
+def test_what_the_server_cannot_judge_is_the_pictures_fault(server):
+    """Refused with its own words, not retried; with `drop` only the picture at fault is lost."""
+    reward = make_reward("http", {"reward": "shapes_soft", "url": server})
+    with pytest.raises(RewardError, match=r"rewards.http: ValueError: .*shapes_soft"):
+        score("http", reward, torch.rand(2, 3, 16, 16), PROMPT[:2])
+    dark = pictures()
+    dark[2] *= 0.01
+    reward = make_reward("http", {"reward": "nan_for_dark", "url": server, "precision": "float32"})
+    with pytest.raises(RewardError, match="nan_for_dark: not finite for 1 pictures"):
+        score("http", reward, dark, PROMPT)
+    with pytest.warns(UserWarning, match="dropped 1 of 5"):
+        scores = score("http", reward, dark, PROMPT, drop=True)
+    assert scores.isnan().tolist() == [False, False, True, False, False]
+
+
+def test_a_reward_that_breaks_on_the_server_is_tried_again_then_named(server):
+    reward = make_reward("http", {"reward": "out_of_memory", "url": server, **FAST})
+    with pytest.raises(RewardServerError, match=r"status 500 rewards.out_of_memory: .*out of memory; 3 attempts"):
+        reward(pictures(), PROMPT)
+
+
+def test_a_reward_that_is_not_served_is_told_at_the_start(server):
+    with pytest.raises(ValueError, match="rewards.http: .* serves shapes_soft, clip, .*, not 'hps'"):
+        make_reward("http", {"reward": "hps", "url": server})
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"precision": "float8"}, "precision: 'float8'; allowed"),
+        ({"timeout": 0}, "timeout: 0 is not allowed"),
+        ({"timeout": float("nan")}, "timeout: nan is not allowed"),
+        ({"retries": -1}, "retries: -1 is not allowed"),
+        ({"batch": 0}, "batch: 0 is not allowed"),
+        ({"url": "ftp://x"}, "url: http://HOST:PORT"),
+        ({"url": "http://me:secret@x"}, "url: http://HOST:PORT"),
+        ({"color": 1}, "unexpected keyword argument 'color'"),
+    ],
+)
+def test_bad_options_are_named(options, told):
+    with pytest.raises(ValueError, match=told) as error:
+        make_reward("http", {"reward": "clip", **options})
+    assert "secret" not in str(error.value)
+
+
+def answer(body, status=200):
+    def respond(handler):
+        handler.send_response(status)
+        handler.send_header("Content-Length", str(len(body)))
+        handler.end_headers()
+        handler.wfile.write(body)
+
+    return respond
+
+
+def slow(handler):
+    time.sleep(3)
+
+
+def drips(handler):
+    """A byte now and then, for ever: no read ever times out."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000000")
+    handler.end_headers()
+    try:
+        for _ in range(60):
+            handler.wfile.write(b"x")
+            time.sleep(0.05)
+    except OSError:
+        pass
+
+
+def drips_headers(handler):
+    try:
+        for byte in b"HTTP/1.1 200 OK\r\nX-Header: " + b"x" * 60:
+            handler.wfile.write(bytes([byte]))
+            handler.wfile.flush()
+            time.sleep(0.05)
+    except OSError:
+        pass
+
+
+def endless(handler):
+    handler.send_response(200)
+    handler.end_headers()
+    try:
+        for _ in range(100):
+            handler.wfile.write(b"x" * 65536)
+    except OSError:
+        pass
+
+
+def hangs_up(handler):
+    handler.connection.shutdown(socket.SHUT_RDWR)
+
+
+LIARS = {
+    "too few": (answer(save({"scores": torch.zeros(4)})), r"scores of shape \(4,\), torch.float32, for 5 pictures"),
+    "too many": (answer(save({"scores": torch.zeros(6)})), r"scores of shape \(6,\)"),
+    "integers": (answer(save({"scores": torch.zeros(5, dtype=torch.int64)})), "torch.int64, for 5"),
+    "nan": (answer(save({"scores": torch.tensor([0.0, torch.nan, 0, 0, 0])})), "scores that are not finite"),
+    "infinite": (answer(save({"scores": torch.full((5,), torch.inf)})), "scores that are not finite"),
+    "other name": (answer(save({"score": torch.zeros(5)})), "the answer holds no scores"),
+    "garbage": (answer(b"\x80\x04pickled"), "the answer holds no scores"),
+    "empty": (answer(b""), "the answer holds no scores"),
+    "status 503": (answer(b'{"error": "busy"}', 503), "status 503 busy"),
+    "status 302": (answer(b"", 302), "status 302"),
+    "no body": (answer(b"", 204), "status 204"),
+    "slow": (slow, "no answer within 0.2 s"),
+    "drips": (drips, "no answer within 0.2 s"),
+    "drips headers": (drips_headers, "no answer within 0.2 s"),
+    "endless": (endless, "the answer has no end"),
+    "hangs up": (hangs_up, "cannot be reached"),
+}
+
+
+@pytest.mark.parametrize("kind", LIARS)
+def test_a_lying_server_is_named_in_time(kind):
+    """Honest about what it serves, then lies. As many attempts as asked for; no longer than their time-outs."""
+    respond, told = LIARS[kind]
+    asked = []
+
+    class Liar(BaseHTTPRequestHandler):
+        def do_GET(self):
+            answer(json.dumps({"rewards": ["clip"]}).encode())(self)
+
+        def do_POST(self):
+            asked.append(self.rfile.read(int(self.headers["Content-Length"])))
+            respond(self)
+
+        def log_message(self, *arguments):
+            pass
+
+    liar = ThreadingHTTPServer(("127.0.0.1", 0), Liar)
+    liar.daemon_threads, liar.block_on_close = True, False
+    threading.Thread(target=liar.serve_forever, args=(0.01,), daemon=True).start()
+    try:
+        reward = HttpReward("clip", f"http://127.0.0.1:{liar.server_port}", **FAST)
+        if "no answer" in told:
+            reward._timeout = 0.2  # the honest first answer may take its time on a busy machine
+        started = time.monotonic()
+        with pytest.raises(RewardServerError, match=f"{told}.*; 3 attempts"):
+            reward(pictures(), PROMPT)
+        assert time.monotonic() - started < 3 * reward._timeout + 2
+        assert len(asked) == 3 or ("no answer" in told and len(asked) < 3)
+        assert all(len(unpack_request(body)[0]) == 5 for body in asked)
+        # Under `drop` it is still the server's fault: no sample is given a score.
+        reward._retries = 0
+        with pytest.raises(RewardError, match=f"rewards.http: RewardServerError: .*{told}"):
+            score("http", reward, pictures(), PROMPT, drop=True)
+    finally:
+        liar.shutdown()
+        liar.server_close()
+
+
+def test_a_lie_in_a_later_batch_leaves_no_score(server):
+    """All of a call's pictures are scored, or none: what came before the lie is not handed on."""
+    reward = make_reward("http", {"reward": "clip", "url": server, "batch": 2, **FAST})
+    honest, calls = reward._send, []
+
+    async def cuts_short(method, path, body):
+        calls.append(path)
+        reply = await honest(method, path, body)
+        return reply if len(calls) == 1 else save({"scores": torch.zeros(1)})
+
+    reward._send = cuts_short
+    with pytest.raises(RewardServerError, match=r"scores of shape \(1,\), torch.float32, for 2 pictures; 3 attempts"):
+        reward(pictures(), PROMPT)
+    assert len(calls) == 1 + 3
+
+
+def test_a_server_that_comes_back_is_forgiven(server):
+    """Two refused connections, then an answer."""
+    reward = make_reward("http", {"reward": "clip", "url": server, "backoff": 0.01, "precision": "float32"})
+    honest, calls = reward._send, []
+
+    async def flaky(*arguments):
+        calls.append(arguments)
+        if len(calls) < 3:
+            raise client.httpx2.ConnectError("refused")
+        return await honest(*arguments)
+
+    reward._send = flaky
+    assert torch.isfinite(reward(pictures(), PROMPT)).all() and len(calls) == 3
+
+
+def test_an_unreachable_server_is_named_when_the_run_starts():
+    with pytest.raises(ValueError, match="rewards.http: .*cannot be reached .*; 3 attempts"):
+        make_reward("http", {"reward": "clip", "url": f"http://127.0.0.1:{nowhere()}", **FAST})
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        (b"garbage", "not a request"),
+        (save({"images": pictures()}), "not a request"),
+        (save({"images": pictures(), "prompts": torch.zeros(3, dtype=torch.uint8)}), "not a request"),
+        (pack_request(pictures(), PROMPT[:3]), "3 prompts for 5 pictures"),
+        (pack_request(pictures()[:, :1], PROMPT), r"images of shape \(5, 1, 32, 32\)"),
+        (pack_request(pictures()[:0], []), r"images of shape \(0, 3, 32, 32\)"),
+        (pack_request(pictures() * 2, PROMPT), "not in \\[0, 1\\]"),
+        (pack_request(pictures() * torch.nan, PROMPT), "not in \\[0, 1\\]"),
+    ],
+)
+def test_a_request_that_is_none_is_told_so(server, body, told):
+    with pytest.raises(ValueError, match=told):
+        unpack_request(body)
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    reply = client.httpx2.post(f"{server}/score/clip", content=body, headers=headers, trust_env=False)
+    assert reply.status_code == 422 and isinstance(reply.json()["error"], str)
+
+
+def test_nobody_outside_is_let_in_without_a_token():
+    assert is_loopback("127.0.0.1") and is_loopback("::1") and is_loopback("localhost")
+    assert not is_loopback("0.0.0.0") and not is_loopback("::") and not is_loopback("example.org")
+    check_access("127.0.0.1", None)
+    check_access("0.0.0.0", TOKEN)
+    with pytest.raises(ValueError, match="--host 0.0.0.0: reachable from outside"):
+        check_access("0.0.0.0", None)
+    for weak in ("", "short", "with blanks in it, though long", "ünicode-ünicode-ünicode"):
+        with pytest.raises(ValueError, match="token: 16 or more"):
+            check_access("127.0.0.1", weak)
+
+
+def test_the_command_tells_what_to_mend(monkeypatch):
+    monkeypatch.delenv(client.TOKEN_VARIABLE)
+    for arguments, told in (
+        (["--rewards", "beauty"], "no reward 'beauty'"),
+        (["--rewards", "shapes_soft", "--host", "0.0.0.0"], "reachable from outside"),
+        (["--rewards", "shapes_soft", "shapes_soft"], "--rewards: one is named twice"),
+        (["--rewards", "shapes_soft", "--device", "abacus"], "--device: 'abacus' cannot be used"),
+        (["--rewards", "shapes_soft", "--token-file", "/nowhere"], "--token-file: cannot read /nowhere"),
+    ):
+        monkeypatch.setattr("sys.argv", ["egrpo", "serve-rewards", *arguments])
+        with pytest.raises(SystemExit, match=f"error: .*{told}"):
+            cli.main()
