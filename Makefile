@@ -9,7 +9,7 @@ ARGS ?=
 # Run from here, Python would otherwise find the folder `kernels/` under a bare name that belongs to another package.
 export PYTHONSAFEPATH := 1
 
-.PHONY: train test test-slow lint plan bench plot gpu learning sanitize resources clean
+.PHONY: train test test-slow lint parity plan bench plot gpu learning sanitize resources clean
 
 train: $(VENV)/.installed
 	@echo "== training recipe $(RECIPE) into $(OUT)"
@@ -25,6 +25,10 @@ test-slow: $(VENV)/.installed-dev
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The originals that rewards are compared with: apart from .venv, for they pin what nobody can install any more.
+parity: $(VENV)/.installed-dev
+	$(BIN)/pip install --quiet --no-deps --upgrade --target .parity hpsv2==1.2.0 image-reward==1.5
 
 plan: $(VENV)/.installed
 	$(BIN)/egrpo plan $(RECIPE) $(ARGS)
@@ -64,12 +68,12 @@ $(VENV)/.torch:
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*)
 	@echo "== set-up, once: egrpo_fast and what it needs"
-	$(BIN)/pip install --quiet --no-build-isolation --editable ".[rewards]"
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[rewards,evaluation]"
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "== set-up, once: the tools of the tests"
-	$(BIN)/pip install --quiet --no-build-isolation --editable ".[rewards,dev]"
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[rewards,evaluation,http,dev]"
 	$(BIN)/pip check
 	@touch $@
 

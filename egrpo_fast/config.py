@@ -43,6 +43,8 @@ class Model(_Section):
     """What the transformer computes in; the master weights are float32."""
     decode_batch: Positive = 32
     """Pictures that the VAE decodes and the rewards score at a time."""
+    vae_tiling: bool = False
+    """Decode large pictures tile by tile: less memory, seams are blended."""
     gradient_checkpointing: bool = False
     """Recompute activations in the update's backward pass."""
 

@@ -105,6 +105,8 @@ def make_trainer(config: Config) -> "Trainer":
         path, model.height, model.width, model.guidance, model.max_sequence_length,
         model.decode_batch, getattr(torch, model.dtype), world.device,
     )  # fmt: skip
+    if model.vae_tiling:
+        backbone.tile_decoding()
     if model.gradient_checkpointing:
         backbone.transformer.enable_gradient_checkpointing()
     if world.is_main and not config.resume:

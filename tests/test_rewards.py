@@ -51,6 +51,11 @@ def test_jpeg_prefers_what_compresses(pictures):
 # Batches, caches, dtypes, offload
 
 
+def test_a_label_tells_two_of_a_kind_apart(pictures):
+    one, other = (make_reward(f"jpeg/{quality}", {"quality": quality}) for quality in (95, 20))
+    assert (one(pictures, CAPTIONS) < other(pictures, CAPTIONS)).all()
+
+
 def test_batched_equals_one_by_one(pictures, clip):
     repeated, prompts = pictures.repeat_interleave(2, 0), [c for c in CAPTIONS for _ in range(2)]
     alone = torch.cat([clip(picture[None], [prompt]) for picture, prompt in zip(repeated, prompts)])

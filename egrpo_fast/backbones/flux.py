@@ -145,6 +145,10 @@ class FluxBackbone:
             return_dict=False,
         )[0]
 
+    def tile_decoding(self) -> None:
+        """Have `decode` work tile by tile where a picture is larger than the VAE's own tile size."""
+        self._pipeline.vae.enable_tiling()
+
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures [B, 3, H, W], float32 in [0, 1], of packed latents [B, L, C]."""

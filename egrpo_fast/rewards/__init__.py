@@ -27,21 +27,23 @@ REGISTRY = {
     "shapes_strict": "egrpo_fast.rewards.shapes:ShapesStrict",
     "http": "egrpo_fast.rewards.http:HttpReward",
 }
-"""Name in a recipe -> `module:attribute`. A recipe may also name any such path itself.
+"""Name in a recipe -> `module:attribute`. A recipe may also name any such path itself, and tell two of a kind apart by
+a label: `http/hps`, `http/pick`.
 
-A class is made with the recipe's options and `device`. A function is the reward: called with pictures, prompts and the
+A class is made with the options and `device`. A function is the reward: called with pictures, prompts and the
 options.
 """
 
 
 def _find(name: str) -> Any:
-    module, colon, attribute = REGISTRY.get(name, name).partition(":")
+    kind = name.partition("/")[0]
+    module, colon, attribute = REGISTRY.get(kind, name).partition(":")
     if not colon:
         raise ValueError(f"rewards: no reward {name!r}; there are: {', '.join(REGISTRY)}, or any module:attribute")
     try:
         reward = getattr(import_module(module), attribute)
     except ModuleNotFoundError as error:
-        told = "pip install 'egrpo_fast[rewards]'" if name in REGISTRY else "is it on Python's path?"
+        told = "pip install 'egrpo_fast[rewards]'" if kind in REGISTRY else "is it on Python's path?"
         raise ValueError(f"rewards.{name}: {error.name} is not installed; {told}") from None
     except (AttributeError, ImportError) as error:
         raise ValueError(f"rewards.{name}: {error}") from None
