@@ -68,7 +68,7 @@ $(VENV)/.torch:
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*)
 	@echo "== set-up, once: egrpo_fast and what it needs"
-	$(BIN)/pip install --quiet --no-build-isolation --editable ".[rewards,evaluation]"
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[rewards,evaluation,http]"
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Everything that needs a GPU, in one call of under ten minutes: correctness on the device, then benchmarks, then
 # benchmarks/results/<gpu>.csv. Nothing is fetched: PYTHON (default python3) has torch, triton, pytest,
-# pytest-benchmark, scipy and setuptools; the package is installed from this folder, its extension with it.
+# pytest-benchmark, hypothesis, scipy and setuptools; the package is installed from this folder, its extension with it.
 set -eu
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}

@@ -144,7 +144,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         models, settings, rewards or evaluation.default_rewards(models), arguments.out, arguments.batch, device,
         arguments.part, arguments.page_prompts,
     )  # fmt: skip
-    print(f"\n{told}\n{arguments.out}: table.md, scores.parquet, page.html, and the pictures in models/")
+    whole = "table.md, scores.parquet, page.html, and the pictures in models/"
+    print(f"\n{told}\n{arguments.out}: {whole if arguments.part is None else 'the pictures of this part in models/'}")
 
 
 def _serve(arguments: argparse.Namespace) -> None:

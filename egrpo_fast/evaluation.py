@@ -188,7 +188,9 @@ class Folder:
         _write(file, (json.dumps({**before, **now}, indent=2) + "\n").encode())
 
     def open(self, settings: Settings, models: Sequence[Model], rewards: Sequence[Reward]) -> None:
-        if self.path.is_dir() and any(self.path.iterdir()) and not (self.path / "settings.json").exists():
+        # Another part of the same evaluation may be writing its settings at this moment.
+        strange = self.path.is_dir() and any(not file.name.startswith(".settings.json") for file in self.path.iterdir())
+        if strange and not (self.path / "settings.json").exists():
             raise ValueError(f"out: {self.path} is not empty and holds no evaluation")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -203,7 +205,7 @@ class Folder:
         return self.path / "models" / model.label / "pictures" / f"{prompt:05d}.png"
 
     def scores_file(self, model: Model, reward: str) -> Path:
-        return self.path / "models" / model.label / "scores" / f"{reward}.jsonl"
+        return self.path / "models" / model.label / "scores" / f"{reward.replace('/', '~')}.jsonl"
 
     def scores(self, model: Model, reward: str) -> dict[int, float]:
         """Scores so far by prompt. A last line that an interruption cut off is dropped from the file, too."""

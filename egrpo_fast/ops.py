@@ -16,6 +16,7 @@ the CPU, the tables of `branch_rows` are checked where they are made.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import combinations
 from types import MappingProxyType, ModuleType
 
 import torch
@@ -69,6 +70,20 @@ def _require_rows(
     _require_tensor(name, tensor, shape, dtypes, device)
     contiguous = len(tensor) == 0 or tensor[0].is_contiguous()
     _require(contiguous, f"{name}: strides {tensor.stride()}, expected every row contiguous in itself")
+
+
+def _require_apart(**rows: Tensor | None) -> None:
+    """Rows that do not lie on one another, and arguments that share no memory: what an op in place relies on."""
+    spans = {}
+    for name, tensor in rows.items():
+        if tensor is None or len(tensor) == 0:
+            continue
+        row = tensor[0].numel()
+        _require(len(tensor) == 1 or tensor.stride(0) >= row, f"{name}: strides {tensor.stride()}, rows overlap")
+        start = tensor.data_ptr()
+        spans[name] = (start, start + ((len(tensor) - 1) * tensor.stride(0) + row) * tensor.element_size())
+    for (one, (start, end)), (other, (other_start, other_end)) in combinations(spans.items(), 2):
+        _require(end <= other_start or other_end <= start, f"{other}: shares memory with {one}")
 
 
 def _row_shape(name: str, tensor: Tensor) -> torch.Size:
@@ -186,7 +201,8 @@ class Ops:
         _require(mix in MIXES, f"mix: {mix!r}, allowed: {', '.join(MIXES)}")
         _require(clip_range > 0, f"clip_range: {clip_range}, allowed: above 0")
         _require(advantage_clip > 0, f"advantage_clip: {advantage_clip}, allowed: above 0")
-        _require_values(~rewards.isnan(), "rewards: NaN")
+        # One reduction sees NaN, infinity and a group whose range leaves the dtype.
+        _require_values((rewards.amax(-1) - rewards.amin(-1)).isfinite(), "rewards: NaN, or of infinite range")
         return self._implementation["group_advantage_clip_loss"](
             rewards, log_ratio, weights, mix, clip_range, advantage_clip
         )
@@ -231,6 +247,8 @@ class Ops:
         _require_tensor("draws", draws, (edges,), (torch.int64,), device, contiguous=True)
         _require_tensor("slots", slots, (edges,), (words,), device, contiguous=True)
         _require_tensor("prompts", prompts, (None,), (torch.int64,), device, contiguous=True)
+        if not torch.compiler.is_compiling():
+            _require_apart(latents=latents, velocity=velocity, model_latents=model_latents)
         _require(0 <= iteration < 2**32, f"iteration: {iteration}, allowed: 0 to 2^32 - 1")
         _require_seed(seed)
         self._implementation["branch_rows"](

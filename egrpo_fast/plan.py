@@ -113,7 +113,12 @@ class Plan:
         return sum(len(wave.sources) for wave in self.waves)
 
     def tables(self, num_prompts: int, device: torch.device | str, dtype: torch.dtype) -> tuple[WaveTable, ...]:
-        """Every wave's table for `num_prompts` prompts; prompt p owns rows p * num_rows onwards. Made once per run."""
+        """Every wave's table for `num_prompts` prompts; prompt p owns rows p * num_rows onwards. Made once per run.
+
+        Right because the plan is (`__post_init__`); ValueError where its rows are more than 32-bit indices name.
+        """
+        if num_prompts * self.num_rows >= 2**31:
+            raise ValueError(f"num_prompts: {num_prompts} prompts of {self.num_rows} rows, allowed: below 2^31 in all")
         return tuple(self._table(wave, num_prompts, device, dtype) for wave in self.waves)
 
     def _table(self, wave: Wave, num_prompts: int, device: torch.device | str, dtype: torch.dtype) -> WaveTable:

@@ -95,7 +95,7 @@ def make_app(
     return Starlette(
         routes=[
             Route("/rewards", guarded(names), methods=["GET"]),
-            Route("/score/{name}", guarded(scored), methods=["POST"]),
+            Route("/score/{name:path}", guarded(scored), methods=["POST"]),
         ]
     )
 

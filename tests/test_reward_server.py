@@ -65,6 +65,7 @@ def server():
     rewards = {
         "shapes_soft": make_reward("shapes_soft", {}),
         "clip": make_reward("clip", {"model": "shapes"}),
+        "clip/two words": make_reward("clip", {"model": "shapes"}),
         "nan_for_dark": nan_for_dark,
         "out_of_memory": out_of_memory,
     }
@@ -77,10 +78,10 @@ def token(monkeypatch):
     monkeypatch.setenv(client.TOKEN_VARIABLE, TOKEN)
 
 
-@pytest.mark.parametrize("name", ["clip", "shapes_soft"])
+@pytest.mark.parametrize("name", ["clip", "clip/two words", "shapes_soft"])
 @pytest.mark.parametrize("batch", [1, 3, 32])
 def test_a_round_trip_equals_the_local_score(server, name, batch):
-    local = make_reward(name, {"model": "shapes"} if name == "clip" else {})
+    local = make_reward(name, {} if name == "shapes_soft" else {"model": "shapes"})
     ours = make_reward("http", {"reward": name, "url": server, "batch": batch, "precision": "float32"})
     assert torch.allclose(ours(pictures(), PROMPT), local(pictures(), PROMPT), atol=1e-6)
 

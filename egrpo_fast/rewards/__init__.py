@@ -43,7 +43,8 @@ def _find(name: str) -> Any:
     try:
         reward = getattr(import_module(module), attribute)
     except ModuleNotFoundError as error:
-        told = "pip install 'egrpo_fast[rewards]'" if kind in REGISTRY else "is it on Python's path?"
+        extra = "http" if kind == "http" else "rewards"
+        told = f"pip install 'egrpo_fast[{extra}]'" if kind in REGISTRY else "is it on Python's path?"
         raise ValueError(f"rewards.{name}: {error.name} is not installed; {told}") from None
     except (AttributeError, ImportError) as error:
         raise ValueError(f"rewards.{name}: {error}") from None

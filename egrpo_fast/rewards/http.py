@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
+from urllib.parse import quote
 
 import httpx2
 import torch
@@ -117,9 +118,8 @@ class HttpReward:
             some = slice(start, start + self._batch)
             body = pack_request(images[some], prompts[some], self._precision)
             count = len(images[some])
-            parts.append(
-                self._ask("POST", f"score/{self.reward}", body, lambda reply, count=count: _read_scores(reply, count))
-            )
+            path = f"score/{quote(self.reward)}"
+            parts.append(self._ask("POST", path, body, lambda reply, count=count: _read_scores(reply, count)))
         return torch.cat(parts).to(images.device)
 
     @staticmethod
