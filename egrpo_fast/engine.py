@@ -82,9 +82,6 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
-    def barrier(self) -> None:
-        dist.barrier()
-
     def close(self) -> None:
         dist.destroy_process_group()
 

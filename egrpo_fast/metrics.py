@@ -41,7 +41,7 @@ class Stopwatch:
 class RunLog:
     """One line of JSON per iteration or evaluation in `metrics.jsonl`, mirrored to TensorBoard and the progress bar.
 
-    start: iterations already done; lines from `start` on, left by an interrupted run, are dropped.
+    start: iterations already done; lines of later ones, left by an interrupted run, are dropped.
     """
 
     def __init__(self, folder: Path, iterations: int, start: int = 0, wandb_config: Mapping[str, Any] | None = None):

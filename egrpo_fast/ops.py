@@ -7,10 +7,11 @@ float32 (float64 on the reference).
 
 Checks are the same for every backend, and a ValueError names the argument. Shapes, dtypes and devices are always
 checked: host work of microseconds. Values are checked where that may cost a device synchronisation of a few bytes, next
-to a forward and backward of the model: s > 0 in `gaussian_log_prob` and `replay_log_ratio`, rewards without NaN in
+to a forward and backward of the model: s > 0 in `gaussian_log_prob` and `replay_log_ratio`, rewards of finite range in
 `group_advantage_clip_loss`; not while torch.compile traces, which cannot branch on values. The ops between two model
 calls of a rollout, `sde_step` and `branch_rows`, never synchronise: `sde_step` checks s >= 0 where coefficients are on
-the CPU, the tables of `branch_rows` are checked where they are made.
+the CPU; the values in the tables of `branch_rows` are right because the plan that makes them is checked (`plan.py`),
+and the extension on the CPU checks them at every call.
 """
 
 from collections.abc import Callable, Mapping

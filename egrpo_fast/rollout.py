@@ -72,11 +72,6 @@ class Wavefront:
         self._copy = None if model_dtype == dtype else torch.empty_like(self._latents, dtype=model_dtype)
         self._picture_rows = torch.tensor(plan.picture_rows, dtype=torch.int64, device=device)
 
-    @property
-    def model_calls(self) -> int:
-        """Model calls of one run."""
-        return sum(len(table.sources.split(self.micro_batch or len(table.sources))) for table in self.tables)
-
     def _velocity(self, velocity: Velocity, table: WaveTable) -> Tensor:
         readable = self._latents if self._copy is None else self._copy
         size = self.micro_batch or len(table.sources)
