@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from egrpo_fast import cost
 from egrpo_fast.config import Config, Reward, load_config, recipe_names
 from egrpo_fast.plan import Plan, e_grpo_plan
 from egrpo_fast.prompts import read_prompts
@@ -100,10 +101,14 @@ def _plan(arguments: argparse.Namespace) -> None:
     if arguments.plot and (arguments.plot.suffix != ".png" or not arguments.plot.resolve().parent.is_dir()):
         raise ValueError(f"--plot: {arguments.plot} is not the name of a .png file in a folder that exists")
     description = describe(config)
+    gpus = arguments.gpus or cost.default_gpus(config)
+    cluster = cost.Cluster(gpus, arguments.nodes, arguments.gpu, arguments.utilisation, arguments.network * 1e9)
+    description["cost"] = cost.describe(config, cluster)
     if arguments.json:
         print(json.dumps(description, indent=2))
     else:
         _print_plan(description)
+        print(f"\n{cost.report(description['cost'])}")
     if arguments.plot:
         from egrpo_fast.figures import entropy_plot
 
@@ -166,6 +171,24 @@ def _serve(arguments: argparse.Namespace) -> None:
     )  # fmt: skip
 
 
+def _doctor(arguments: argparse.Namespace) -> None:
+    from egrpo_fast import doctor
+
+    raise SystemExit(doctor.main(arguments.output_dir, arguments.json))
+
+
+def _encode(arguments: argparse.Namespace) -> None:
+    from egrpo_fast import encoding
+
+    settings = encoding.default_settings(arguments.model)
+    settings |= {name: value for name in settings if (value := getattr(arguments, name)) is not None}
+    encoding.encode(
+        arguments.prompts, arguments.out, arguments.model, quantization=arguments.quantization, batch=arguments.batch,
+        column=arguments.column, device=_device(arguments.device), verify=arguments.verify,
+        **settings,
+    )  # fmt: skip
+
+
 def _number(least: float, most: float = 2**63 - 1, kind: type = int) -> Any:
     """For argparse: a number from `least` to `most`."""
 
@@ -192,12 +215,21 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="egrpo", description=__doc__)
     commands = parser.add_subparsers(required=True)
 
-    plan = commands.add_parser("plan", help="print the schedule, the rows and the model calls of a recipe")
+    plan = commands.add_parser("plan", help="print a recipe's schedule, rows, and estimated memory and time")
     plan.set_defaults(run=_plan)
     plan.add_argument("recipe", help=f"a YAML file, or one of: {', '.join(recipe_names())}")
     plan.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings of the recipe to change")
     plan.add_argument("--json", action="store_true", help="for machines")
     plan.add_argument("--plot", type=Path, metavar="PNG", help="entropy by step and merge length, as a picture")
+    estimate = plan.add_argument_group("what the cost is estimated for")
+    add = estimate.add_argument
+    add("--gpus", type=_number(1, 65536), metavar="N", help="in all (as many, up to 8, as share the prompts evenly)")
+    add("--nodes", type=_number(1, 65536), default=1, metavar="M", help="machines they are in (%(default)s)")
+    add("--gpu", choices=cost.GPUS, default="H100", help="(%(default)s)")
+    add("--utilisation", type=_number(0.01, 1, float), default=0.4, metavar="SHARE",
+        help="of the GPU's peak FLOP/s; an assumption (%(default)s)")  # fmt: skip
+    add("--network", type=_number(0.1, 1e6, float), default=50.0, metavar="GB/S",
+        help="per GPU and direction between machines; an assumption (%(default)g)")  # fmt: skip
 
     about = "draw the same prompts from the same noise with several models, score them, compare with the first"
     evaluate = commands.add_parser("evaluate", help=about, description=about)
@@ -229,6 +261,22 @@ def _parser() -> argparse.ArgumentParser:
     add("--part", type=_part, metavar="I/N", help="draw every N-th prompt from I on, and stop: N processes, N devices")
     add("--page-prompts", type=_number(0), default=64, metavar="N", help="prompts on the picture page (%(default)s)")
 
+    about = "run prompts through the text encoders once, into a folder for `prompts.embeddings`, or go on there"
+    encode = commands.add_parser("encode", help=about, description=about)
+    encode.set_defaults(run=_encode)
+    add = encode.add_argument
+    add("prompts", nargs="+", metavar="PROMPTS", help="text with one per line, .jsonl or .parquet; or `shapes`")
+    add("out", type=Path, metavar="OUT", help="folder of the embeddings")
+    add("--model", required=True, metavar="PATH", help="a FLUX pipeline's folder or hub id, or `shapes`")
+    add("--max-sequence-length", type=_number(1, 512), metavar="N", help="tokens of the T5 prompt (512; shapes 24)")
+    add("--dtype", choices=("float32", "bfloat16"), help="as `model.dtype` of the run (bfloat16; shapes float32)")
+    add("--quantization", choices=("none", "int8", "nf4"), default="none",
+        help="of T5's weights, as `model.text_encoder_quantization` of the run (%(default)s)")  # fmt: skip
+    add("--column", default="prompt", metavar="NAME", help="field of JSONL, column of Parquet (%(default)s)")
+    add("--batch", type=_number(1), default=16, metavar="N", help="prompts at a time (%(default)s)")
+    add("--device", help="(cuda where there is one, else cpu)")
+    add("--verify", action="store_true", help="read all that is there already; what is damaged is made again")
+
     about = "score pictures for trainers elsewhere, over HTTP (the reward `http`)"
     serve = commands.add_parser("serve-rewards", help=about, description=about)
     serve.set_defaults(run=_serve)
@@ -239,6 +287,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--token-file", type=Path, metavar="FILE", help="bearer token; else the variable EGRPO_REWARD_TOKEN")
     add("--device", help="(cuda where there is one, else cpu)")
     add("--batch", type=_number(1), default=32, metavar="N", help="pictures scored at a time (%(default)s)")
+
+    about = "look at this installation and test it, in seconds; a report for bug reports, without secrets"
+    doctor = commands.add_parser("doctor", help=about, description=f"{about}. Status 1 where something failed.")
+    doctor.set_defaults(run=_doctor)
+    doctor.add_argument("--json", action="store_true", help="for machines")
+    doctor.add_argument("--output-dir", type=Path, default=Path("runs"), metavar="DIR",
+                        help="where a run would write (%(default)s)")  # fmt: skip
     return parser
 
 
@@ -249,7 +304,8 @@ def main() -> None:
     except ValueError as error:
         raise SystemExit("\n".join(f"error: {line}" for line in str(error).splitlines())) from None
     except KeyboardInterrupt:
-        raise SystemExit("interrupted; `egrpo evaluate` continues when it is given the same again") from None
+        told = "interrupted; `egrpo evaluate` and `egrpo encode` continue when they are given the same again"
+        raise SystemExit(told) from None
 
 
 if __name__ == "__main__":

@@ -16,6 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from egrpo_fast.schedule import Schedule, make_schedule
 
+CONFIG_FILE, RUN_FILE, CHECKPOINTS = "config.yaml", "run.json", "checkpoints"
+"""In a run's folder: its settings, what made it, its checkpoints."""
+
 Positive = Annotated[int, Field(ge=1)]
 Unit = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -28,9 +31,24 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
+class Lora(_Section):
+    """Low-rank adapters on the transformer's linear layers; the weights under them stay as they are (peft)."""
+
+    rank: Positive = 64
+    """Rank of every adapter."""
+    alpha: Positive = 64
+    """Scale of the adapters is alpha / rank."""
+    target_modules: list[str] = Field(
+        ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"], min_length=1
+    )
+    """Linear layers that get one, by the end of their name."""
+    path: str | None = None
+    """A LoRA folder or file to start from, in diffusers' layout and of this rank; none given: a new one."""
+
+
 class Model(_Section):
     path: str
-    """Folder of a FLUX pipeline in diffusers' layout, or `shapes` for the embedded one."""
+    """Folder or hub id of a FLUX pipeline in diffusers' layout, or `shapes` for the embedded one."""
     height: Positive = 720
     """Picture height in pixels, a multiple of twice the VAE's factor (16 for FLUX)."""
     width: Positive = 720
@@ -41,6 +59,10 @@ class Model(_Section):
     """Tokens of the T5 prompt; longer prompts are cut."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """What the transformer computes in; the master weights are float32."""
+    lora: Lora | None = None
+    """Train adapters instead of the whole transformer; none given: all weights."""
+    text_encoder_quantization: Literal["none", "int8", "nf4"] = "none"
+    """Weights of the T5 encoder: as loaded, or in 8 or 4 bits by bitsandbytes (a GPU is needed)."""
     decode_batch: Positive = 32
     """Pictures that the VAE decodes and the rewards score at a time."""
     vae_tiling: bool = False
@@ -51,9 +73,13 @@ class Model(_Section):
 
 class Prompts(_Section):
     train: str
-    """Prompt file, one per line, or `shapes`."""
+    """Prompt file (text with one per line, JSONL or Parquet), or `shapes`."""
     held_out: str
     """Prompt file of the held-out evaluation, or `shapes`."""
+    column: str = "prompt"
+    """Field of a JSONL line, or column of a Parquet file, that holds the prompt."""
+    embeddings: str | None = None
+    """Folder made by `egrpo encode` of these prompts: no text encoder is loaded; none given: encode on the fly."""
     per_iteration: Positive = 1
     """Prompts of one iteration, over all ranks together; a multiple of the number of ranks."""
     shuffle: bool = True
@@ -111,13 +137,16 @@ class Objective(_Section):
     """Clip of the ratio around 1; log-probs are averaged over elements."""
     advantage_clip: float = Field(5.0, gt=0.0)
     """Bound on the absolute advantage."""
-    on_error: Literal["stop", "drop"] = "stop"
-    """A picture that a reward fails on, or scores NaN: stop the run, or drop it from its group with a warning."""
+    on_error: Literal["skip", "drop", "stop"] = "skip"
+    """Pictures that a reward fails on, or scores NaN: skip that iteration's update on all ranks, drop them from their
+    groups, or end the run. The first two warn."""
     optimizer_step: Literal["iteration", "active_step"] = "iteration"
     """One optimizer step per iteration, or one per active step."""
 
 
 class Optimizer(_Section):
+    name: Literal["adamw", "adamw8bit"] = "adamw"
+    """AdamW, or bitsandbytes' with both moments in 8 bits."""
     lr: float = Field(2e-6, gt=0.0)
     """Peak learning rate of AdamW."""
     betas: tuple[Unit, Unit] = (0.9, 0.999)
@@ -128,6 +157,10 @@ class Optimizer(_Section):
     """Decoupled weight decay."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Optimizer steps of linear warm-up."""
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    """What the learning rate does after the warm-up, until the last iteration."""
+    ema_decay: float | None = Field(None, gt=0.0, lt=1.0)
+    """Keep an exponential moving average of the weights, sharded like them, for `egrpo export --weights ema`."""
     max_grad_norm: float = Field(1.0, gt=0.0)
     """Gradient norm bound, over all parameters and ranks."""
 
@@ -142,6 +175,14 @@ OWNED_BY_US = {
 class DeepSpeed(_Section):
     zero_stage: Literal[1, 2, 3] = 3
     """What is sharded over ranks: 1 optimizer, 2 and gradients, 3 and weights."""
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    """Where the optimizer's state and the float32 weights live: on the device, in host memory, on a disk."""
+    offload_weights: Literal["none", "cpu", "nvme"] = "none"
+    """Where the sharded weights live between uses (ZeRO-3)."""
+    nvme_path: str | None = None
+    """Folder on a fast local disk, for `nvme`."""
+    init_timeout: Positive = 1800
+    """Seconds that loading may wait at one parameter before the run ends and says which rank waits for what."""
     overrides: dict[str, Any] = {}
     """Merged into DeepSpeed's own configuration last, for what this tree does not name."""
 
@@ -175,6 +216,29 @@ class Checkpoint(_Section):
     """Iterations between checkpoints; 0: only at the end."""
     keep: Positive = 2
     """Newest checkpoints kept."""
+    best: str | None = None
+    """Keep also the checkpoint at which this held-out reward was highest; none given: only the newest."""
+    asynchronous: bool = True
+    """Write while training goes on, from a copy in host memory."""
+
+
+class Guards(_Section):
+    """What a run does when a number or a rank goes wrong."""
+
+    bad_steps: Positive = 3
+    """Iterations in a row with a loss, gradient, reward or latent that is not finite: skipped, until so many end it."""
+    stop_seconds: float = Field(120.0, gt=0.0)
+    """Seconds that a run may take to end with a checkpoint after SIGTERM or Ctrl-C; then it ends without."""
+    stall_seconds: float = Field(3600.0, gt=0.0)
+    """Seconds without progress in one phase after which the run ends and says which rank is where."""
+    grad_norm_spike: float | None = Field(10.0, gt=1.0)
+    """Warn where the gradient norm is so many times its running median."""
+    policy_mismatch: float | None = Field(0.1, gt=0.0)
+    """Warn where update and rollout differ by more of the step's noise than this."""
+    clip_fraction: float | None = Field(None, gt=0.0, le=1.0)
+    """Warn where more of the ratios are clipped than this."""
+    zero_advantage_share: float | None = Field(0.5, gt=0.0, le=1.0)
+    """Warn where more of the advantages are 0 than this: the reward tells the samples apart no more."""
 
 
 class Config(_Section):
@@ -201,6 +265,7 @@ class Config(_Section):
     deepspeed: DeepSpeed = DeepSpeed()
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
+    guards: Guards = Guards()
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
@@ -248,6 +313,20 @@ class Config(_Section):
                 raise ValueError(f"evaluation.stop_when.reward: nothing but {rule.reward!r} is trained on")
             if not self.evaluation.every:
                 raise ValueError("evaluation.stop_when: nothing to watch with evaluation.every 0")
+        if self.checkpoint.best is not None and self.checkpoint.best not in names:
+            told = f"{self.checkpoint.best!r} is none of rewards: {', '.join(names)}"
+            raise ValueError(f"checkpoint.best: {told}")
+        zero = self.deepspeed
+        if "nvme" in (zero.offload_optimizer, zero.offload_weights) and zero.nvme_path is None:
+            raise ValueError("deepspeed.nvme_path: a folder is needed to offload to nvme")
+        if zero.zero_stage < 3 and zero.offload_weights != "none":
+            raise ValueError(f"deepspeed.offload_weights: only ZeRO-3 shards weights, zero_stage is {zero.zero_stage}")
+        if zero.zero_stage < 3 and zero.offload_optimizer == "nvme":
+            raise ValueError("deepspeed.offload_optimizer: nvme needs zero_stage 3")
+        if zero.offload_optimizer != "none" and self.optimizer.name == "adamw8bit":
+            raise ValueError("deepspeed.offload_optimizer: bitsandbytes' 8-bit AdamW stays on the device; use adamw")
+        if zero.offload_optimizer == "nvme" and self.optimizer.ema_decay is not None:
+            raise ValueError("optimizer.ema_decay: the average cannot be kept on nvme; use offload_optimizer cpu")
         try:
             made = schedule.build()
             finite = all(map(math.isfinite, (made.entropy(i, n) for i, n in enumerate(made.merges))))

@@ -1,17 +1,27 @@
-"""The distributed engine, and the only room that imports DeepSpeed: init, gather, step, save, load, agree."""
+"""The distributed engine, and the only room that imports DeepSpeed: load sharded, gather, step, pieces, agree."""
 
 import contextlib
+import math
 import os
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+import resource
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from egrpo_fast.config import Config
+from egrpo_fast.checkpoint import CheckpointReader, Piece
+from egrpo_fast.config import Config, Optimizer
+from egrpo_fast.heartbeat import Heartbeat
+
+WEIGHT, EMA = "weight", "ema"
+"""Kinds of checkpoint pieces beside the optimizer's own: float32 master weights and their moving average."""
 
 
 def _merge(base: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -23,6 +33,15 @@ def _merge(base: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]
 
 def deepspeed_config(config: Config) -> dict[str, Any]:
     """DeepSpeed's own configuration for a run."""
+    zero: dict[str, Any] = {"stage": config.deepspeed.zero_stage, "memory_efficient_linear": False}
+    for part, device in (
+        ("offload_optimizer", config.deepspeed.offload_optimizer),
+        ("offload_param", config.deepspeed.offload_weights),
+    ):
+        if device != "none":
+            zero[part] = {"device": device, "pin_memory": torch.cuda.is_available()}
+        if device == "nvme":
+            zero[part]["nvme_path"] = config.deepspeed.nvme_path
     return _merge(
         {
             "train_micro_batch_size_per_gpu": 1,
@@ -32,8 +51,10 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
             "bf16": {"enabled": config.model.dtype == "bfloat16"},
             # Gradients of all active steps and prompts add up before a step: in bfloat16 the sum would lose them.
             "data_types": {"grad_accum_dtype": "fp32"},
-            "zero_optimization": {"stage": config.deepspeed.zero_stage},
+            "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
+            # Offloaded, torch's own AdamW takes the step on the host; DeepSpeed's would be compiled at first use.
+            "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 10**9,
         },
         config.deepspeed.overrides,
@@ -41,9 +62,12 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
 
 
 class World:
-    """This process among its ranks. Started by the `deepspeed` launcher, or alone."""
+    """This process among its ranks. Started by the `deepspeed` launcher, or alone.
 
-    def __init__(self) -> None:
+    timeout: seconds that a collective waits for the other ranks. Longer than the heartbeat's patience, which says more.
+    """
+
+    def __init__(self, timeout: float = 7200.0) -> None:
         for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("MASTER_ADDR", "127.0.0.1")):
             os.environ.setdefault(name, str(value))
         os.environ.setdefault("MASTER_PORT", "29500")
@@ -57,7 +81,11 @@ class World:
                 torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
         # For CPU ranks DeepSpeed would now compile a reduction for inference, for a minute. ZeRO does not call it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(dist_backend="nccl" if self.device.type == "cuda" else "gloo", verbose=False)
+        deepspeed.init_distributed(
+            dist_backend="nccl" if self.device.type == "cuda" else "gloo",
+            timeout=timedelta(seconds=timeout),
+            verbose=False,
+        )
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
     @property
@@ -82,24 +110,139 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def from_main(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        values = [value]
+        dist.broadcast_object_list(values, 0, device=self.device)
+        return values[0]
+
     def close(self) -> None:
         dist.destroy_process_group()
 
 
+def materialize(
+    module: nn.Module, read: Callable[[str], Tensor], config: Config, world: World, heart: Heartbeat
+) -> str:
+    """Give a module on the meta device its weights, in the run's dtype, without any rank ever holding all of it.
+
+    read: value of a parameter by name, called on rank 0 alone, which passes it on; under ZeRO-3 every rank keeps its
+    partition and forgets the rest before the next parameter is read. Returns what it took, in a line.
+    """
+    dtype = torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
+    sharded = config.deepspeed.zero_stage == 3
+    parameters = dict(module.named_parameters())
+    start, before = time.perf_counter(), _peak_host_memory()
+    total = sum(parameter.numel() for parameter in parameters.values())
+    bar = tqdm(total=total, desc="loading", unit="", unit_scale=True, disable=not world.is_main, dynamic_ncols=True)
+    first: Any = None
+    for name, parameter in parameters.items():
+        heart.at("loading", name, config.deepspeed.init_timeout)
+        # Rank 0 says first whether it could read: a file that fails ends every rank, and none waits for the others.
+        value, problem = None, ""
+        if world.is_main:
+            try:
+                # A tensor from a file may be a view of it: what is kept whole is copied.
+                value = read(name).to(world.device, dtype, copy=not sharded).contiguous()
+            except ValueError as error:
+                problem = str(error)
+        problem = world.from_main(problem)
+        if problem:
+            raise ValueError(problem)
+        if value is None:
+            value = torch.empty(parameter.shape, dtype=dtype, device=world.device)
+        owner, _, leaf = name.rpartition(".")
+        filled = nn.Parameter(value, requires_grad=parameter.requires_grad)
+        setattr(module.get_submodule(owner), leaf, filled)
+        if not sharded:
+            dist.broadcast(filled.data, 0)
+        elif first is None:
+            deepspeed.zero.Init(
+                module=nn.ParameterList([filled]), config_dict_or_path=deepspeed_config(config), dtype=dtype
+            )
+            first = filled
+        else:
+            first.convert_to_zero_parameters(param_list=[filled])
+        bar.update(parameter.numel())
+    bar.close()
+    kept = sum(getattr(p, "ds_tensor", p).numel() for p in module.parameters()) * dtype.itemsize
+    return (
+        f"loaded {total / 1e6:,.1f} M parameters in {time.perf_counter() - start:.1f} s: this rank keeps "
+        f"{kept / 2**20:,.1f} MiB, its host memory grew by at most {(_peak_host_memory() - before) / 2**20:,.1f} MiB"
+    )
+
+
+def _peak_host_memory() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _make_optimizer(parameters: list[nn.Parameter], settings: Optimizer, on_host: bool) -> torch.optim.Optimizer:
+    arguments: dict[str, Any] = {
+        "lr": settings.lr, "betas": settings.betas, "eps": settings.eps, "weight_decay": settings.weight_decay
+    }  # fmt: skip
+    if settings.name == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(parameters, **arguments)
+    # torch's own AdamW: DeepSpeed's are compiled on first use, which needs a toolchain where the run is.
+    return torch.optim.AdamW(parameters, **arguments, fused=True if on_host else None)
+
+
+def learning_rate_factor(settings: Optimizer, total_steps: int, step: int) -> float:
+    """Share of the peak learning rate at optimizer step 0, 1, ...: linear warm-up, then constant, or decay to 0."""
+    if step < settings.warmup_steps:
+        return (step + 1) / (settings.warmup_steps + 1)
+    if settings.decay == "constant":
+        return 1.0
+    done = (step - settings.warmup_steps) / max(1, total_steps - settings.warmup_steps)
+    left = 1.0 - min(1.0, done)
+    return left if settings.decay == "linear" else 0.5 * (1.0 - math.cos(math.pi * left))
+
+
+@dataclass(frozen=True)
+class _Fragment:
+    """Where this rank keeps a piece of a parameter: flat[offset : offset + numel] is whole[start : start + numel]."""
+
+    name: str
+    shape: tuple[int, ...]
+    flat: int
+    offset: int
+    start: int
+    numel: int
+
+    def of(self, flat: Tensor) -> Tensor:
+        return flat.narrow(0, self.offset, self.numel)
+
+
 class Engine:
-    """A module under DeepSpeed ZeRO with AdamW, linear warm-up and gradient clipping."""
+    """A module under DeepSpeed ZeRO with AdamW, a learning rate schedule, gradient clipping and a moving average.
+
+    Everything that a checkpoint needs is handed out as pieces of named tensors, each rank its own, and taken back from
+    them by any number of ranks.
+    """
 
     def __init__(self, module: nn.Module, config: Config) -> None:
-        settings, warmup = config.optimizer, config.optimizer.warmup_steps
+        settings = config.optimizer
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        # torch's own AdamW: DeepSpeed's are compiled on first use, which needs a toolchain where the run is.
-        optimizer = torch.optim.AdamW(
-            parameters, lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
+        self._client = _make_optimizer(parameters, settings, config.deepspeed.offload_optimizer != "none")
+        per_iteration = 1
+        if config.objective.optimizer_step == "active_step":
+            per_iteration = len(config.schedule.build().active)
+        total = config.iterations * per_iteration
+        self._scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self._client, lambda step: learning_rate_factor(settings, total, step)
         )
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (warmup + 1)))
         self._engine, *_ = deepspeed.initialize(
-            model=module, optimizer=optimizer, lr_scheduler=scheduler, config=deepspeed_config(config)
+            model=module, optimizer=self._client, lr_scheduler=self._scheduler, config=deepspeed_config(config)
         )
+        self._zero, self._sharded = self._engine.optimizer, config.deepspeed.zero_stage == 3
+        self._shapes = {
+            name: tuple(getattr(parameter, "ds_shape", parameter.shape))
+            for name, parameter in module.named_parameters()
+        }
+        self._fragments = list(self._find_fragments())
+        self._ema_decay = settings.ema_decay
+        self._ema = [flat.detach().clone() for flat in self._flats] if self._ema_decay is not None else []
+        self.steps = 0
 
     @property
     def module(self) -> nn.Module:
@@ -140,32 +283,141 @@ class Engine:
     def step(self) -> tuple[float, float]:
         """One optimizer step. Returns the gradient norm before clipping and the learning rate that was used.
 
-        FloatingPointError, on every rank alike, where the gradient is not finite.
+        A gradient that is not finite, on whichever rank, changes nothing on any: the norm is then infinite.
         """
         rate = self._engine.get_lr()[0]
         self._engine.step()
-        norm = self._engine.get_global_grad_norm()
-        # DeepSpeed reports a norm that is not finite as -1.
-        if norm is None or not 0.0 <= float(norm) < float("inf"):
-            raise FloatingPointError("the gradient is not finite; resume the run from its last checkpoint")
-        return float(norm), rate
+        norm = float(self._engine.get_global_grad_norm())
+        if not 0.0 <= norm < math.inf:  # DeepSpeed skipped the step and left the schedule where it was
+            return math.inf, rate
+        self.steps += 1
+        for average, flat in zip(self._ema, self._flats):
+            average.lerp_(flat.detach(), 1.0 - self._ema_decay)  # type: ignore[operator]
+        return norm, rate
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """All weights on rank 0's CPU, gathered one parameter at a time; empty on the other ranks."""
-        collected = {}
-        for name, parameter in self._engine.module.named_parameters():
-            with deepspeed.zero.GatheredParameters([parameter]):
-                if dist.get_rank() == 0:
-                    collected[name] = parameter.detach().to("cpu", copy=True)
-        return collected
+    @property
+    def _flats(self) -> list[Tensor]:
+        """This rank's float32 master weights, one flat tensor per optimizer group."""
+        return self._zero.fp32_partitioned_groups_flat if self._sharded else self._zero.single_partition_of_fp32_groups
 
-    def save(self, folder: Path, tag: str, state: dict[str, Any]) -> None:
-        """Every rank's shard of weights, optimizer and scheduler under folder/tag, with the trainer's own `state`."""
-        self._engine.save_checkpoint(str(folder), tag=tag, client_state=state)
+    def _find_fragments(self) -> Iterator[_Fragment]:
+        names = {id(parameter): name for name, parameter in self._engine.module.named_parameters()}
+        if self._sharded:
+            for index, group in enumerate(self._zero.fp16_groups):
+                offset = 0
+                for parameter in group:
+                    size = parameter.ds_tensor.ds_numel  # with what it is padded by
+                    start = size * dist.get_rank()
+                    numel = min(size, parameter.ds_numel - start)
+                    if numel > 0:
+                        name = names[id(parameter)]
+                        yield _Fragment(name, self._shapes[name], index, offset, start, numel)
+                    offset += size
+        else:
+            for index, group in enumerate(self._zero.bit16_groups):
+                for parameter in group:
+                    if (place := parameter._hp_mapping) is not None:
+                        address, name = place.hp_fragment_address, names[id(parameter)]
+                        start = place.lp_fragment_address.start
+                        yield _Fragment(name, self._shapes[name], index, address.start, start, address.numel)
 
-    def load(self, folder: Path) -> dict[str, Any]:
-        """The newest checkpoint under folder; returns its `state`."""
-        path, state = self._engine.load_checkpoint(str(folder))
-        if path is None:
-            raise ValueError(f"output_dir: no checkpoint to resume from under {folder}")
-        return state
+    @contextlib.contextmanager
+    def _resident(self, index: int, write: bool = False) -> Iterator[Tensor]:
+        """A group's master weights and optimizer state in memory, fetched from the disk they may be offloaded to."""
+        if not self._sharded or not self._zero._swappable_optimizer_subgroup(index):
+            yield self._flats[index]
+            return
+        self._zero._optimizer_states_and_gradient_swap_in(index)
+        yield self._flats[index]
+        if write:
+            self._zero._optimizer_states_and_gradient_swap_out(index)
+        else:
+            self._zero._release_swap_buffers(index)
+
+    def _states(self, index: int, flat: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """A group's tensors that have an entry per weight, by kind; and those that have not, by name."""
+        state = self._client.state.get(flat, {})
+        each = {key: value for key, value in state.items() if _per_weight(value, flat)}
+        rest = {f"{index}.{key}": value for key, value in state.items() if key not in each and key != "step"}
+        if self._ema:
+            each[EMA] = self._ema[index]
+        return {WEIGHT: flat, **each}, {key: value for key, value in rest.items() if isinstance(value, Tensor)}
+
+    def pieces(self) -> Iterator[Piece]:
+        """This rank's pieces of master weights, their average and the optimizer's state, of all trained parameters."""
+        for index in range(len(self._flats)):
+            with self._resident(index) as flat:
+                kinds, _ = self._states(index, flat)
+                for fragment in self._fragments:
+                    if fragment.flat == index:
+                        for kind, values in kinds.items():
+                            tensor = fragment.of(values.detach())
+                            yield Piece(fragment.name, kind, fragment.start, fragment.shape, tensor)
+
+    def local(self) -> dict[str, Tensor]:
+        """Optimizer state that only this rank, in a run of as many ranks, can use: 8-bit moments and their scales."""
+        found: dict[str, Tensor] = {}
+        for index in range(len(self._flats)):
+            with self._resident(index) as flat:
+                found |= self._states(index, flat)[1]
+        return found
+
+    @torch.no_grad()
+    def restore(self, reader: CheckpointReader, steps: int) -> None:
+        """Take weights, averages and optimizer state from a checkpoint. steps: optimizer steps it was made after.
+
+        ValueError where its tensors are not this module's, or where it holds state that needs as many ranks as made it.
+        """
+        kinds = reader.kinds()
+        held = set(reader.names(WEIGHT))
+        for name in {fragment.name for fragment in self._fragments}:
+            if name not in held or reader.shape(name) != self._shapes[name]:
+                raise ValueError(f"resume: {reader.path} holds no {name} of shape {self._shapes[name]}")
+        if self._ema and EMA not in kinds:
+            raise ValueError(f"optimizer.ema_decay: {reader.path} holds no average; resume without it")
+        eight_bit = not isinstance(self._client, torch.optim.AdamW)
+        local = reader.local(dist.get_rank(), dist.get_world_size()) if eight_bit else {}
+        for index in range(len(self._flats)):
+            with self._resident(index, write=True) as flat:
+                state = self._client.state[flat]
+                if steps:
+                    for kind in kinds:
+                        if kind not in (WEIGHT, EMA):
+                            state[kind] = torch.zeros_like(flat)
+                    for key, value in local.items():
+                        group, _, name = key.partition(".")
+                        if int(group) == index:
+                            state[name] = value.to(flat.device)
+                    state["step"] = steps if eight_bit else torch.tensor(float(steps), dtype=torch.float32)
+                targets = {WEIGHT: flat, **{kind: state[kind] for kind in kinds if kind in state}}
+                if self._ema:
+                    targets[EMA] = self._ema[index]
+                for fragment in self._fragments:
+                    if fragment.flat == index:
+                        stop = fragment.start + fragment.numel
+                        for kind, values in targets.items():
+                            fragment.of(values).copy_(reader.read(fragment.name, kind, fragment.start, stop))
+        self._refresh_weights(reader)
+        self.steps = self._engine.global_steps = steps
+        self._scheduler.last_epoch = steps
+        rates = [base * factor(steps) for base, factor in zip(self._scheduler.base_lrs, self._scheduler.lr_lambdas)]
+        self._scheduler._last_lr = rates
+        for settings, rate in zip(self._client.param_groups, rates):
+            settings["lr"] = rate
+
+    def _refresh_weights(self, reader: CheckpointReader) -> None:
+        """Make the weights of the forward follow the float32 ones."""
+        if not self._sharded:  # every rank holds all of them
+            for name, parameter in self._engine.module.named_parameters():
+                if parameter.requires_grad:
+                    parameter.data.copy_(reader.tensor(name, WEIGHT))
+            return
+        for index in range(len(self._flats)):
+            with self._resident(index):
+                self._zero._reassign_or_swap_out_partitioned_parameters(index)
+        if self._zero.persistent_parameters:  # small ones that stay gathered: dropped here, gathered anew when used
+            self._zero.persistent_parameters[0].partition(self._zero.persistent_parameters)
+
+
+def _per_weight(value: Any, flat: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == flat.shape and value.dtype == flat.dtype

@@ -1,6 +1,7 @@
 """What a run tells: progress bar, seconds by phase, JSONL, TensorBoard, W&B if asked for. Rank 0 only."""
 
 import json
+import math
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -41,13 +42,23 @@ class Stopwatch:
 class RunLog:
     """One line of JSON per iteration or evaluation in `metrics.jsonl`, mirrored to TensorBoard and the progress bar.
 
-    start: iterations already done; lines of later ones, left by an interrupted run, are dropped.
+    start: iterations already done; lines of later ones, left by an interrupted run, are dropped, and so is that of the
+    evaluation at `start` where it is not `evaluated`.
     """
 
-    def __init__(self, folder: Path, iterations: int, start: int = 0, wandb_config: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        iterations: int,
+        start: int = 0,
+        evaluated: bool = True,
+        wandb_config: Mapping[str, Any] | None = None,
+    ):
         self._path = folder / METRICS
-        kept = [line for line in self.read(folder) if line["iteration"] <= start] if start else []
-        self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        kept = [line for line in self.read(folder) if line["iteration"] < start + ("loss" in line or evaluated)]
+        beside = self._path.with_suffix(".tmp")
+        beside.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        beside.replace(self._path)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
         self._bar = tqdm(total=iterations, initial=start, desc="E-GRPO", unit="it", dynamic_ncols=True)
         self._wandb = None
@@ -63,14 +74,19 @@ class RunLog:
 
     @staticmethod
     def read(folder: Path) -> list[dict[str, Any]]:
-        """All lines of a run."""
+        """All lines of a run; a last one that a killed run did not finish is none."""
         path = folder / METRICS
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
-    def write(self, iteration: int, values: Mapping[str, float]) -> None:
-        """iteration: iterations done so far. One JSON line, TensorBoard scalars, W&B."""
+    def write(self, iteration: int, values: Mapping[str, float], notes: Mapping[str, Any] | None = None) -> None:
+        """iteration: iterations done so far. One JSON line, TensorBoard scalars, W&B; the notes in the line alone.
+
+        Values that are not finite, which JSON does not know, are left out.
+        """
+        values = {name: value for name, value in values.items() if math.isfinite(value)}
         with self._path.open("a") as file:
-            file.write(json.dumps({"iteration": iteration, **values}) + "\n")
+            file.write(json.dumps({"iteration": iteration, **values, **(notes or {})}) + "\n")
         for name, value in values.items():
             self._board.add_scalar(name, value, iteration)
         if self._wandb is not None:

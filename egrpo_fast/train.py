@@ -10,25 +10,26 @@ if sys.path and sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
 import argparse
 import importlib.util
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from egrpo_fast import __version__
-from egrpo_fast.config import Config, ConfigError, load_config, recipe_names
-from egrpo_fast.shapes import PIPELINE, PROMPTS
+from egrpo_fast.config import CONFIG_FILE, RUN_FILE, Config, ConfigError, load_config, recipe_names
+from egrpo_fast.shapes import EMBEDDED, PROMPTS, pipeline_path
 
 if TYPE_CHECKING:
+    from egrpo_fast.engine import World
+    from egrpo_fast.heartbeat import Heartbeat
     from egrpo_fast.trainer import Trainer
 
-CONFIG_FILE = "config.yaml"
-EMBEDDED = "shapes"
-"""As a path in a recipe: what ships with the package."""
-RUN_FILE = "run.json"
-MAY_CHANGE = {
-    "resume", "iterations", "output_dir", "wandb", "evaluation.every", "checkpoint.every", "checkpoint.keep",
-}  # fmt: skip
-"""Settings that a resumed run may change."""
+MAY_CHANGE = (
+    "resume", "iterations", "output_dir", "wandb", "evaluation.every", "checkpoint.", "guards.", "deepspeed.",
+    "rollout.weights", "rollout.micro_batch", "model.decode_batch", "model.gradient_checkpointing",
+    "prompts.embeddings",
+)  # fmt: skip
+"""Settings, and sections, that a resumed run may change: none of them changes what it computes."""
 
 
 def _leaves(tree: Any, path: str = "") -> dict[str, Any]:
@@ -37,7 +38,7 @@ def _leaves(tree: Any, path: str = "") -> dict[str, Any]:
     return {name: leaf for key in tree for name, leaf in _leaves(tree[key], f"{path}.{key}" if path else key).items()}
 
 
-def check_output(config: Config, world_size: int) -> None:
+def check_output(config: Config) -> None:
     """ConfigError where output_dir cannot be written, holds another run, or holds none or another to resume."""
     folder = config.output_dir
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -49,15 +50,12 @@ def check_output(config: Config, world_size: int) -> None:
         return
     try:
         before = _leaves(yaml.safe_load((folder / CONFIG_FILE).read_text()))
-        ranks = json.loads((folder / RUN_FILE).read_text())["world_size"]
     except (OSError, ValueError, KeyError, yaml.YAMLError) as error:
         raise ConfigError(f"resume: {folder} holds no run to continue ({' '.join(str(error).split())})") from None
     now = _leaves(config.model_dump(mode="json"))
-    changed = [key for key in now | before if key not in MAY_CHANGE and now.get(key) != before.get(key)]
+    changed = [key for key in now | before if not key.startswith(MAY_CHANGE) and now.get(key) != before.get(key)]
     if changed:
         raise ConfigError(f"{', '.join(changed)}: differs from the run in {folder}; a resumed run keeps its settings")
-    if ranks != world_size:
-        raise ConfigError(f"resume: the run in {folder} was made by {ranks} ranks, not {world_size}; start as many")
 
 
 def check_ranks(config: Config, world_size: int) -> None:
@@ -70,50 +68,95 @@ def check_ranks(config: Config, world_size: int) -> None:
         )
 
 
-def make_trainer(config: Config) -> "Trainer":
-    """Check everything that can be checked without weights, then load. ValueError: what the user must mend."""
+def check_inputs(config: Config) -> tuple[Sequence[str], Sequence[str]]:
+    """Everything that can be checked without weights and other ranks: ValueError names what the user must mend.
+
+    Returns the training and the held-out prompts.
+    """
     # DeepSpeed, diffusers and the rewards take seconds to import: a mistake in the settings is told before.
     from egrpo_fast.prompts import read_prompts
 
     files = {split: getattr(config.prompts, split) for split in PROMPTS}
     train_prompts, held_out_prompts = (
-        read_prompts(PROMPTS[split] if file == EMBEDDED else file, f"prompts.{split}") for split, file in files.items()
+        read_prompts(PROMPTS[split] if file == EMBEDDED else file, f"prompts.{split}", config.prompts.column)
+        for split, file in files.items()
     )
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    check_output(config, world_size)
+    check_output(config)
     check_ranks(config, world_size)
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError("wandb: not installed; pip install 'egrpo_fast[wandb]', or wandb=false")
 
-    import torch
+    from egrpo_fast.backbones.flux import check_folder
+    from egrpo_fast.rewards import check_reward
 
-    from egrpo_fast.backbones.flux import FluxBackbone, check_folder
-    from egrpo_fast.engine import World
-    from egrpo_fast.rewards import check_reward, make_reward
-    from egrpo_fast.trainer import Trainer
-
-    model = config.model
-    path = str(PIPELINE) if model.path == EMBEDDED else model.path
+    model, path = config.model, pipeline_path(config.model.path)
     check_folder(path, model.height, model.width)
     for reward in config.rewards:
-        check_reward(reward.name, reward.options, [*train_prompts, *held_out_prompts], model.height, model.width)
+        for prompts in (train_prompts, held_out_prompts):
+            check_reward(reward.name, reward.options, prompts, model.height, model.width)
+    return train_prompts, held_out_prompts
 
-    world = World()
+
+def make_trainer(
+    config: Config, world: "World", heart: "Heartbeat", train_prompts: Sequence[str], held_out_prompts: Sequence[str]
+) -> "Trainer":
+    """Load everything. ValueError: what the user must mend."""
+    import torch
+
+    from egrpo_fast.backbones.flux import FluxBackbone, check_folder, load_vae, meta_transformer, resolve
+    from egrpo_fast.backbones.flux_text import CachedText, FluxTextEncoder
+    from egrpo_fast.doctor import commit
+    from egrpo_fast.engine import materialize
+    from egrpo_fast.rewards import make_reward
+    from egrpo_fast.trainer import Trainer
+
+    model, dtype = config.model, getattr(torch, config.model.dtype)
     torch.manual_seed(config.seed)
+    heart.at("loading", config.model.path)
+    folder = resolve(pipeline_path(model.path))
+    check_folder(str(folder), model.height, model.width)
+    transformer, weights = meta_transformer(folder, model.lora, config.seed)
+    encoder = (folder, model.max_sequence_length, dtype, world.device, model.text_encoder_quantization)
+    text: FluxTextEncoder | CachedText
+    if config.prompts.embeddings is None:
+        text = FluxTextEncoder.from_pretrained(*encoder)
+    else:
+        text = CachedText.open(config.prompts.embeddings, *encoder)
+        for split, prompts in (("train", train_prompts), ("held_out", held_out_prompts)):
+            text.require(prompts, f"prompts.{split}")
     rewards = {reward.name: make_reward(reward.name, reward.options, world.device) for reward in config.rewards}
-    backbone = FluxBackbone.from_pretrained(
-        path, model.height, model.width, model.guidance, model.max_sequence_length,
-        model.decode_batch, getattr(torch, model.dtype), world.device,
+    told = materialize(transformer, weights, config, world, heart)
+    weights.files.close()
+    print(f"rank {world.rank}: {told}")
+    backbone = FluxBackbone(
+        transformer, load_vae(folder, dtype, world.device), text, model.height, model.width, model.guidance,
+        model.decode_batch,
     )  # fmt: skip
     if model.vae_tiling:
         backbone.tile_decoding()
     if model.gradient_checkpointing:
-        backbone.transformer.enable_gradient_checkpointing()
+        transformer.enable_gradient_checkpointing()
     if world.is_main and not config.resume:
         config.output_dir.mkdir(parents=True, exist_ok=True)
         (config.output_dir / CONFIG_FILE).write_text(config.yaml())
-        (config.output_dir / RUN_FILE).write_text(json.dumps({"version": __version__, "world_size": world.size}) + "\n")
-    return Trainer(config, world, backbone, rewards, train_prompts, held_out_prompts)
+        made_by = {"version": __version__, "commit": commit(), "world_size": world.size}
+        (config.output_dir / RUN_FILE).write_text(json.dumps(made_by) + "\n")
+    return Trainer(config, world, heart, backbone, rewards, train_prompts, held_out_prompts)
+
+
+def run(config: Config) -> int:
+    """Train. Returns the exit status."""
+    prompts = check_inputs(config)
+    from egrpo_fast.engine import World
+    from egrpo_fast.heartbeat import Heartbeat, group_store
+    from egrpo_fast.interruption import EXIT_CODES
+
+    world = World(timeout=2 * max(config.guards.stall_seconds, config.deepspeed.init_timeout))
+    with Heartbeat(world.rank, world.size, group_store(), config.guards.stall_seconds) as heart:
+        asked = make_trainer(config, world, heart, *prompts).train()
+    world.close()
+    return EXIT_CODES.get(asked, 0)
 
 
 def main() -> None:
@@ -124,13 +167,12 @@ def main() -> None:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     arguments = parser.parse_args()
     try:
-        trainer = make_trainer(load_config(arguments.recipe, arguments.overrides))
+        status = run(load_config(arguments.recipe, arguments.overrides))
     except ValueError as error:
         if os.environ.get("RANK", "0") != "0":
             raise SystemExit(1) from None  # every rank finds the same mistake; one tells
         raise SystemExit("\n".join(f"error: {line}" for line in str(error).splitlines())) from None
-    trainer.train()
-    trainer.world.close()
+    raise SystemExit(status)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,13 @@
 """The loop: prompts -> rollout -> rewards -> update -> log -> checkpoint (paper, Algorithm 1)."""
 
+import contextlib
 import json
-import shutil
-from collections.abc import Iterator, Sequence
+import math
+import uuid
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,29 +15,40 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from egrpo_fast import figures, metrics, noise, ops
-from egrpo_fast.backbones.flux import Conditioning, FluxBackbone
-from egrpo_fast.config import Config
+from egrpo_fast.backbones.flux import FluxBackbone
+from egrpo_fast.backbones.flux_text import Conditioning
+from egrpo_fast.checkpoint import CheckpointError, CheckpointReader, Checkpoints, problems
+from egrpo_fast.config import CHECKPOINTS, Config
 from egrpo_fast.engine import Engine, World
+from egrpo_fast.export import export
+from egrpo_fast.guards import Guard
+from egrpo_fast.heartbeat import Heartbeat
+from egrpo_fast.interruption import Interruption
 from egrpo_fast.objective import GroupLoss, Objective, policy_mismatch
 from egrpo_fast.plan import e_grpo_plan, ode_plan
 from egrpo_fast.prompts import Prompt, PromptOrder
-from egrpo_fast.rewards import Reward, fill_dropped, score
+from egrpo_fast.rewards import Reward, RewardError, fill_dropped, score, score_or_nan
 from egrpo_fast.rollout import NoiseKey, Rollout, Velocity, Wavefront
 from egrpo_fast.schedule import make_schedule
 from egrpo_fast.watch import verdict
 
-CHECKPOINTS = "checkpoints"
+PIPELINE = "pipeline"
 BASE_PICTURES = "base_pictures.safetensors"
 
 
 @dataclass(frozen=True)
 class Experience:
-    """A scored rollout of one wavefront. rewards [K, P, pictures]: K trained ones; dropped []: share of samples."""
+    """A scored rollout of one wavefront. rewards [K, P, pictures]: K trained ones; dropped []: share of samples.
 
+    sound []: 1, or NaN where a latent or a reward is not finite: a factor that makes its loss, so the step, be skipped.
+    """
+
+    prompts: tuple[str, ...]
     rollout: Rollout
     conditioning: Conditioning
     rewards: Tensor
     dropped: Tensor
+    sound: Tensor
 
 
 @dataclass(frozen=True)
@@ -51,12 +66,13 @@ class Trainer:
         self,
         config: Config,
         world: World,
+        heart: Heartbeat,
         backbone: FluxBackbone,
         rewards: dict[str, Reward],
         train_prompts: Sequence[str],
         held_out_prompts: Sequence[str],
     ) -> None:
-        self.config, self.world, self.backbone, self.rewards = config, world, backbone, rewards
+        self.config, self.world, self.heart, self.backbone, self.rewards = config, world, heart, backbone, rewards
         self.order = PromptOrder(train_prompts, config.seed, config.prompts.shuffle)
         self.held_out = list(held_out_prompts[: config.evaluation.num_prompts])
         self.trained = [reward for reward in config.rewards if reward.weight]
@@ -90,69 +106,87 @@ class Trainer:
             ode_plan(evaluation_schedule), min(config.evaluation.prompts_per_call, per_rank), **buffers
         )
         self.watch = metrics.Stopwatch(world.device)
+        self.guard = Guard(config.guards)
+        self.interruption = Interruption(config.guards.stop_seconds)
+        self.checkpoints = Checkpoints(
+            config.output_dir / CHECKPOINTS,
+            world.rank,
+            world.size,
+            config.checkpoint.keep,
+            config.checkpoint.asynchronous,
+        )
         self.iteration = 0
         self.history: list[tuple[int, dict[str, float]]] = []
         if config.resume:
-            state = self.engine.load(config.output_dir / CHECKPOINTS)
-            self.iteration, self.history = state["iteration"], state.get("held_out", [])
+            self._resume()
 
-    def train(self) -> None:
-        """Iterate to the end, or until the watch stops the run; then write summary, plots and trained pipeline."""
-        config = self.config
-        log = self._open_log()
-        last = self.iteration >= config.iterations or self._stopped()  # a resumed run that had ended
-        if self.iteration == 0 or last:
-            held_out = self.evaluate()
-        if self.iteration == 0:
-            self._report(log, held_out)
-        while not last:
+    def train(self) -> int:
+        """Iterate to the end, or until the watch stops the run; then write summary, plots and trained pipeline.
+
+        Returns the signal that asked the run to end early, with a checkpoint of what it had done; 0: none did.
+        """
+        config, log = self.config, self._open_log()
+        held_out: HeldOut | None = None
+        while True:
+            best, done = False, self.iteration == config.iterations
+            if self._evaluation_due() and (held_out := self.evaluate()):
+                best = self._report(log, held_out)
+            if asked := self._asked_to_end():
+                self.save()
+                self.checkpoints.wait()
+                return asked
+            last = done or self._stopped()
+            due = config.checkpoint.every and self.iteration % config.checkpoint.every == 0
+            if self.iteration and (last or best or due):
+                self.save(best)
+            if last:
+                break
             prompts = self.order.iteration(
                 self.iteration, config.prompts.per_iteration, self.world.rank, self.world.size
             )
             batch = self.sample(prompts)
-            with self.watch.phase("update"):
+            if self._asked_to_end():
+                continue  # before the update: the checkpoint is of this iteration's start, and it is done again, alike
+            with self._phase("update"):
                 values = self.update(batch)
             self.iteration += 1
-            seconds = self.watch.read()
-            values |= self._reward_statistics(batch) | seconds
-            if log:
-                log.write(self.iteration, values)
-                phases = {name.removeprefix("seconds/"): value for name, value in seconds.items()}
-                log.advance(reward=values[f"reward/{self.trained[0].name}"], **phases)
-            last = self.iteration == config.iterations
-            if last or (config.evaluation.every and self.iteration % config.evaluation.every == 0):
-                held_out = self.evaluate()
-                self._report(log, held_out)
-                last = last or self._stopped()
-            if last or (config.checkpoint.every and self.iteration % config.checkpoint.every == 0):
-                self.save()
+            values |= self._reward_statistics(batch) | self.watch.read()
+            self._log_iteration(log, values, batch)
         if log:
             log.close()
-        self._finish(held_out)
+        self.checkpoints.wait()
+        self._finish(held_out or self.evaluate())
+        return 0
 
     def sample(self, prompts: Sequence[Prompt]) -> list[Experience]:
-        """Roll out and score this rank's prompts: the current policy's experience."""
+        """Roll out and score this rank's prompts: the current policy's experience. Fewer, where the run is to end."""
         names = [reward.name for reward in self.trained]
         chunks = list(_chunks([prompt.text for prompt in prompts], self.config.rollout.prompts_per_call))
         numbers = torch.tensor([prompt.number for prompt in prompts], device=self.world.device)
-        with self.watch.phase("rollout"):
+        rollouts = []
+        with self._phase("rollout"):
             conditionings = [self.backbone.encode(chunk) for chunk in chunks]
             with self.engine.inference(self.config.rollout.weights == "gathered") as module:
-                rollouts = [
-                    self.wavefront.run(
-                        self._velocity(module, conditioning), NoiseKey(self.config.seed, self.iteration, some)
-                    )
-                    for conditioning, some in zip(conditionings, numbers.split(self.config.rollout.prompts_per_call))
-                ]
+                for conditioning, some in zip(conditionings, numbers.split(self.config.rollout.prompts_per_call)):
+                    if self._asked_to_end():
+                        break
+                    velocity = self._velocity(module, conditioning)
+                    rollouts.append(self.wavefront.run(velocity, NoiseKey(self.config.seed, self.iteration, some)))
         # The gathered weights are given back before the pictures need their memory.
-        with self.watch.phase("rewards"):
-            return [
-                Experience(rollout, conditioning, *self._score(rollout.final_latents, chunk, names))
-                for rollout, conditioning, chunk in zip(rollouts, conditionings, chunks)
-            ]
+        with self._phase("rewards"):
+            batch = []
+            for rollout, conditioning, chunk in zip(rollouts, conditionings, chunks):
+                rewards, dropped = self._score(rollout.final_latents, chunk, names)
+                finite = rollout.final_latents.isfinite().all() & rewards.isfinite().all()
+                sound = torch.where(finite, 1.0, torch.nan)
+                batch.append(Experience(tuple(chunk), rollout, conditioning, rewards, dropped, sound))
+            return batch
 
     def update(self, batch: Sequence[Experience]) -> dict[str, float]:
-        """One forward and backward per active step and wavefront; one optimizer step per iteration or active step."""
+        """One forward and backward per active step and wavefront; one optimizer step per iteration or active step.
+
+        A step whose gradient is not finite on some rank changes nothing on any: `skipped_steps` counts them.
+        """
         groups = self.plan.groups
         every_step = self.config.objective.optimizer_step == "active_step"
         # The ratio compares with the rollout's weights under this same forward, so it starts at exactly 1. With one
@@ -160,7 +194,7 @@ class Trainer:
         references = [[self._at_group(e, n) for n in range(len(groups))] for e in batch] if every_step else None
         share = len(batch) * (1 if every_step else len(groups))
         parts: list[GroupLoss] = []
-        mismatches, norms, rate = [], [], 0.0
+        mismatches, norms, rate, skipped = [], [], 0.0, 0
         for n, group in enumerate(groups):
             for place, experience in enumerate(batch):
                 rollout, rewards = experience.rollout, self.plan.by_group(experience.rewards)[n]
@@ -168,12 +202,15 @@ class Trainer:
                 reference = references[place][n] if references else velocity.detach()
                 part = self.objective(group, rollout.key, velocity, reference, rewards)
                 last = place == len(batch) - 1 and (every_step or n == len(groups) - 1)
-                self.engine.backward(part.loss / share, last)
+                self.engine.backward(part.loss * experience.sound / share, last)
                 parts.append(part.detach())
                 mismatches.append(policy_mismatch(group, reference, rollout.velocities[n]))
             if last:
                 norm, rate = self.engine.step()
-                norms.append(norm)
+                if math.isfinite(norm):
+                    norms.append(norm)
+                else:
+                    skipped += 1
         first = parts[: len(batch)] if every_step else parts  # what was compared before the first optimizer step
         means = {
             "loss": torch.stack([part.loss for part in parts]),
@@ -184,10 +221,15 @@ class Trainer:
         values = dict(zip(means, self.world.mean(torch.stack([value.mean() for value in means.values()])).tolist()))
         for name, some in (("log_ratio_before_update", first), ("max_log_ratio", parts)):
             values[name] = self.world.largest(torch.stack([part.log_ratio.abs().max() for part in some]).max())
-        return values | {"grad_norm": sum(norms) / len(norms), "lr": rate}
+        if norms:
+            values["grad_norm"] = sum(norms) / len(norms)
+        return values | {"lr": rate, "skipped_steps": skipped}
 
-    def evaluate(self) -> HeldOut:
-        """Every reward on held-out prompts, each from its own fixed noise, whatever the ranks and batches."""
+    def evaluate(self) -> HeldOut | None:
+        """Every reward on held-out prompts, each from its own fixed noise, whatever the ranks and batches.
+
+        None: the run is to end, and there was no time for it.
+        """
         wavefront, names = self.evaluation_wavefront, [reward.name for reward in self.config.rewards]
         size = wavefront.num_prompts
         # Every rank makes the same number of calls: the last ones are filled up with prompts that do not count.
@@ -195,8 +237,10 @@ class Trainer:
         mine = list(range(self.world.rank, total, self.world.size))
         scored: list[tuple[int, list[float]]] = []
         shown: list[tuple[int, Tensor]] = []
-        with self.watch.phase("evaluation"), self.engine.inference(self.config.rollout.weights == "gathered") as module:
+        with self._phase("evaluation"), self.engine.inference(self.config.rollout.weights == "gathered") as module:
             for chunk in _chunks(mine, size):
+                if self._asked_to_end():
+                    return None
                 places = [place % len(self.held_out) for place in chunk]
                 prompts = [self.held_out[place] for place in places]
                 velocity = self._velocity(module, self.backbone.encode(prompts))
@@ -204,29 +248,89 @@ class Trainer:
                 latents = wavefront.run(velocity, key, noise.EVALUATION).anchor_latents
                 assert latents is not None
                 pictures = self.backbone.decode(latents)
-                scores = torch.stack([score(name, self.rewards[name], pictures, prompts) for name in names], dim=1)
+                scores = torch.stack([self._call(name, pictures, prompts) for name in names], dim=1)
                 for place, row, picture in zip(chunk, scores.tolist(), pictures):
                     if place < len(self.held_out):
                         scored.append((place, row))
                     if place < min(self.config.evaluation.grid_pictures, len(self.held_out)):
                         shown.append((place, picture.cpu()))
         every = [row for _, row in sorted(pair for rank in self.world.gather(scored) for pair in rank)]
-        means = torch.tensor(every, dtype=torch.float64).mean(0).tolist()
+        means = torch.tensor(every, dtype=torch.float64).nanmean(0).tolist()
+        if failed := [name for name, mean in zip(names, means) if math.isnan(mean)]:
+            raise RewardError(f"rewards.{failed[0]}: scored none of the held-out pictures")
         collected = sorted((pair for rank in self.world.gather(shown) for pair in rank), key=lambda pair: pair[0])
         grid = torch.stack([picture for _, picture in collected]) if self.world.is_main else None
         return HeldOut(dict(zip(names, means)), grid)
 
-    def save(self) -> None:
-        """A checkpoint of this iteration; older ones beyond `checkpoint.keep` go."""
-        folder = self.config.output_dir / CHECKPOINTS
-        state = {"iteration": self.iteration, "held_out": self.history}
-        self.engine.save(folder, f"iteration-{self.iteration:06d}", state)
-        if self.world.is_main:
-            for old in sorted(folder.glob("iteration-*"))[: -self.config.checkpoint.keep]:
-                shutil.rmtree(old)
+    def save(self, best: bool = False) -> None:
+        """A checkpoint of this iteration, written while training goes on."""
+        state = {
+            "iteration": self.iteration,
+            "optimizer_steps": self.engine.steps,
+            "held_out": self.history,
+            "guard": self.guard.state,
+        }
+        attempt = self.world.from_main(uuid.uuid4().hex[:8])
+        with self._phase("checkpoint"):
+            self._told(self.checkpoints.wait)
+            self._told(
+                lambda: self.checkpoints.save(
+                    self.iteration, self.engine.pieces(), self.engine.local(), state, attempt, best
+                )
+            )
+
+    def _told(self, write: Callable[[], None]) -> None:
+        """A checkpoint that cannot be written ends no run: those before it stand."""
+        try:
+            write()
+        except CheckpointError as error:
+            warnings.warn(f"{error}; training goes on, the checkpoints before it stand", stacklevel=2)
+
+    def _resume(self) -> None:
+        """Continue from the newest checkpoint that is sound on every rank; damaged ones are told and passed over."""
+        for path in self.world.from_main(list(reversed(self.checkpoints.all()))):
+            with self._phase("verifying"):
+                found = [problem for rank in self.world.gather(self._problems(path)) for problem in rank]
+            if not found:
+                reader = CheckpointReader(path)
+                with self._phase("restoring"):
+                    self.engine.restore(reader, reader.state["optimizer_steps"])
+                self.iteration, self.guard.state = reader.state["iteration"], reader.state["guard"]
+                self.history = [(iteration, rewards) for iteration, rewards in reader.state["held_out"]]
+                return
+            if self.world.is_main:
+                warnings.warn(f"resume: {path} is damaged and passed over: {'; '.join(found)}", stacklevel=2)
+        raise ValueError(f"resume: there is no complete checkpoint in {self.config.output_dir / CHECKPOINTS}")
+
+    def _problems(self, path: Path) -> list[str]:
+        """What is wrong with this rank's share of a checkpoint's files."""
+        try:
+            return problems(path, CheckpointReader(path).files[self.world.rank :: self.world.size])
+        except ValueError as error:
+            return [str(error)]
+
+    def _evaluation_due(self) -> bool:
+        """At the start, every so often and at the end; not again where a resumed run has its result."""
+        every, done = self.config.evaluation.every, [iteration for iteration, _ in self.history]
+        due = self.iteration in (0, self.config.iterations) or (every and self.iteration % every == 0)
+        return bool(due) and self.iteration not in done
+
+    def _asked_to_end(self) -> int:
+        """The signal that some rank was asked to end by, the same on all; 0: none."""
+        return int(self.world.largest(torch.tensor(self.interruption.signal)))
+
+    @contextlib.contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        self.heart.at(name, f"(iteration {self.iteration + 1})")
+        with self.watch.phase(name):
+            yield
 
     def _velocity(self, module: nn.Module, conditioning: Conditioning) -> Velocity:
-        return lambda latents, t, rows: self.backbone.velocity(module, latents, t, conditioning, rows)
+        def velocity(latents: Tensor, t: float, rows: Tensor) -> Tensor:
+            self.heart.at("model call", f"(iteration {self.iteration + 1}, t = {t:.3f})")
+            return self.backbone.velocity(module, latents, t, conditioning, rows)
+
+        return velocity
 
     def _at_group(self, experience: Experience, n: int, gradient: bool = False) -> Tensor:
         """The training forward at an active step's shared states: [P, L, C]."""
@@ -240,14 +344,22 @@ class Trainer:
 
         `model.decode_batch` pictures are in memory at a time.
         """
+        self.heart.at("rewards", f"(iteration {self.iteration + 1})")
         repeated = [prompt for prompt in prompts for _ in range(latents.shape[1])]
         size, scores = self.config.model.decode_batch, []
-        drop = self.config.objective.on_error == "drop"
         for some, of_prompts in zip(latents.flatten(0, 1).split(size), _chunks(repeated, size)):
             images = self.backbone.decode(some)
-            scores.append(torch.stack([score(name, self.rewards[name], images, of_prompts, drop) for name in names]))
+            scores.append(torch.stack([self._call(name, images, of_prompts) for name in names]))
         rewards = torch.cat(scores, dim=1).unflatten(1, latents.shape[:2])
-        return fill_dropped(self.plan.by_group(rewards))
+        if self.config.objective.on_error == "drop":
+            return fill_dropped(self.plan.by_group(rewards))
+        return rewards, rewards.new_zeros(())
+
+    def _call(self, name: str, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """A reward's scores [B]; what it fails on: NaN, or the end of the run, by `objective.on_error`."""
+        if self.config.objective.on_error == "skip":
+            return score_or_nan(name, self.rewards[name], images, prompts)
+        return score(name, self.rewards[name], images, prompts, drop=self.config.objective.on_error == "drop")
 
     def _reward_statistics(self, batch: Sequence[Experience]) -> dict[str, float]:
         rewards = torch.cat([experience.rewards for experience in batch], dim=1)
@@ -265,7 +377,9 @@ class Trainer:
         if not self.world.is_main:
             return None
         config = self.config.model_dump(mode="json") if self.config.wandb else None
-        log = metrics.RunLog(self.config.output_dir, self.config.iterations, self.iteration, config)
+        log = metrics.RunLog(
+            self.config.output_dir, self.config.iterations, self.iteration, not self._evaluation_due(), config
+        )
         plan = self.plan
         log.say(
             f"per prompt: {len(plan.waves)} wavefront steps, {plan.num_rows} rows, {plan.evaluations} evaluations "
@@ -280,10 +394,34 @@ class Trainer:
         found = verdict(self.config, self.history)
         return found is not None and found.stop
 
-    def _report(self, log: metrics.RunLog | None, held_out: HeldOut) -> None:
+    def _log_iteration(self, log: metrics.RunLog | None, values: dict[str, float], batch: Sequence[Experience]) -> None:
+        """Metrics, alarms, and whose prompts a skipped step was of. BadSteps after too many in a row."""
+        skipped = int(values["skipped_steps"])
+        concerned: list[str] = []
+        if skipped:  # the same on every rank
+            mine = [prompt for experience in batch if experience.sound.isnan() for prompt in experience.prompts]
+            concerned = [prompt for rank in self.world.gather(mine) for prompt in rank]
+        alarms = self.guard.alarms(values)
+        if log:
+            log.write(self.iteration, values, {"skipped_prompts": concerned} if skipped else {})
+            phases = {name.removeprefix("seconds/"): value for name, value in values.items() if "seconds/" in name}
+            log.advance(reward=values[f"reward/{self.trained[0].name}"], **phases)
+            for alarm in alarms:
+                log.say(f"WARNING: iteration {self.iteration}: {alarm}")
+        why = f"a loss or gradient of iteration {self.iteration}"
+        if concerned:
+            why = f"latents or rewards of {', '.join(map(repr, concerned[:4]))} at iteration {self.iteration}"
+        if skipped and log:
+            log.say(f"WARNING: skipped {skipped} step(s), nothing was changed: {why} not finite")
+        self.guard.skipped(skipped, why)
+
+    def _report(self, log: metrics.RunLog | None, held_out: HeldOut) -> bool:
+        """Tell an evaluation. Returns whether it is the best so far of `checkpoint.best`."""
+        watched = self.config.checkpoint.best
+        best = watched is not None and all(held_out.rewards[watched] > past[watched] for _, past in self.history)
         self.history.append((self.iteration, held_out.rewards))
         if log is None:
-            return
+            return best
         assert held_out.pictures is not None
         folder = self.config.output_dir
         values = {f"held_out/{name}": value for name, value in held_out.rewards.items()}
@@ -304,10 +442,10 @@ class Trainer:
         figures.picture_grid(folder / "pictures" / f"iteration-{self.iteration:06d}.png", held_out.pictures, captions)
         if self.iteration == 0:
             save_file({"pictures": held_out.pictures.contiguous()}, folder / BASE_PICTURES)
+        return best
 
-    def _finish(self, after: HeldOut) -> None:
-        state_dict = self.engine.state_dict()
-        if not self.world.is_main:
+    def _finish(self, after: HeldOut | None) -> None:
+        if after is None or not self.world.is_main:
             return
         assert after.pictures is not None
         folder = self.config.output_dir
@@ -316,7 +454,8 @@ class Trainer:
         figures.curves(folder / "curve.png", lines)
         before = load_file(folder / BASE_PICTURES)["pictures"]
         figures.before_after(folder / "before_after.png", before, after.pictures, self.held_out[: len(before)])
-        self.backbone.save(folder / "pipeline", state_dict)
+        with self._phase("export"):
+            export(folder, folder / PIPELINE)
         held_out = {name: {"before": base[f"held_out/{name}"], "after": after.rewards[name]} for name in after.rewards}
         summary: dict[str, Any] = {"iterations": self.iteration, "held_out": held_out}
         if self._stopped() and self.config.evaluation.stop_when:
@@ -325,7 +464,8 @@ class Trainer:
         print(f"\n{'held-out reward':<18}{'before':>10}{'after':>10}")
         for name, value in held_out.items():
             print(f"{name:<18}{value['before']:>10.4f}{value['after']:>10.4f}")
-        print(f"\n{folder}: curve.png, before_after.png, pipeline/ (FluxPipeline.from_pretrained loads it)")
+        loader = "load_lora_weights" if self.config.model.lora else "from_pretrained"
+        print(f"\n{folder}: curve.png, before_after.png, {PIPELINE}/ (FluxPipeline.{loader} loads it)")
 
 
 def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

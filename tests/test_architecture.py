@@ -11,20 +11,21 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS = [  # from the top; a room imports from rooms below it and from itself, never from its own floor or above
     ("train", "cli"),
-    ("trainer", "evaluation", "reward_server"),
-    ("engine", "metrics", "figures", "page", "watch", "rewards", "backbones", "objective"),
-    ("rollout",),
-    ("plan", "prompts", "config"),
+    ("trainer", "evaluation", "reward_server", "encoding", "cost", "doctor"),
+    ("export",),
+    ("engine", "metrics", "figures", "page", "watch", "guards", "rewards", "backbones", "objective"),
+    ("rollout", "checkpoint", "heartbeat", "interruption"),
+    ("plan", "prompts", "config", "embeddings"),
     ("schedule", "noise", "ops", "shapes", "recipes"),
     ("kernels",),
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
 KNOWN_TO = {
     "deepspeed": {"egrpo_fast.engine"},
-    # The script that made the embedded pipeline builds one from diffusers' parts; nothing imports it.
-    "diffusers": {"egrpo_fast.backbones.flux", "egrpo_fast.shapes.pretrain"},
+    # The scripts that make pipelines build them from its parts; no module imports them.
+    "diffusers": {"egrpo_fast.backbones.flux", "egrpo_fast.backbones.random_flux", "egrpo_fast.shapes.pretrain"},
     "open_clip": {"egrpo_fast.rewards.clip", "egrpo_fast.rewards.hps", "egrpo_fast.shapes.pretrain"},
-    "pyarrow": {"egrpo_fast.evaluation"},
+    "pyarrow": {"egrpo_fast.evaluation", "egrpo_fast.prompts"},
     "httpx2": {"egrpo_fast.rewards.http"},
     "starlette": {"egrpo_fast.reward_server"},
     "uvicorn": {"egrpo_fast.reward_server"},

@@ -1,25 +1,46 @@
 """The engine against plain PyTorch: one training iteration under ZeRO, and the same iteration without DeepSpeed."""
 
-import copy
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from egrpo_fast.config import Optimizer
+from egrpo_fast.engine import learning_rate_factor
+
+ROOT = Path(__file__).parents[1]
 TINY = [
-    "schedule.num_steps=4", "rollout.group_size=3", "prompts.per_iteration=2", "optimizer.warmup_steps=0",
-    "optimizer.lr=1e-3", "optimizer.weight_decay=0.1", "evaluation.num_prompts=2",
+    "schedule.num_steps=4", "rollout.group_size=3", "prompts.per_iteration=4", "optimizer.warmup_steps=0",
+    "optimizer.lr=1e-3", "optimizer.weight_decay=0.1", "evaluation.num_prompts=2", "optimizer.max_grad_norm=0.002",
+    "deepspeed.overrides={zero_optimization: {stage3_param_persistence_threshold: 100}}",
 ]  # fmt: skip
+LORA = "model.lora={rank: 4, alpha: 8, target_modules: [to_q, to_k, to_v, proj_out]}"
 
 
-def plain_iteration(trainer, transformer, batch, settings):
+def gathered_weights(trainer):
+    """Name -> float32 master weights, put together from all ranks' pieces; each element once."""
+    whole, seen = {}, {}
+    for rank in trainer.world.gather([piece for piece in trainer.engine.pieces() if piece.kind == "weight"]):
+        for piece in rank:
+            numel = torch.Size(piece.shape).numel()
+            flat = whole.setdefault(piece.name, torch.empty(numel))
+            flat[piece.start : piece.start + piece.tensor.numel()] = piece.tensor
+            seen[piece.name] = (seen.get(piece.name, (0,))[0] + piece.tensor.numel(), piece.shape)
+    assert all(count == torch.Size(shape).numel() for count, shape in seen.values()), "pieces do not tile"
+    return {name: flat.reshape(seen[name][1]) for name, flat in whole.items()}
+
+
+def plain_iteration(trainer, transformer, batch):
     """The paper's update written out with torch.optim: mean loss over active steps and prompts, clip, AdamW."""
+    settings = trainer.config.optimizer
+    trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
-        transformer.parameters(), lr=settings.lr, betas=settings.betas, eps=settings.eps,
-        weight_decay=settings.weight_decay,
-    )  # fmt: skip
+        trained, lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
+    )
     losses = []
     for n, group in enumerate(trainer.plan.groups):
         for experience in batch:
@@ -30,42 +51,92 @@ def plain_iteration(trainer, transformer, batch, settings):
             rewards = trainer.plan.by_group(experience.rewards)[n]
             losses.append(trainer.objective(group, experience.rollout.key, v, v.detach(), rewards).loss)
     torch.stack(losses).mean().backward()
-    norm = torch.nn.utils.clip_grad_norm_(transformer.parameters(), settings.max_grad_norm)
+    norm = torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
     optimizer.step()
     return norm.item()
 
 
-def check(stage, folder, max_grad_norm):
+def check(world, heart, folder, overrides, saved):
+    """One iteration, ours and by plain PyTorch on all ranks' experience. saved: where the trained weights go."""
+    from egrpo_fast.backbones.flux import meta_transformer
     from egrpo_fast.config import load_config
-    from egrpo_fast.train import make_trainer
+    from egrpo_fast.shapes import PIPELINE
+    from egrpo_fast.train import check_inputs, make_trainer
 
-    overrides = [f"output_dir={folder}", f"deepspeed.zero_stage={stage}", f"optimizer.max_grad_norm={max_grad_norm}"]
-    trainer = make_trainer(load_config("shapes", [*TINY, *overrides]))
-    before = trainer.engine.state_dict()
-    transformer = type(trainer.backbone.transformer).from_config(trainer.backbone.transformer.config)
-    transformer.load_state_dict(copy.deepcopy(before))
-    batch = trainer.sample(trainer.order.iteration(0, 2))
+    config = load_config("shapes", [*TINY, f"output_dir={folder}", *overrides])
+    trainer = make_trainer(config, world, heart, *check_inputs(config))
+    before = gathered_weights(trainer)
+    transformer, weights = meta_transformer(PIPELINE, config.model.lora, config.seed)
+    values = {name: weights(name).float() for name, _ in transformer.named_parameters()}
+    transformer.load_state_dict(values, assign=True)
+    trained = {name: value for name, value in transformer.named_parameters() if value.requires_grad}
+    assert trained.keys() == before.keys() and all(torch.equal(trained[name], before[name]) for name in before)
+
+    batch = trainer.sample(trainer.order.iteration(0, 4, world.rank, world.size))
     told = trainer.update(batch)
-    norm = plain_iteration(trainer, transformer, batch, trainer.config.optimizer)
-    assert told["grad_norm"] == pytest.approx(norm, rel=1e-4)
-    moved = 0.0
-    for name, ours in trainer.engine.state_dict().items():
-        theirs = transformer.state_dict()[name]
+    norm = plain_iteration(trainer, transformer, [one for rank in world.gather(batch) for one in rank])
+    assert told["grad_norm"] == pytest.approx(norm, rel=1e-4) and told["skipped_steps"] == 0
+    after, moved = gathered_weights(trainer), 0.0
+    for name, ours in after.items():
         moved = max(moved, (ours - before[name]).abs().max().item())
-        assert torch.allclose(ours, theirs, rtol=0, atol=2e-6), name
+        assert torch.allclose(ours, trained[name], rtol=0, atol=2e-6), name
     assert moved > 5e-4, "AdamW's first step moves a weight by about lr"
-    trainer.world.close()
+    # What the forward uses followed the master weights, on every rank.
+    with trainer.engine.inference(gathered=True) as module:
+        for name, parameter in module.named_parameters():
+            assert torch.equal(parameter, after[name] if name in after else dict(transformer.named_parameters())[name])
+    if world.is_main:
+        save_file({name: value.contiguous() for name, value in after.items()}, saved)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_an_iteration_under_zero_equals_plain_pytorch(stage, tmp_path):
-    """Gradient accumulation over active steps and prompts, clipping (which bites here) and AdamW with weight decay."""
-    # In a process of its own: DeepSpeed keeps one world per process.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "MASTER_PORT": f"{29630 + stage}"}
-    command = [sys.executable, __file__, str(stage), str(tmp_path / "run"), "0.002"]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
+def main(folder, stage):
+    from egrpo_fast.engine import World
+    from egrpo_fast.heartbeat import Heartbeat, group_store
+
+    world = World()
+    with Heartbeat(world.rank, world.size, group_store(), 300.0) as heart:
+        for name, overrides in (("full", []), ("lora", [LORA])):
+            saved = folder / f"{name}-{stage}-{world.size}.safetensors"
+            check(world, heart, folder / name, [f"deepspeed.zero_stage={stage}", *overrides], saved)
+    world.close()
+
+
+def launch(folder, stage, ranks):
+    """In processes of its own: DeepSpeed keeps one world per process."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
+    command = [*launcher, "--master_port", str(29630 + 10 * ranks + stage), __file__, str(folder), str(stage)]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+
+
+@pytest.mark.parametrize(
+    ("stage", "ranks"),
+    [
+        (1, 1), (2, 2), (3, 1), (3, 2),
+        pytest.param(3, 4, marks=pytest.mark.slow), pytest.param(1, 2, marks=pytest.mark.slow),
+        pytest.param(2, 4, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_an_iteration_under_zero_equals_plain_pytorch(stage, ranks, tmp_path):
+    """Full and LoRA: gradients of active steps, prompts and ranks add up, clipping bites, AdamW decays weights."""
+    launch(tmp_path, stage, ranks)
+    assert {len(load_file(tmp_path / f"{name}-{stage}-{ranks}.safetensors")) > 0 for name in ("full", "lora")} == {True}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [1, 1, 1, 1, 1, 1]),
+        ({"warmup_steps": 3}, [0.25, 0.5, 0.75, 1, 1, 1]),
+        ({"warmup_steps": 1, "decay": "linear"}, [0.5, 1, 0.8, 0.6, 0.4, 0.2]),
+        ({"warmup_steps": 2, "decay": "cosine"}, [1 / 3, 2 / 3, 1, 0.853553, 0.5, 0.146447]),
+    ],
+)
+def test_the_learning_rate(settings, expected):
+    found = [learning_rate_factor(Optimizer(**settings), 6, step) for step in range(6)]
+    assert found == pytest.approx(expected, abs=1e-6)
 
 
 if __name__ == "__main__":
-    check(int(sys.argv[1]), sys.argv[2], float(sys.argv[3]))
+    main(Path(sys.argv[-2]), int(sys.argv[-1]))

@@ -328,7 +328,7 @@ def test_a_group_that_is_lost_and_a_rollout_that_is_lost():
 
 
 def test_the_recipe_says_stop_or_drop():
-    assert load_config("shapes", ["output_dir=x"]).objective.on_error == "stop"
+    assert load_config("shapes", ["output_dir=x"]).objective.on_error == "skip"
     assert load_config("shapes", ["output_dir=x", "objective.on_error=drop"]).objective.on_error == "drop"
     with pytest.raises(ValueError, match="objective.on_error: 'zero'"):
         load_config("shapes", ["output_dir=x", "objective.on_error=zero"])

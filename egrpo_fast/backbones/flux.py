@@ -1,81 +1,203 @@
-"""FLUX, the only room that knows diffusers' FLUX: load, encode, velocity, decode, save."""
+"""FLUX, the room that knows diffusers' FLUX: find and check a folder, build the transformer, velocity, decode."""
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from peft import LoraConfig
 from torch import Tensor
+
+from egrpo_fast.backbones.flux_text import Conditioning, FluxTextEncoder
+from egrpo_fast.backbones.weight_files import WeightFiles, new_adapter
+from egrpo_fast.config import Lora
 
 LATENT_PATCH = 2
 """FLUX packs 2 x 2 latent pixels into one token."""
+PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 
 
-@dataclass(frozen=True)
-class Conditioning:
-    """Encoded prompts. t5: [P, tokens, width]; pooled: CLIP's [P, width]."""
+def is_hub_id(path: str) -> bool:
+    """Whether `path` is taken for a hub id, `owner/name`: it is no folder and does not look like one."""
+    return not Path(path).exists() and path.count("/") == 1 and not path.startswith((".", "/", "~"))
 
-    t5: Tensor
-    pooled: Tensor
+
+def resolve(path: str) -> Path:
+    """The local folder of a pipeline: `path` itself, or that of a hub id, downloaded if need be. ValueError."""
+    if not is_hub_id(path):
+        return Path(path)
+    try:
+        return Path(snapshot_download(path, allow_patterns=["model_index.json", *(f"{part}/*" for part in PARTS)]))
+    except GatedRepoError:
+        raise ValueError(
+            f"model.path: {path} is gated: accept its licence at https://huggingface.co/{path} and set HF_TOKEN"
+        ) from None
+    except RepositoryNotFoundError:
+        raise ValueError(f"model.path: there is neither a folder nor a hub repository {path}") from None
+    except (OSError, ValueError, RuntimeError) as error:
+        told = " ".join(str(error).split())
+        raise ValueError(
+            f"model.path: {path} is no folder here and could not be downloaded; without a network, give the path of a "
+            f"folder that holds it ({told})"
+        ) from None
 
 
 def check_folder(path: str, height: int, width: int) -> None:
     """ValueError, before any weight is read, where a local folder is no FLUX pipeline or the picture size does not fit.
 
-    A path that is no local folder is taken for a hub id and left to diffusers.
+    A hub id is looked at once it is downloaded (`resolve`).
     """
+    if is_hub_id(path):
+        return
     folder = Path(path)
     if not folder.exists():
-        if path.count("/") == 1 and not path.startswith((".", "/", "~")):
-            return
         raise ValueError(f"model.path: no folder {path}")
     index = folder / "model_index.json"
     if not index.is_file():
         raise ValueError(f"model.path: {path} has no model_index.json; a diffusers FLUX pipeline folder is expected")
     try:
         components = json.loads(index.read_text())
+        found = components.get("_class_name") if isinstance(components, dict) else type(components).__name__
+        if found != "FluxPipeline":
+            raise ValueError(f"model.path: {path} holds a {found}; FluxPipeline is expected")
+        missing = [part for part in PARTS if not (folder / part).is_dir()]
+        if missing:
+            raise ValueError(f"model.path: {path} lacks {', '.join(missing)}")
         blocks = json.loads((folder / "vae" / "config.json").read_text())["block_out_channels"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        architecture = json.loads((folder / "transformer" / "config.json").read_text())["_class_name"]
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"model.path: {path} cannot be read as a FLUX pipeline: {error!r}") from None
-    found = components.get("_class_name") if isinstance(components, dict) else type(components).__name__
-    if found != "FluxPipeline":
-        raise ValueError(f"model.path: {path} holds a {found}; FluxPipeline is expected")
-    missing = [name for name in ("transformer", "text_encoder", "text_encoder_2") if not (folder / name).is_dir()]
-    if missing:
-        raise ValueError(f"model.path: {path} lacks {', '.join(missing)}")
+    if architecture != "FluxTransformer2DModel":
+        raise ValueError(f"model.path: the transformer of {path} is a {architecture}, not a FluxTransformer2DModel")
     factor = LATENT_PATCH * 2 ** (len(blocks) - 1)
     for name, size in (("height", height), ("width", width)):
         if size % factor:
             raise ValueError(f"model.{name}: {size} is not a multiple of {factor}")
+    try:
+        meta_transformer(folder)[1].files.close()
+    except ValueError as error:
+        raise ValueError(f"model.path: {error}") from None
+
+
+class TransformerWeights:
+    """Where each parameter of a transformer from `meta_transformer` has its value: files, or a new or given adapter."""
+
+    def __init__(self, files: WeightFiles, shapes: Mapping[str, tuple[int, ...]], lora: Lora | None, seed: int) -> None:
+        self.files, self._shapes, self._seed = files, shapes, seed
+        base = {self._in_file(name): shape for name, shape in shapes.items() if ".lora_" not in name}
+        files.check(base)
+        self._given = {} if lora is None or lora.path is None else _read_lora(lora, shapes)
+
+    @staticmethod
+    def _in_file(name: str) -> str:
+        return name.replace(".base_layer.", ".")
+
+    def __call__(self, name: str) -> Tensor:
+        """The value of one parameter, on the CPU."""
+        if ".lora_" not in name:
+            return self.files.read(self._in_file(name))
+        return self._given[name] if self._given else new_adapter(name, self._shapes[name], self._seed)
+
+
+def meta_transformer(
+    folder: Path, lora: Lora | None = None, seed: int = 0
+) -> tuple[FluxTransformer2DModel, TransformerWeights]:
+    """The transformer of a pipeline folder without its weights (on the meta device), and where they are.
+
+    lora: adapters are added and alone need gradients. ValueError where files and architecture do not match.
+    """
+    try:
+        settings = json.loads((folder / "transformer" / "config.json").read_text())
+        with torch.device("meta"):
+            transformer = FluxTransformer2DModel.from_config(settings)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{folder / 'transformer' / 'config.json'} describes no transformer: {error!r}") from None
+    if lora is not None:
+        transformer.requires_grad_(False)
+        try:
+            transformer.add_adapter(
+                LoraConfig(
+                    r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.target_modules, init_lora_weights=False
+                )
+            )
+        except ValueError as error:
+            raise ValueError(f"model.lora.target_modules: {' '.join(str(error).split())}") from None
+    shapes = {name: tuple(parameter.shape) for name, parameter in transformer.named_parameters()}
+    return transformer, TransformerWeights(WeightFiles(folder / "transformer"), shapes, lora, seed)
+
+
+def _adapter_key(name: str) -> str:
+    """A parameter's name in a LoRA file, as diffusers writes it."""
+    return "transformer." + name.replace(".default.", ".")
+
+
+def _read_lora(lora: Lora, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    assert lora.path is not None
+    if not Path(lora.path).exists():
+        raise ValueError(f"model.lora.path: no file or folder {lora.path}")
+    try:
+        given = FluxPipeline.lora_state_dict(lora.path, local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(f"model.lora.path: {lora.path} cannot be read: {' '.join(str(error).split())}") from None
+    given = {name: value for name, value in given.items() if ".lora_" in name}
+    names = {_adapter_key(name): name for name in shapes if ".lora_" in name}
+    ranks = {value.shape[0] for name, value in given.items() if ".lora_A." in name}
+    if ranks and ranks != {lora.rank}:
+        raise ValueError(
+            f"model.lora.rank: {lora.rank}, but {lora.path} is of rank {', '.join(map(str, sorted(ranks)))}"
+        )
+    if given.keys() != names.keys():
+        other = min(given.keys() ^ names.keys())
+        raise ValueError(f"model.lora.target_modules: not the layers that {lora.path} adapts ({other}, ...)")
+    for key, name in names.items():
+        if tuple(given[key].shape) != shapes[name]:
+            raise ValueError(f"model.lora.path: {key} is {tuple(given[key].shape)}, this transformer's {shapes[name]}")
+    return {name: given[key] for key, name in names.items()}
+
+
+def save_lora(folder: Path, adapters: Mapping[str, Tensor], lora: Lora) -> None:
+    """`pytorch_lora_weights.safetensors`, for `FluxPipeline.load_lora_weights(folder)`. adapters: by parameter name."""
+    layers = {_adapter_key(name).removeprefix("transformer."): value for name, value in adapters.items()}
+    # Beside the tensors: a loader takes alpha for the rank where it is not told.
+    metadata = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": lora.target_modules}
+    FluxPipeline.save_lora_weights(folder, transformer_lora_layers=layers, transformer_lora_adapter_metadata=metadata)
+
+
+class Text(Protocol):
+    """What turns prompts into what the transformer reads: the text encoders, or a cache of what they gave."""
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning: ...
 
 
 class FluxBackbone:
     """A FLUX pipeline taken apart into what training needs.
 
     height, width: of the pictures, in pixels. guidance: for a transformer with guidance embedding, ignored by others.
-    decode_batch: pictures that `decode` takes at a time. The transformer is left where it was loaded, for the engine to
-    place and shard; VAE and text encoders stay whole and frozen on the device.
+    decode_batch: pictures that `decode` takes at a time. VAE and text encoders are whole, frozen and on the device.
     """
 
     def __init__(
         self,
-        pipeline: FluxPipeline,
+        transformer: FluxTransformer2DModel,
+        vae: AutoencoderKL,
+        text: Text,
         height: int,
         width: int,
         guidance: float,
-        max_sequence_length: int,
         decode_batch: int,
     ) -> None:
-        self._pipeline = pipeline
-        self.guidance, self.max_sequence_length = guidance, max_sequence_length
-        self.height, self.width, self.decode_batch = height, width, decode_batch
-        self._rows, self._columns = (size // (pipeline.vae_scale_factor * LATENT_PATCH) for size in (height, width))
-        for frozen in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
-            frozen.requires_grad_(False).eval()
-        ids = pipeline._prepare_latent_image_ids(1, self._rows, self._columns, pipeline.vae.device, torch.float32)
-        self._image_ids = ids
+        self.transformer, self._text = transformer, text
+        self._vae = vae.requires_grad_(False).eval()
+        self.guidance, self.height, self.width, self.decode_batch = guidance, height, width, decode_batch
+        self._scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self._rows, self._columns = (size // (self._scale_factor * LATENT_PATCH) for size in (height, width))
+        self._image_ids = FluxPipeline._prepare_latent_image_ids(
+            1, self._rows, self._columns, vae.device, torch.float32
+        )
 
     @classmethod
     def from_pretrained(
@@ -89,20 +211,14 @@ class FluxBackbone:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> "FluxBackbone":
-        """Any diffusers FLUX folder or hub id. ValueError where it cannot be loaded."""
+        """Any diffusers FLUX folder or hub id, whole, on one device. ValueError where it cannot be loaded."""
         check_folder(path, height, width)
-        try:
-            pipeline = FluxPipeline.from_pretrained(path, dtype=dtype)
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"model.path: {path} could not be loaded: {' '.join(str(error).split())}") from None
-        for frozen in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
-            frozen.to(device)
-        return cls(pipeline, height, width, guidance, max_sequence_length, decode_batch)
-
-    @property
-    def transformer(self) -> FluxTransformer2DModel:
-        """The trained module, as the pipeline holds it."""
-        return self._pipeline.transformer
+        folder = resolve(path)
+        check_folder(str(folder), height, width)
+        text = FluxTextEncoder.from_pretrained(str(folder), max_sequence_length, dtype, device)
+        transformer = FluxTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=dtype)
+        vae = load_vae(folder, dtype, device)
+        return cls(transformer.to(device), vae, text, height, width, guidance, decode_batch)
 
     @property
     def latent_shape(self) -> tuple[int, int]:
@@ -111,15 +227,11 @@ class FluxBackbone:
 
     @property
     def device(self) -> torch.device:
-        return self._pipeline.vae.device
+        return self._vae.device
 
-    @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """T5 token embeddings and CLIP's pooled embedding of every prompt."""
-        t5, pooled, _ = self._pipeline.encode_prompt(
-            list(prompts), None, device=self.device, max_sequence_length=self.max_sequence_length
-        )
-        return Conditioning(t5, pooled)
+        return self._text.encode(prompts)
 
     def velocity(
         self, module: Callable[..., tuple[Tensor]], latents: Tensor, t: float, conditioning: Conditioning, rows: Tensor
@@ -147,23 +259,23 @@ class FluxBackbone:
 
     def tile_decoding(self) -> None:
         """Have `decode` work tile by tile where a picture is larger than the VAE's own tile size."""
-        self._pipeline.vae.enable_tiling()
+        self._vae.enable_tiling()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures [B, 3, H, W], float32 in [0, 1], of packed latents [B, L, C]."""
-        vae = self._pipeline.vae
+        vae = self._vae
         pictures = []
         for chunk in latents.split(self.decode_batch):
-            unpacked = self._pipeline._unpack_latents(chunk, self.height, self.width, self._pipeline.vae_scale_factor)
+            unpacked = FluxPipeline._unpack_latents(chunk, self.height, self.width, self._scale_factor)
             scaled = unpacked / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
             pictures.append(vae.decode(scaled.to(vae.dtype), return_dict=False)[0])
         return torch.cat(pictures).float().div(2).add(0.5).clamp(0, 1)
 
-    def save(self, folder: str | Path, state_dict: dict[str, Tensor]) -> None:
-        """The whole pipeline as a diffusers folder, with these weights in the transformer's place."""
-        with torch.device("meta"):
-            transformer = FluxTransformer2DModel.from_config(self.transformer.config)
-        transformer.load_state_dict(state_dict, assign=True)
-        components = {**self._pipeline.components, "transformer": transformer}
-        FluxPipeline(**components).save_pretrained(folder)
+
+def load_vae(folder: Path, dtype: torch.dtype, device: torch.device | str) -> AutoencoderKL:
+    """The picture decoder of a pipeline folder. ValueError where it cannot be loaded."""
+    try:
+        return AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype).to(device)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(f"model.path: {folder / 'vae'} could not be loaded: {' '.join(str(error).split())}") from None

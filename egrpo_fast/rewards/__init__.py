@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from egrpo_fast.rewards.scoring import Reward, RewardError, fill_dropped, score
+from egrpo_fast.rewards.scoring import Reward, RewardError, fill_dropped, score, score_or_nan
 
-__all__ = ["REGISTRY", "Reward", "RewardError", "check_reward", "fill_dropped", "make_reward", "score"]
+__all__ = ["REGISTRY", "Reward", "RewardError", "check_reward", "fill_dropped", "make_reward", "score", "score_or_nan"]
 
 REGISTRY = {
     "clip": "egrpo_fast.rewards.clip:ClipScore",

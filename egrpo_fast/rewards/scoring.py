@@ -44,6 +44,15 @@ def score(name: str, reward: Reward, images: Tensor, prompts: Sequence[str], dro
     return scores
 
 
+def score_or_nan(name: str, reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """`score`, but NaN for all of them, and a warning, where it raises RewardError."""
+    try:
+        return score(name, reward, images, prompts)
+    except RewardError as error:
+        warnings.warn(f"{error}: no score for {len(images)} pictures", stacklevel=2)
+        return torch.full((len(images),), torch.nan, device=images.device)
+
+
 def fill_dropped(rewards: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """NaN -> what gives its sample no advantage. rewards: [K, P, G] per group -> ([K, P, sum G] filled, [] share).
 

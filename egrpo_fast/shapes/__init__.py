@@ -8,3 +8,11 @@ CLIP = Path(__file__).parent / "clip"
 """Folder of the shipped CLIP, for `open_clip.create_model_and_transforms(f"local-dir:{CLIP}")`."""
 PROMPTS = {split: Path(__file__).parent / "prompts" / f"{split}.txt" for split in ("train", "held_out")}
 """Captions of the world, one per line; no caption is in both."""
+
+EMBEDDED = "shapes"
+"""As a path in a recipe or command: what ships with the package."""
+
+
+def pipeline_path(path: str) -> str:
+    """The pipeline that a recipe's `model.path` means: the embedded one's folder for `shapes`, else as it is."""
+    return str(PIPELINE) if path == EMBEDDED else path

@@ -1,0 +1,259 @@
+"""FLUX's two text encoders, apart from the rest of its pipeline: prompts to conditioning, live or from a cache."""
+
+import hashlib
+import json
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import BitsAndBytesConfig, CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+from transformers.utils import logging
+
+from egrpo_fast.backbones.weight_files import WeightFiles
+from egrpo_fast.embeddings import EmbeddingCache
+
+ENCODERS = {"text_encoder": "clip_text_model", "text_encoder_2": "t5"}
+"""Subfolders, and the `model_type` their config names."""
+TOKENIZERS = ("tokenizer", "tokenizer_2")
+SAMPLES, SAMPLE_BYTES = 16, 4096
+"""What the fingerprint reads of a tensor: so many pieces, evenly spaced, or all of a small one."""
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Encoded prompts. t5: [P, tokens, width]; pooled: CLIP's [P, width]."""
+
+    t5: Tensor
+    pooled: Tensor
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """A prompt of more tokens than `encoder` (T5 or CLIP) is given; cut: the end of the prompt that it does not see."""
+
+    prompt: str
+    encoder: str
+    tokens: int
+    limit: int
+    cut: str
+
+    def __str__(self) -> str:
+        prompt, cut = (textwrap.shorten(text, 100, placeholder=" ...") for text in (self.prompt, self.cut))
+        return f"{self.encoder} sees {self.limit} of {self.tokens} tokens of {prompt!r}; cut: {cut!r}"
+
+
+def _config(folder: Path, name: str) -> dict[str, Any]:
+    file = folder / name / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"model.path: {folder} lacks {name}/config.json") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model.path: {file} cannot be read: {error}") from None
+    found = config.get("model_type") if isinstance(config, dict) else None
+    if found != ENCODERS[name]:
+        raise ValueError(f"model.path: {folder / name} holds a {found}; {ENCODERS[name]} is expected")
+    return config
+
+
+def _weights(folder: Path, name: str) -> WeightFiles:
+    try:
+        return WeightFiles(folder / name, "model")
+    except ValueError as error:
+        raise ValueError(f"model.path: {error}") from None
+
+
+def text_widths(path: str | Path) -> tuple[int, int]:
+    """(T5's, CLIP's pooled) width of a pipeline folder, by its configs. ValueError names what is wrong with it."""
+    try:
+        return int(_config(Path(path), "text_encoder_2")["d_model"]), int(
+            _config(Path(path), "text_encoder")["hidden_size"]
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"model.path: a text encoder's config.json in {path} gives no width ({error})") from None
+
+
+def _sample(tensor: Tensor) -> bytes:
+    raw = tensor.reshape(-1).view(torch.uint8)
+    if len(raw) <= SAMPLES * SAMPLE_BYTES:
+        return raw.numpy().tobytes()
+    starts = (place * (len(raw) - SAMPLE_BYTES) // (SAMPLES - 1) for place in range(SAMPLES))
+    return b"".join(raw[start : start + SAMPLE_BYTES].numpy().tobytes() for start in starts)
+
+
+def encoder_fingerprint(
+    path: str | Path, max_sequence_length: int = 512, quantization: str = "none", dtype: torch.dtype = torch.float32
+) -> str:
+    """SHA-256, in hex, over what decides the embeddings of a pipeline folder; loads no model, reads a few megabytes.
+
+    Covered: the arguments after `path`; every byte of both encoders' `config.json` and of both tokenizer folders; of
+    every weight its name, dtype, shape and 16 evenly spaced pieces of 4 KiB (of 64 KiB and less, everything). So other
+    weights differ where training or merging touched a whole tensor; a few changed numbers between the pieces may pass.
+    Neither where the folder lies nor how its weights are split into files matters. ValueError names what is missing.
+    """
+    folder = Path(path)
+    parts = [f"{max_sequence_length} {quantization} {dtype}".encode()]
+    for name in TOKENIZERS:
+        files = [file for file in sorted((folder / name).rglob("*")) if file.is_file() and file.name[0] != "."]
+        if not files:
+            raise ValueError(f"model.path: {folder} lacks {name}")
+        parts += [part for file in files for part in (str(file.relative_to(folder)).encode(), file.read_bytes())]
+    for name in ENCODERS:
+        _config(folder, name)
+        weights = _weights(folder, name)
+        parts += [name.encode(), (folder / name / "config.json").read_bytes()]
+        samples = {}
+        for weight, shape in weights.shapes.items():
+            tensor = weights.read(weight)
+            samples[weight] = f"{weight} {tensor.dtype} {shape}".encode() + _sample(tensor)
+        weights.close()
+        parts += [samples[weight] for weight in sorted(samples)]
+    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+
+
+def _quantized(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    if quantization == "none":
+        return None
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if quantization == "nf4":
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    raise ValueError(f"model.text_encoder_quantization: {quantization!r} is none of none, int8, nf4")
+
+
+def _load(kind: Any, folder: Path, name: str, **options: Any) -> Any:
+    """A frozen encoder. ValueError where the weights are not all of it."""
+    _config(folder, name)
+    _weights(folder, name)
+    try:
+        model, told = kind.from_pretrained(folder / name, output_loading_info=True, **options)
+    except ImportError as error:
+        raise ValueError(f"model.text_encoder_quantization: {error}; pip install bitsandbytes") from None
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise ValueError(f"model.path: {folder / name} could not be loaded: {' '.join(str(error).split())}") from None
+    if absent := sorted(told["missing_keys"]):
+        raise ValueError(f"model.path: {folder / name} lacks {len(absent)} weights of its encoder, first {absent[0]}")
+    return model.requires_grad_(False).eval()
+
+
+def _tokenizer(kind: Any, folder: Path, name: str) -> Any:
+    if not (folder / name).is_dir():
+        raise ValueError(f"model.path: {folder} lacks {name}")
+    try:
+        return kind.from_pretrained(folder / name)
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        told = " ".join(str(error).split())
+        raise ValueError(f"model.path: {folder / name} could not be loaded: {told}") from None
+
+
+class FluxTextEncoder:
+    """Both encoders, frozen: prompts to Conditioning, with the numbers of `FluxPipeline.encode_prompt`."""
+
+    def __init__(self, path: str | Path, clip: Any, t5: Any, clip_tokenizer: Any, t5_tokenizer: Any,
+                 max_sequence_length: int, quantization: str, dtype: torch.dtype) -> None:  # fmt: skip
+        self.path, self.max_sequence_length, self.quantization, self.dtype = (
+            path,
+            max_sequence_length,
+            quantization,
+            dtype,
+        )
+        self._clip, self._t5, self._clip_tokenizer, self._t5_tokenizer = clip, t5, clip_tokenizer, t5_tokenizer
+        self.limits = {"T5": max_sequence_length, "CLIP": clip_tokenizer.model_max_length}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        max_sequence_length: int = 512,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        quantization: str = "none",
+    ) -> "FluxTextEncoder":
+        """From a pipeline folder. quantization: of T5's weights, by bitsandbytes: none, int8, nf4.
+
+        ValueError names what is missing, truncated or of another architecture.
+        """
+        folder, quantized = Path(path), _quantized(quantization, dtype)
+        clip_tokenizer = _tokenizer(CLIPTokenizer, folder, "tokenizer")
+        t5_tokenizer = _tokenizer(T5TokenizerFast, folder, "tokenizer_2")
+        shown = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+        try:
+            clip = _load(CLIPTextModel, folder, "text_encoder", dtype=dtype).to(device)
+            if quantized is None:
+                t5 = _load(T5EncoderModel, folder, "text_encoder_2", dtype=dtype).to(device)
+            else:
+                t5 = _load(T5EncoderModel, folder, "text_encoder_2", dtype=dtype, quantization_config=quantized,
+                           device_map={"": device})  # fmt: skip
+        finally:
+            if shown:
+                logging.enable_progress_bar()
+        return cls(path, clip, t5, clip_tokenizer, t5_tokenizer, max_sequence_length, quantization, dtype)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """`encoder_fingerprint` of what was loaded."""
+        return encoder_fingerprint(self.path, self.max_sequence_length, self.quantization, self.dtype)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """One batch: T5 token embeddings and CLIP's pooled embedding of every prompt, in `dtype` on the device."""
+        padded = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+        t5_ids = self._t5_tokenizer(list(prompts), max_length=self.limits["T5"], **padded).input_ids
+        clip_ids = self._clip_tokenizer(list(prompts), max_length=self.limits["CLIP"], **padded).input_ids
+        t5 = self._t5(t5_ids.to(self._t5.device))[0]
+        pooled = self._clip(clip_ids.to(self._clip.device)).pooler_output
+        return Conditioning(t5.to(self.dtype), pooled.to(self.dtype))
+
+    def truncated(self, prompts: Sequence[str]) -> list[Truncation]:
+        """What the encoders do not see, of prompts longer than `limits`."""
+        found = []
+        for (encoder, limit), tokenizer in zip(self.limits.items(), (self._t5_tokenizer, self._clip_tokenizer)):
+            whole = tokenizer(list(prompts), return_offsets_mapping=True, verbose=False)["offset_mapping"]
+            for prompt, offsets in zip(prompts, whole):
+                if len(offsets) > limit:  # the last token kept is the end mark: the one in its place is the first cut
+                    found.append(Truncation(prompt, encoder, len(offsets), limit, prompt[offsets[limit - 1][0] :]))
+        return found
+
+
+class CachedText:
+    """Conditioning from a folder of `egrpo encode`, in place of a FluxTextEncoder; loads no model."""
+
+    def __init__(self, cache: EmbeddingCache, device: torch.device | str = "cpu") -> None:
+        self.cache, self._device = cache, device
+
+    @classmethod
+    def open(
+        cls,
+        embeddings: str | Path,
+        path: str | Path,
+        max_sequence_length: int = 512,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        quantization: str = "none",
+    ) -> "CachedText":
+        """embeddings: the folder; the rest: of the encoder that would have been loaded. ValueError if another made it."""
+        cache = EmbeddingCache(embeddings)
+        fingerprint = encoder_fingerprint(path, max_sequence_length, quantization, dtype)
+        how = f"{path}, max_sequence_length {max_sequence_length}, dtype {str(dtype)[6:]}, quantization {quantization}"
+        cache.check(fingerprint, *text_widths(path), max_sequence_length, how)
+        return cls(cache, device)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the encoder that made the folder, and would have been loaded."""
+        return self.cache.fingerprint
+
+    def require(self, prompts: Sequence[str], field: str = "prompts") -> None:
+        """ValueError where a prompt is not in the folder: how many, and the first."""
+        self.cache.require(prompts, field)
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """The rows of these prompts, on the device."""
+        t5, pooled = self.cache.encode(prompts)
+        return Conditioning(t5.to(self._device), pooled.to(self._device))

@@ -1,0 +1,100 @@
+"""A model's safetensors files, one or several with an index: checked by their headers, read one tensor at a time."""
+
+import hashlib
+import json
+import struct
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+_HEADER_LIMIT = 100_000_000
+
+
+def _header(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes in a safetensors file. ValueError where it is not one, or not all of one."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > _HEADER_LIMIT:
+                raise ValueError("no safetensors header")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
+        size = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read as safetensors: {error}") from None
+    if path.stat().st_size != size:
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes, its header asks for {size:,}: download it again")
+    return shapes
+
+
+class WeightFiles:
+    """The weights in a folder: `STEM.safetensors`, or the shards that `STEM.safetensors.index.json` names.
+
+    Only headers are read on opening. ValueError names the file that is missing, truncated or no safetensors file.
+    """
+
+    def __init__(self, folder: str | Path, stem: str = "diffusion_pytorch_model") -> None:
+        folder = Path(folder)
+        index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
+        if index.is_file():
+            try:
+                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+                raise ValueError(f"{index} cannot be read: {error!r}") from None
+            paths = [folder / Path(name).name for name in names]
+        elif single.is_file():
+            paths = [single]
+        else:
+            raise ValueError(f"{folder} has neither {single.name} nor {index.name}")
+        missing = [path.name for path in paths if not path.is_file()]
+        if missing:
+            raise ValueError(f"{folder} lacks {', '.join(missing)}")
+        self._where: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for path in paths:
+            shapes = _header(path)
+            self.shapes |= shapes
+            self._where |= dict.fromkeys(shapes, path)
+        self.largest_file = max(path.stat().st_size for path in paths)
+        self._open: tuple[Path, safe_open] | None = None
+
+    def check_names(self, expected: Collection[str]) -> None:
+        """ValueError where the files hold other tensors than those."""
+        missing, extra = set(expected) - self.shapes.keys(), self.shapes.keys() - set(expected)
+        told = [f"{word} {len(some)} ({min(some)}, ...)" for word, some in (("lack", missing), ("add", extra)) if some]
+        if told:
+            raise ValueError(f"weights of another architecture: of {len(expected)} tensors they {' and '.join(told)}")
+
+    def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
+        """ValueError where these are not the tensors of that model: name -> shape."""
+        self.check_names(expected)
+        for name, shape in expected.items():
+            if self.shapes[name] != shape:
+                raise ValueError(f"weights of another architecture: {name} is {self.shapes[name]}, not {shape}")
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, on the CPU, in the file's dtype. One file is open at a time: read in the files' order."""
+        path = self._where[name]
+        if self._open is None or self._open[0] != path:
+            self._open = (path, safe_open(path, framework="pt"))
+        try:
+            return self._open[1].get_tensor(name)
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(f"{path}: {name} cannot be read: {error}") from None
+
+    def close(self) -> None:
+        """Let go of the file that is open, and of the memory it is mapped to."""
+        self._open = None
+
+
+def new_adapter(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    """A new LoRA factor: A uniform in `+-sqrt(1 / in)` (Kaiming, a = sqrt 5), B zero. A function of (seed, name)."""
+    if ".lora_B." in name:
+        return torch.zeros(shape)
+    word = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little")
+    generator = torch.Generator().manual_seed(word % 2**63)
+    return torch.empty(shape).uniform_(-(shape[1] ** -0.5), shape[1] ** -0.5, generator=generator)

@@ -1,0 +1,137 @@
+"""`egrpo encode`: prompts through FLUX's text encoders, once, into a folder of embeddings (`embeddings.py`)."""
+
+import bisect
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from egrpo_fast.backbones.flux import resolve
+from egrpo_fast.backbones.flux_text import FluxTextEncoder, Truncation, encoder_fingerprint, text_widths
+from egrpo_fast.config import load_config
+from egrpo_fast.embeddings import EmbeddingWriter, Index
+from egrpo_fast.prompts import read_prompts
+from egrpo_fast.shapes import PIPELINE, PROMPTS
+
+SHAPES = "shapes"
+"""As a model, the pipeline that ships with the package; as prompts, its captions, trained on and held out."""
+SHOWN = 5
+"""Truncated prompts that are told in full."""
+
+
+class _Joined(Sequence[str]):
+    """The prompts of several files, one after the other."""
+
+    def __init__(self, files: Sequence[Sequence[str]]) -> None:
+        self._files, self._ends = files, list(accumulate(map(len, files)))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    @overload
+    def __getitem__(self, place: int) -> str: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[str]: ...
+    def __getitem__(self, place: int | slice) -> str | list[str]:
+        if isinstance(place, slice):
+            return [self[one] for one in range(len(self))[place]]
+        place = range(len(self))[place]
+        file = bisect.bisect_right(self._ends, place)
+        return self._files[file][place - self._ends[file]]  # from the end of that file
+
+
+def read_all(files: Iterable[str | Path], column: str = "prompt") -> tuple[Sequence[str], list[str]]:
+    """(prompts of all files, warnings). `shapes` stands for the captions that ship with the package."""
+    paths = [path for file in files for path in (PROMPTS.values() if str(file) == SHAPES else (file,))]
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        prompts = _Joined([read_prompts(path, column=column) for path in paths])
+    return prompts, [str(warning.message) for warning in told]
+
+
+def default_settings(model: str) -> dict[str, Any]:
+    """Arguments of `encode` that are not asked for: the trainer's defaults, or those of the `shapes` recipe."""
+    if model == SHAPES:
+        recipe = load_config(SHAPES).model
+        return {"max_sequence_length": recipe.max_sequence_length, "dtype": recipe.dtype}
+    return {"max_sequence_length": 512, "dtype": "bfloat16"}
+
+
+def _batches(prompts: Sequence[str], places: np.ndarray, size: int) -> Iterator[list[str]]:
+    for start in range(0, len(places), size):
+        yield [prompts[int(place)] for place in places[start : start + size]]
+
+
+def _tell_truncated(encoder: FluxTextEncoder, batches: Iterable[Sequence[str]]) -> None:
+    count = dict.fromkeys(encoder.limits, 0)
+    shown: list[Truncation] = []
+    for batch in batches:
+        for cut in encoder.truncated(batch):
+            count[cut.encoder] += 1
+            shown += [cut] if len(shown) < SHOWN else []
+    for name, limit in encoder.limits.items():
+        if count[name]:
+            print(f"{count[name]:,} prompts are longer than {name}'s {limit} tokens, and are cut")
+    for cut in shown:
+        print(f"  {cut}")
+
+
+def encode(
+    files: Sequence[str | Path],
+    out: str | Path,
+    model: str,
+    max_sequence_length: int = 512,
+    dtype: str = "bfloat16",
+    quantization: str = "none",
+    batch: int = 16,
+    column: str = "prompt",
+    device: torch.device | str = "cpu",
+    shard_bytes: int = 2**28,
+    verify: bool = False,
+) -> int:
+    """Encode what `out` does not hold yet; returns how many prompts that were. Repeat an interrupted call to go on.
+
+    ValueError, before any weight is loaded, for what the user must mend. A row depends on which prompts shared its
+    batch by rounding alone; after an interruption the same call makes the same batches.
+    """
+    prompts, told = read_all(files, column)
+    for warning in told:
+        print(f"warning: {warning}")
+    path = PIPELINE if model == SHAPES else resolve(model)
+    if not path.is_dir():
+        raise ValueError(f"model.path: no folder {path}; that of a FLUX pipeline in diffusers' layout is expected")
+    kind = getattr(torch, dtype)
+    t5_width, pooled_width = text_widths(path)
+    index = Index(
+        encoder=encoder_fingerprint(path, max_sequence_length, quantization, kind),
+        made_with={
+            "model": model, "max_sequence_length": max_sequence_length, "dtype": dtype, "quantization": quantization
+        },
+        t5=(max_sequence_length, t5_width), pooled=pooled_width, dtype=dtype,
+    )  # fmt: skip
+    with EmbeddingWriter(out, index, shard_bytes, verify) as writer:
+        if writer.dropped:
+            print(f"warning: damaged, to be made again: {', '.join(writer.dropped)}")
+        places = writer.missing(prompts)
+        print(f"{len(prompts):,} prompts: {len(places):,} to encode, the others are there already or repeated")
+        if not len(places):
+            return 0
+        writer.check_space(len(places))
+        encoder = FluxTextEncoder.from_pretrained(path, max_sequence_length, kind, device, quantization)
+        _tell_truncated(encoder, _batches(prompts, places, 1024))
+        with tqdm(total=len(places), desc="encoding", unit="prompt") as bar:
+            for some in _batches(prompts, places, batch):
+                try:
+                    text = encoder.encode(some)
+                except torch.OutOfMemoryError:
+                    raise ValueError(
+                        f"--batch: {batch} prompts do not fit on {device}; try {max(1, batch // 2)}"
+                    ) from None
+                writer.add(some, text.t5, text.pooled)
+                bar.update(len(some))
+    return len(places)

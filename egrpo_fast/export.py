@@ -1,0 +1,183 @@
+"""A run's checkpoint as a diffusers pipeline folder or LoRA file: no GPU, no DeepSpeed, a shard in memory at a time."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from egrpo_fast.backbones.flux import PARTS, resolve, save_lora
+from egrpo_fast.backbones.weight_files import WeightFiles
+from egrpo_fast.checkpoint import CheckpointReader
+from egrpo_fast.config import CHECKPOINTS, CONFIG_FILE, RUN_FILE, Config, load_config
+from egrpo_fast.metrics import METRICS
+from egrpo_fast.shapes import pipeline_path
+
+SHARD_BYTES = 5 * 2**30
+KINDS = {"model": "weight", "ema": "ema"}
+_STEM = "diffusion_pytorch_model"
+
+
+def export(
+    run: Path, out: Path, weights: Literal["model", "ema"] = "model", checkpoint: Path | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:  # fmt: skip
+    """What `FluxPipeline.from_pretrained(out)` loads, or `load_lora_weights(out)` for a LoRA run, with a model card.
+
+    weights: as trained, or their moving average. checkpoint: one of the run's; None: the newest. Written beside and
+    renamed: `out` is whole or not there. ValueError: no run, no such checkpoint or average, `out` in the way, no room.
+    """
+    if not (run / CONFIG_FILE).is_file():
+        raise ValueError(f"export: {run} holds no run ({CONFIG_FILE} is missing)")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"export: {out} is in the way; choose another folder")
+    config = load_config(str(run / CONFIG_FILE))
+    reader = CheckpointReader(checkpoint or _newest(run))
+    kind = KINDS[weights]
+    if kind not in reader.kinds():
+        raise ValueError(f"export: {reader.path} holds no {weights} weights; train with optimizer.ema_decay for them")
+    dtype = torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
+    base = resolve(pipeline_path(config.model.path))
+
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        tensors = ((name, reader.tensor(name, kind).to(dtype)) for name in reader.names(kind))
+        if config.model.lora is not None:
+            save_lora(partial, dict(tensors), config.model.lora)
+        else:
+            _check_room(partial, base, reader, kind, dtype)
+            _copy_rest(base, partial)
+            _write_transformer(base, partial / "transformer", dict.fromkeys(reader.names(kind)), tensors, shard_bytes)
+        _write_card(run, partial, base, config, reader, weights)
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+    except OSError as error:
+        raise ValueError(f"export: {out} could not be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _newest(run: Path) -> Path:
+    complete = [
+        path for path in (run / CHECKPOINTS).glob("iteration-*") if path.name.removeprefix("iteration-").isdigit()
+    ]
+    if not complete:
+        raise ValueError(f"export: {run} has no checkpoint yet")
+    return max(complete, key=lambda path: int(path.name.removeprefix("iteration-")))
+
+
+def _check_room(where: Path, base: Path, reader: CheckpointReader, kind: str, dtype: torch.dtype) -> None:
+    rest = sum(f.stat().st_size for part in PARTS if part != "transformer" for f in (base / part).rglob("*"))
+    needed = rest + sum(torch.Size(reader.shape(name)).numel() for name in reader.names(kind)) * dtype.itemsize
+    if needed > (free := shutil.disk_usage(where).free):
+        raise ValueError(f"export: {needed / 2**30:.1f} GiB are needed in {where.parent}, {free / 2**30:.1f} are free")
+
+
+def _copy_rest(base: Path, out: Path) -> None:
+    """Everything of the base but the transformer's weights: those did not change."""
+    for part in PARTS:
+        if part != "transformer":
+            shutil.copytree(base / part, out / part)
+    (out / "transformer").mkdir()
+    shutil.copy(base / "transformer" / "config.json", out / "transformer")
+    shutil.copy(base / "model_index.json", out)
+
+
+def _shards(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > limit:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor
+        size += tensor.nbytes
+    yield shard
+
+
+def _write_transformer(
+    base: Path, out: Path, names: dict[str, None], tensors: Iterable[tuple[str, Tensor]], shard_bytes: int
+) -> None:
+    WeightFiles(base / "transformer").check_names(names)
+    files: list[tuple[Path, list[str], int]] = []
+    bar = tqdm(total=len(names), desc="exporting", unit=" tensors", dynamic_ncols=True)
+    for number, shard in enumerate(_shards(tensors, shard_bytes)):
+        path = out / f"{_STEM}-{number + 1:05d}.safetensors"
+        save_file(shard, path, metadata={"format": "pt"})
+        files.append((path, list(shard), sum(tensor.nbytes for tensor in shard.values())))
+        bar.update(len(shard))
+    bar.close()
+    if len(files) == 1:
+        files[0][0].rename(out / f"{_STEM}.safetensors")
+        return
+    weight_map: dict[str, str] = {}
+    for number, (path, held, _) in enumerate(files):
+        path.rename(out / f"{_STEM}-{number + 1:05d}-of-{len(files):05d}.safetensors")
+        weight_map |= dict.fromkeys(held, f"{_STEM}-{number + 1:05d}-of-{len(files):05d}.safetensors")
+    index = {"metadata": {"total_size": sum(size for *_, size in files)}, "weight_map": weight_map}
+    (out / f"{_STEM}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _licence(base: Path) -> dict[str, Any]:
+    """The licence fields of the base's own model card."""
+    card = base / "README.md"
+    found = re.match(r"---\n(.*?)\n---\n", card.read_text(errors="replace"), re.DOTALL) if card.is_file() else None
+    try:
+        fields = yaml.safe_load(found.group(1)) if found else {}
+    except yaml.YAMLError:
+        fields = {}
+    return {key: value for key, value in (fields or {}).items() if key.startswith("license")}
+
+
+def _write_card(run: Path, out: Path, base: Path, config: Config, reader: CheckpointReader, weights: str) -> None:
+    made_by = json.loads((run / RUN_FILE).read_text()) if (run / RUN_FILE).is_file() else {}
+    licence = _licence(base)
+    lora = config.model.lora is not None
+    front = {
+        **(licence or {"license": "other", "license_name": "of-the-base-model"}),
+        "base_model": config.model.path,
+        "base_model_relation": "adapter" if lora else "finetune",
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "tags": ["flux", "reinforcement-learning", "e-grpo", *(["lora"] if lora else [])],
+    }
+    told = f"its licence ({licence.get('license_name') or licence['license']})" if licence else "its own licence"
+    rewards = ", ".join(f"{reward.name} (weight {reward.weight:g})" for reward in config.rewards if reward.weight)
+    lines = [json.loads(line) for line in (run / METRICS).read_text().splitlines()] if (run / METRICS).is_file() else []
+    evaluations = [line for line in lines if any(key.startswith("held_out/") for key in line)]
+    names = [key for key in evaluations[0] if key.startswith("held_out/")] if evaluations else []
+    rows = [f"| {line['iteration']} | " + " | ".join(f"{line.get(k, float('nan')):.4f}" for k in names) + " |"
+            for line in evaluations if line["iteration"] <= reader.iteration]  # fmt: skip
+    table = ["| iteration | " + " | ".join(key.removeprefix("held_out/") for key in names) + " |",
+             "| --- " * (len(names) + 1) + "|", *rows] if rows else ["No evaluation was recorded."]  # fmt: skip
+    load = (
+        f'pipe = FluxPipeline.from_pretrained("{config.model.path}")\npipe.load_lora_weights("this folder")'
+        if lora else 'pipe = FluxPipeline.from_pretrained("this folder")'
+    )  # fmt: skip
+    curve = run / "curve.png"
+    if curve.is_file():
+        shutil.copy(curve, out)
+    for licence_file in base.glob("LICENSE*"):
+        shutil.copy(licence_file, out)
+    (out / "README.md").write_text(
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n"
+        f"# {config.model.path}, trained on rewards\n\n"
+        f"Trained with E-GRPO (arXiv 2601.00423) by egrpo_fast {made_by.get('version', '')}, commit "
+        f"{made_by.get('commit') or 'unknown'}, for {reader.iteration} iterations on {rewards}. "
+        f"Weights: {'as trained' if weights == 'model' else 'their moving average'}"
+        f"{', low-rank adapters' if lora else ''}. It derives from `{config.model.path}` and is under {told}.\n\n"
+        f"```python\nfrom diffusers import FluxPipeline\n\n{load}\n```\n\n"
+        f"## Rewards on held-out prompts\n\n" + "\n".join(table) + "\n\n"
+        + ("![Rewards by iteration](curve.png)\n\n" if curve.is_file() else "")
+        + f"## Settings\n\n```yaml\n{config.yaml()}```\n"
+    )  # fmt: skip
