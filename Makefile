@@ -73,7 +73,7 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*)
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "== set-up, once: the tools of the tests"
-	$(BIN)/pip install --quiet --no-build-isolation --editable ".[rewards,evaluation,http,dev]"
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[rewards,evaluation,http,quantized,dev]"
 	$(BIN)/pip check
 	@touch $@
 

@@ -383,7 +383,7 @@ def problems(path: Path, files: Collection[str] | None = None) -> list[str]:
 
 
 class CheckpointReader:
-    """A complete checkpoint, opened: `iteration`, `world_size`, `state`, names of its `files`, and its tensors.
+    """A complete checkpoint, opened: `iteration`, `world_size`, `best`, `state`, names of its `files`, and its tensors.
 
     ValueError, with the reason: checkpoint.json is damaged, or a file is missing or of another size. Whether the bytes
     of the others are what was written is for `problems` to say. Files are opened for each read only, so that memory
@@ -400,6 +400,7 @@ class CheckpointReader:
         self.path = path
         self.iteration: int = index["iteration"]
         self.world_size: int = index["world_size"]
+        self.best: bool = index["best"]
         self.state: dict[str, Any] = index["state"]
         self.files: list[str] = [file["name"] for file in index["files"]]
         self._tensors: dict[str, dict[str, Any]] = index["tensors"]

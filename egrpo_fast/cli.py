@@ -189,6 +189,17 @@ def _encode(arguments: argparse.Namespace) -> None:
     )  # fmt: skip
 
 
+def _export(arguments: argparse.Namespace) -> None:
+    from egrpo_fast.checkpoint import problems
+    from egrpo_fast.export import export, find_checkpoint
+
+    checkpoint = find_checkpoint(arguments.run_folder, arguments.checkpoint)
+    if found := problems(checkpoint):
+        raise ValueError(f"checkpoint: {checkpoint} is damaged; choose another ({'; '.join(found)})")
+    export(arguments.run_folder, arguments.out, arguments.weights, checkpoint)
+    print(f"{arguments.out}: {arguments.weights} weights of {checkpoint}; README.md says how to load them")
+
+
 def _number(least: float, most: float = 2**63 - 1, kind: type = int) -> Any:
     """For argparse: a number from `least` to `most`."""
 
@@ -276,6 +287,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch", type=_number(1), default=16, metavar="N", help="prompts at a time (%(default)s)")
     add("--device", help="(cuda where there is one, else cpu)")
     add("--verify", action="store_true", help="read all that is there already; what is damaged is made again")
+
+    about = "write a run's checkpoint as a FLUX pipeline folder, or LoRA file, that diffusers loads; no GPU is needed"
+    export = commands.add_parser("export", help=about, description=about)
+    export.set_defaults(run=_export)
+    add = export.add_argument
+    add("run_folder", type=Path, metavar="RUN", help="the run's output_dir")
+    add("out", type=Path, metavar="OUT", help="folder to write; must not exist, or be empty")
+    add("--weights", choices=("model", "ema"), default="model", help="as trained, or their average (%(default)s)")
+    add("--checkpoint", default="newest", metavar="WHICH", help="newest, best, or an iteration (%(default)s)")
 
     about = "score pictures for trainers elsewhere, over HTTP (the reward `http`)"
     serve = commands.add_parser("serve-rewards", help=about, description=about)

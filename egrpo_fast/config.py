@@ -62,7 +62,7 @@ class Model(_Section):
     lora: Lora | None = None
     """Train adapters instead of the whole transformer; none given: all weights."""
     text_encoder_quantization: Literal["none", "int8", "nf4"] = "none"
-    """Weights of the T5 encoder: as loaded, or in 8 or 4 bits by bitsandbytes (a GPU is needed)."""
+    """Weights of the T5 encoder: as loaded, or in 8 or 4 bits by bitsandbytes."""
     decode_batch: Positive = 32
     """Pictures that the VAE decodes and the rewards score at a time."""
     vae_tiling: bool = False
@@ -235,6 +235,8 @@ class Guards(_Section):
     """Warn where the gradient norm is so many times its running median."""
     policy_mismatch: float | None = Field(0.1, gt=0.0)
     """Warn where update and rollout differ by more of the step's noise than this."""
+    max_log_ratio: float | None = Field(0.01, gt=0.0)
+    """Warn where a log-ratio of new to old policy is larger than this: the policy drifts within one iteration."""
     clip_fraction: float | None = Field(None, gt=0.0, le=1.0)
     """Warn where more of the ratios are clipped than this."""
     zero_advantage_share: float | None = Field(0.5, gt=0.0, le=1.0)

@@ -22,8 +22,8 @@ Stream = Literal["image", "text", "joint", "row"]
 
 @dataclass(frozen=True)
 class Gpu:
-    """flops: dense bfloat16 peak per second. memory: bytes that torch can have. link: bytes per second and direction to
-    the other GPUs of its machine."""
+    """flops: dense bfloat16 peak per second. memory: bytes that torch can have. bandwidth: its own, bytes per second.
+    link: bytes per second and direction to the other GPUs of its machine."""
 
     flops: float
     memory: float
@@ -63,12 +63,13 @@ CLIP_PARAMETERS = {
 }  # fmt: skip
 """open_clip's; the rewards keep their weights in float32."""
 REWARD_PARAMETERS = {
-    "hps": CLIP_PARAMETERS["ViT-H-14"], "pick_score": CLIP_PARAMETERS["ViT-H-14"] - 1, "image_reward": 446_000_000,
+    "hps": CLIP_PARAMETERS["ViT-H-14"], "pick_score": CLIP_PARAMETERS["ViT-H-14"], "image_reward": 446_206_689,
     "jpeg": 0, "shapes_soft": 0, "shapes_strict": 0, "http": 0,
 }  # fmt: skip
 
-# Bytes of live tensors at the peak of a forward, of what one block keeps for its backward, and beyond that at the peak
-# of the backward, each by the block's width, token, row and byte of the dtype. As measured, head by head: see docs.
+# Activations, measured, in units of rows x tokens x width x bytes of the dtype (keys: 2 bfloat16, 4 float32): at the
+# peak of a forward; kept by a double and by a single block for its backward, and in bytes by each of its heads; beyond
+# what is kept, at the peak of a backward; of a decoded picture, in units of pixels x channels x bytes.
 ROLLOUT = {2: 17.5, 4: 15.2}
 SAVED = {2: (29.0, 25.0), 4: (25.0, 21.0)}
 SAVED_PER_HEAD = 4 * 4
@@ -373,7 +374,9 @@ class Cost:
         """By part and phase; ZeRO's partitions are P / N of P parameters on N GPUs."""
         config, gpus, stage, size = self.config, self.cluster.gpus, self.config.deepspeed.zero_stage, self.itemsize
         weights = (self.parameters + self.adapters) * size
-        share, always, host = self.trained / gpus, {}, {}
+        share = self.trained / gpus
+        always: dict[str, float] = {}
+        host: dict[str, float] = {}
         on_host = config.deepspeed.offload_optimizer == "cpu"
         on_disk = config.deepspeed.offload_optimizer == "nvme"
 
@@ -531,6 +534,8 @@ class Cost:
             moved += (calls + forwards) * self.parameters * self.itemsize / self.cluster.gpus
         parts = {name: flops[name] * self.prompts / rate for name in ("rollout", "decode", "update")}
         parts |= {"communication": sum(amount / speeds[name] for name, amount in self.traffic.items())}
+        if zero.offload_optimizer == "none":  # gradient, weight and both moments are read, all but the first written
+            parts |= {"optimizer": 7 * 4 * self.trained / self.cluster.gpus / gpu.bandwidth}
         parts |= {"host": moved / HOST_LINK}
         return parts | {"total": sum(parts.values())}
 
@@ -552,10 +557,10 @@ class Cost:
                 taken, best = [*taken, settings], made["peak"]
             if made is not None and made["fits"]:
                 break
-        for settings in list(taken):  # what the later ones make needless
+        for settings in list(taken):  # what the later ones make needless, with some room to spare
             without = [other for other in taken if other is not settings]
             made = self._with(without)
-            if made is not None and made["fits"]:
+            if made is not None and made["peak"] <= 0.95 * self.cluster.gpu.memory:
                 taken = without
         made = self._with(taken) if taken else None
         return [made] if made else []

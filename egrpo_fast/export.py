@@ -1,21 +1,24 @@
 """A run's checkpoint as a diffusers pipeline folder or LoRA file: no GPU, no DeepSpeed, a shard in memory at a time."""
 
 import json
+import math
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import yaml
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from egrpo_fast.backbones.flux import PARTS, resolve, save_lora
+from egrpo_fast.backbones.flux import PARTS, is_hub_id, resolve, save_lora
 from egrpo_fast.backbones.weight_files import WeightFiles
-from egrpo_fast.checkpoint import CheckpointReader
+from egrpo_fast.checkpoint import CheckpointReader, Checkpoints
 from egrpo_fast.config import CHECKPOINTS, CONFIG_FILE, RUN_FILE, Config, load_config
 from egrpo_fast.metrics import METRICS
 from egrpo_fast.shapes import pipeline_path
@@ -27,58 +30,72 @@ _STEM = "diffusion_pytorch_model"
 
 def export(
     run: Path, out: Path, weights: Literal["model", "ema"] = "model", checkpoint: Path | None = None,
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: int = SHARD_BYTES, replace: bool = False,
 ) -> None:  # fmt: skip
     """What `FluxPipeline.from_pretrained(out)` loads, or `load_lora_weights(out)` for a LoRA run, with a model card.
 
-    weights: as trained, or their moving average. checkpoint: one of the run's; None: the newest. Written beside and
-    renamed: `out` is whole or not there. ValueError: no run, no such checkpoint or average, `out` in the way, no room.
+    weights: as trained, or their moving average. checkpoint: one of the run's; None: the newest. replace: an earlier
+    export in `out`, once this one is whole. Written beside and renamed: `out` is whole or as it was. ValueError: no
+    run, no such checkpoint or average, `out` in the way, no room.
     """
     if not (run / CONFIG_FILE).is_file():
         raise ValueError(f"export: {run} holds no run ({CONFIG_FILE} is missing)")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and not replace and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"export: {out} is in the way; choose another folder")
     config = load_config(str(run / CONFIG_FILE))
-    reader = CheckpointReader(checkpoint or _newest(run))
+    reader = CheckpointReader(checkpoint or find_checkpoint(run))
     kind = KINDS[weights]
     if kind not in reader.kinds():
         raise ValueError(f"export: {reader.path} holds no {weights} weights; train with optimizer.ema_decay for them")
     dtype = torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
     base = resolve(pipeline_path(config.model.path))
 
+    def read(name: str) -> Tensor:
+        return reader.tensor(name, kind).to(dtype)
+
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
-        tensors = ((name, reader.tensor(name, kind).to(dtype)) for name in reader.names(kind))
+        partial.mkdir(parents=True)
         if config.model.lora is not None:
-            save_lora(partial, dict(tensors), config.model.lora)
+            save_lora(partial, {name: read(name) for name in reader.names(kind)}, config.model.lora)
         else:
-            _check_room(partial, base, reader, kind, dtype)
+            shapes = {name: reader.shape(name, kind) for name in reader.names(kind)}
+            WeightFiles(base / "transformer").check(shapes)
+            _check_room(partial, base, shapes, dtype)
             _copy_rest(base, partial)
-            _write_transformer(base, partial / "transformer", dict.fromkeys(reader.names(kind)), tensors, shard_bytes)
+            _write_transformer(partial / "transformer", shapes, dtype, read, shard_bytes)
         _write_card(run, partial, base, config, reader, weights)
         if out.exists():
-            out.rmdir()
+            shutil.rmtree(out)
         partial.rename(out)
-    except OSError as error:
-        raise ValueError(f"export: {out} could not be written: {error.strerror or error}") from None
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"export: {out} could not be written: {getattr(error, 'strerror', None) or error}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _newest(run: Path) -> Path:
-    complete = [
-        path for path in (run / CHECKPOINTS).glob("iteration-*") if path.name.removeprefix("iteration-").isdigit()
-    ]
-    if not complete:
-        raise ValueError(f"export: {run} has no checkpoint yet")
-    return max(complete, key=lambda path: int(path.name.removeprefix("iteration-")))
+def find_checkpoint(run: Path, which: str = "newest") -> Path:
+    """A run's checkpoint: `newest`, `best` (by the run's `checkpoint.best`) or an iteration's. ValueError: no such."""
+    paths = {int(path.stem.removeprefix("iteration-")): path for path in Checkpoints(run / CHECKPOINTS).all()}
+    if not paths:
+        raise ValueError(f"checkpoint: {run} has none yet")
+    if which == "newest":
+        return paths[max(paths)]
+    if which == "best":
+        best = [iteration for iteration, path in paths.items() if CheckpointReader(path).best]
+        if not best:
+            raise ValueError(f"checkpoint: {run} has none marked as best; train with checkpoint.best=REWARD")
+        return paths[max(best)]
+    if not which.isdecimal() or int(which) not in paths:
+        there = ", ".join(map(str, paths))
+        raise ValueError(f"checkpoint: {run} has none of iteration {which}; there are newest, best and {there}")
+    return paths[int(which)]
 
 
-def _check_room(where: Path, base: Path, reader: CheckpointReader, kind: str, dtype: torch.dtype) -> None:
+def _check_room(where: Path, base: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> None:
     rest = sum(f.stat().st_size for part in PARTS if part != "transformer" for f in (base / part).rglob("*"))
-    needed = rest + sum(torch.Size(reader.shape(name)).numel() for name in reader.names(kind)) * dtype.itemsize
+    needed = rest + sum(map(math.prod, shapes.values())) * dtype.itemsize
     if needed > (free := shutil.disk_usage(where).free):
         raise ValueError(f"export: {needed / 2**30:.1f} GiB are needed in {where.parent}, {free / 2**30:.1f} are free")
 
@@ -93,39 +110,21 @@ def _copy_rest(base: Path, out: Path) -> None:
     shutil.copy(base / "model_index.json", out)
 
 
-def _shards(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict[str, Tensor]]:
-    shard: dict[str, Tensor] = {}
-    size = 0
-    for name, tensor in tensors:
-        if shard and size + tensor.nbytes > limit:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = tensor
-        size += tensor.nbytes
-    yield shard
-
-
 def _write_transformer(
-    base: Path, out: Path, names: dict[str, None], tensors: Iterable[tuple[str, Tensor]], shard_bytes: int
-) -> None:
-    WeightFiles(base / "transformer").check_names(names)
-    files: list[tuple[Path, list[str], int]] = []
-    bar = tqdm(total=len(names), desc="exporting", unit=" tensors", dynamic_ncols=True)
-    for number, shard in enumerate(_shards(tensors, shard_bytes)):
-        path = out / f"{_STEM}-{number + 1:05d}.safetensors"
-        save_file(shard, path, metadata={"format": "pt"})
-        files.append((path, list(shard), sum(tensor.nbytes for tensor in shard.values())))
-        bar.update(len(shard))
+    out: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, read: Callable[[str], Tensor],
+    shard_bytes: int,
+) -> None:  # fmt: skip
+    like = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
+    pattern = f"{_STEM}{{suffix}}.safetensors"
+    split = split_torch_state_dict_into_shards(like, filename_pattern=pattern, max_shard_size=shard_bytes)
+    bar = tqdm(total=len(shapes), desc="exporting", unit=" tensors", dynamic_ncols=True)
+    for file, names in split.filename_to_tensors.items():
+        save_file({name: read(name) for name in names}, out / file, metadata={"format": "pt"})
+        bar.update(len(names))
     bar.close()
-    if len(files) == 1:
-        files[0][0].rename(out / f"{_STEM}.safetensors")
-        return
-    weight_map: dict[str, str] = {}
-    for number, (path, held, _) in enumerate(files):
-        path.rename(out / f"{_STEM}-{number + 1:05d}-of-{len(files):05d}.safetensors")
-        weight_map |= dict.fromkeys(held, f"{_STEM}-{number + 1:05d}-of-{len(files):05d}.safetensors")
-    index = {"metadata": {"total_size": sum(size for *_, size in files)}, "weight_map": weight_map}
-    (out / f"{_STEM}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (out / f"{_STEM}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _licence(base: Path) -> dict[str, Any]:
@@ -136,7 +135,9 @@ def _licence(base: Path) -> dict[str, Any]:
         fields = yaml.safe_load(found.group(1)) if found else {}
     except yaml.YAMLError:
         fields = {}
-    return {key: value for key, value in (fields or {}).items() if key.startswith("license")}
+    if not isinstance(fields, dict):
+        return {}
+    return {key: value for key, value in fields.items() if key.startswith("license")}
 
 
 def _write_card(run: Path, out: Path, base: Path, config: Config, reader: CheckpointReader, weights: str) -> None:
@@ -145,13 +146,14 @@ def _write_card(run: Path, out: Path, base: Path, config: Config, reader: Checkp
     lora = config.model.lora is not None
     front = {
         **(licence or {"license": "other", "license_name": "of-the-base-model"}),
-        "base_model": config.model.path,
+        **({"base_model": config.model.path} if is_hub_id(config.model.path) else {}),
         "base_model_relation": "adapter" if lora else "finetune",
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
         "tags": ["flux", "reinforcement-learning", "e-grpo", *(["lora"] if lora else [])],
     }
-    told = f"its licence ({licence.get('license_name') or licence['license']})" if licence else "its own licence"
+    licence_name = licence.get("license_name") or licence.get("license")
+    told = f"its licence ({licence_name})" if licence_name else "its own licence"
     rewards = ", ".join(f"{reward.name} (weight {reward.weight:g})" for reward in config.rewards if reward.weight)
     lines = [json.loads(line) for line in (run / METRICS).read_text().splitlines()] if (run / METRICS).is_file() else []
     evaluations = [line for line in lines if any(key.startswith("held_out/") for key in line)]

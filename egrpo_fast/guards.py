@@ -44,7 +44,7 @@ class Guard:
     def alarms(self, values: Mapping[str, float]) -> list[str]:
         """What is out of bounds in an iteration's metrics, a line each."""
         settings, told = self._settings, []
-        for name in ("policy_mismatch", "clip_fraction", "zero_advantage_share"):
+        for name in ("policy_mismatch", "max_log_ratio", "clip_fraction", "zero_advantage_share"):
             bound = getattr(settings, name)
             if bound is not None and values[name] > bound:
                 told.append(f"{name} {values[name]:.3g} is above guards.{name} {bound:g}")

@@ -10,6 +10,7 @@ if sys.path and sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
 import argparse
 import importlib.util
 import json
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -77,13 +78,20 @@ def check_inputs(config: Config) -> tuple[Sequence[str], Sequence[str]]:
     from egrpo_fast.prompts import read_prompts
 
     files = {split: getattr(config.prompts, split) for split in PROMPTS}
-    train_prompts, held_out_prompts = (
-        read_prompts(PROMPTS[split] if file == EMBEDDED else file, f"prompts.{split}", config.prompts.column)
-        for split, file in files.items()
-    )
+    with warnings.catch_warnings():
+        if os.environ.get("RANK", "0") != "0":
+            warnings.simplefilter("ignore")  # every rank reads the same files; one tells
+        train_prompts, held_out_prompts = (
+            read_prompts(PROMPTS[split] if file == EMBEDDED else file, f"prompts.{split}", config.prompts.column)
+            for split, file in files.items()
+        )
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     check_output(config)
     check_ranks(config, world_size)
+    if config.optimizer.name == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError("optimizer.name: adamw8bit needs bitsandbytes; pip install 'egrpo_fast[quantized]'")
+    if (folder := config.deepspeed.nvme_path) and not os.access(folder, os.W_OK):
+        raise ConfigError(f"deepspeed.nvme_path: {folder} is not a folder that can be written")
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError("wandb: not installed; pip install 'egrpo_fast[wandb]', or wandb=false")
 
@@ -108,10 +116,12 @@ def make_trainer(
     from egrpo_fast.backbones.flux_text import CachedText, FluxTextEncoder
     from egrpo_fast.doctor import commit
     from egrpo_fast.engine import materialize
+    from egrpo_fast.interruption import Interruption
     from egrpo_fast.rewards import make_reward
     from egrpo_fast.trainer import Trainer
 
     model, dtype = config.model, getattr(torch, config.model.dtype)
+    interruption = Interruption(config.guards.stop_seconds)
     torch.manual_seed(config.seed)
     heart.at("loading", config.model.path)
     folder = resolve(pipeline_path(model.path))
@@ -142,7 +152,7 @@ def make_trainer(
         (config.output_dir / CONFIG_FILE).write_text(config.yaml())
         made_by = {"version": __version__, "commit": commit(), "world_size": world.size}
         (config.output_dir / RUN_FILE).write_text(json.dumps(made_by) + "\n")
-    return Trainer(config, world, heart, backbone, rewards, train_prompts, held_out_prompts)
+    return Trainer(config, world, heart, backbone, rewards, interruption, train_prompts, held_out_prompts)
 
 
 def run(config: Config) -> int:

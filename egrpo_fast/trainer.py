@@ -69,6 +69,7 @@ class Trainer:
         heart: Heartbeat,
         backbone: FluxBackbone,
         rewards: dict[str, Reward],
+        interruption: Interruption,
         train_prompts: Sequence[str],
         held_out_prompts: Sequence[str],
     ) -> None:
@@ -107,7 +108,7 @@ class Trainer:
         )
         self.watch = metrics.Stopwatch(world.device)
         self.guard = Guard(config.guards)
-        self.interruption = Interruption(config.guards.stop_seconds)
+        self.interruption = interruption
         self.checkpoints = Checkpoints(
             config.output_dir / CHECKPOINTS,
             world.rank,
@@ -132,7 +133,7 @@ class Trainer:
             if self._evaluation_due() and (held_out := self.evaluate()):
                 best = self._report(log, held_out)
             if asked := self._asked_to_end():
-                self.save()
+                self.save(best)
                 self.checkpoints.wait()
                 return asked
             last = done or self._stopped()
@@ -223,7 +224,9 @@ class Trainer:
             values[name] = self.world.largest(torch.stack([part.log_ratio.abs().max() for part in some]).max())
         if norms:
             values["grad_norm"] = sum(norms) / len(norms)
-        return values | {"lr": rate, "skipped_steps": skipped}
+        schedule = self.plan.schedule
+        entropy = sum(schedule.entropy(index, schedule.merges[index]) for index in schedule.active) / len(groups)
+        return values | {"lr": rate, "skipped_steps": skipped, "step_entropy": entropy}
 
     def evaluate(self) -> HeldOut | None:
         """Every reward on held-out prompts, each from its own fixed noise, whatever the ranks and batches.
@@ -288,7 +291,8 @@ class Trainer:
 
     def _resume(self) -> None:
         """Continue from the newest checkpoint that is sound on every rank; damaged ones are told and passed over."""
-        for path in self.world.from_main(list(reversed(self.checkpoints.all()))):
+        paths = self.world.from_main(list(reversed(self.checkpoints.all())))
+        for path in paths:
             with self._phase("verifying"):
                 found = [problem for rank in self.world.gather(self._problems(path)) for problem in rank]
             if not found:
@@ -300,7 +304,11 @@ class Trainer:
                 return
             if self.world.is_main:
                 warnings.warn(f"resume: {path} is damaged and passed over: {'; '.join(found)}", stacklevel=2)
-        raise ValueError(f"resume: there is no complete checkpoint in {self.config.output_dir / CHECKPOINTS}")
+        folder = self.config.output_dir / CHECKPOINTS
+        if paths:
+            raise ValueError(f"resume: every checkpoint in {folder} is damaged")
+        if self.world.is_main:  # killed before its first one
+            warnings.warn(f"resume: there is no checkpoint in {folder}; the run begins again", stacklevel=2)
 
     def _problems(self, path: Path) -> list[str]:
         """What is wrong with this rank's share of a checkpoint's files."""
@@ -455,7 +463,7 @@ class Trainer:
         before = load_file(folder / BASE_PICTURES)["pictures"]
         figures.before_after(folder / "before_after.png", before, after.pictures, self.held_out[: len(before)])
         with self._phase("export"):
-            export(folder, folder / PIPELINE)
+            export(folder, folder / PIPELINE, replace=True)
         held_out = {name: {"before": base[f"held_out/{name}"], "after": after.rewards[name]} for name in after.rewards}
         summary: dict[str, Any] = {"iterations": self.iteration, "held_out": held_out}
         if self._stopped() and self.config.evaluation.stop_when:

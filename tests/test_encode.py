@@ -13,7 +13,6 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 from safetensors.torch import load_file, save_file
-from transformers import T5EncoderModel
 
 from egrpo_fast import cli, encoding
 from egrpo_fast.backbones.flux_text import CachedText, FluxTextEncoder, encoder_fingerprint, text_widths
@@ -93,13 +92,17 @@ def test_the_fingerprint_covers_what_decides_the_embeddings(encoder, pipeline):
 
 def test_the_fingerprint_does_not_see_how_weights_are_split(pipeline):
     before = encoder_fingerprint(pipeline)
-    config = (pipeline / "text_encoder_2" / "config.json").read_bytes()
-    T5EncoderModel.from_pretrained(pipeline / "text_encoder_2").save_pretrained(
-        pipeline / "text_encoder_2", max_shard_size="100KB"
-    )
-    (pipeline / "text_encoder_2" / "model.safetensors").unlink()
-    (pipeline / "text_encoder_2" / "config.json").write_bytes(config)
-    assert len(list((pipeline / "text_encoder_2").glob("*.safetensors"))) > 1
+    folder = pipeline / "text_encoder_2"
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names, where = sorted(weights, reverse=True), {}
+    for part, file in (
+        (names[:9], "model-00001-of-00002.safetensors"),
+        (names[9:], "model-00002-of-00002.safetensors"),
+    ):
+        save_file({name: weights[name] for name in part}, folder / file)
+        where |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
     assert encoder_fingerprint(pipeline) == before
 
 

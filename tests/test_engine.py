@@ -1,8 +1,10 @@
 """The engine against plain PyTorch: one training iteration under ZeRO, and the same iteration without DeepSpeed."""
 
 import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,7 @@ def check(world, heart, folder, overrides, saved):
     """One iteration, ours and by plain PyTorch on all ranks' experience. saved: where the trained weights go."""
     from egrpo_fast.backbones.flux import meta_transformer
     from egrpo_fast.config import load_config
+    from egrpo_fast.rollout import NoiseKey
     from egrpo_fast.shapes import PIPELINE
     from egrpo_fast.train import check_inputs, make_trainer
 
@@ -72,7 +75,17 @@ def check(world, heart, folder, overrides, saved):
     trained = {name: value for name, value in transformer.named_parameters() if value.requires_grad}
     assert trained.keys() == before.keys() and all(torch.equal(trained[name], before[name]) for name in before)
 
-    batch = trainer.sample(trainer.order.iteration(0, 4, world.rank, world.size))
+    # However the rollout finds its weights, its latents are the same bits.
+    prompts = trainer.order.iteration(0, 4, world.rank, world.size)
+    conditioning = trainer.backbone.encode([prompts[0].text])
+    key = NoiseKey(config.seed, 0, torch.tensor([prompts[0].number]))
+    latents = []
+    for gathered in (True, False):
+        with trainer.engine.inference(gathered) as module:
+            latents.append(trainer.wavefront.run(trainer._velocity(module, conditioning), key).final_latents)
+    assert torch.equal(*latents)
+
+    batch = trainer.sample(prompts)
     told = trainer.update(batch)
     norm = plain_iteration(trainer, transformer, [one for rank in world.gather(batch) for one in rank])
     assert told["grad_norm"] == pytest.approx(norm, rel=1e-4) and told["skipped_steps"] == 0
@@ -89,23 +102,24 @@ def check(world, heart, folder, overrides, saved):
         save_file({name: value.contiguous() for name, value in after.items()}, saved)
 
 
-def main(folder, stage):
+def main(folder, stage, *overrides):
     from egrpo_fast.engine import World
     from egrpo_fast.heartbeat import Heartbeat, group_store
 
     world = World()
     with Heartbeat(world.rank, world.size, group_store(), 300.0) as heart:
-        for name, overrides in (("full", []), ("lora", [LORA])):
+        for name, settings in (("full", overrides),) if overrides else (("full", ()), ("lora", (LORA,))):
             saved = folder / f"{name}-{stage}-{world.size}.safetensors"
-            check(world, heart, folder / name, [f"deepspeed.zero_stage={stage}", *overrides], saved)
+            check(world, heart, folder / name, [f"deepspeed.zero_stage={stage}", *settings], saved)
     world.close()
 
 
-def launch(folder, stage, ranks):
+def launch(folder, stage, ranks, *overrides):
     """In processes of its own: DeepSpeed keeps one world per process."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
-    command = [*launcher, "--master_port", str(29630 + 10 * ranks + stage), __file__, str(folder), str(stage)]
+    port = str(29630 + 10 * ranks + stage)
+    command = [*launcher, "--master_port", port, __file__, str(folder), str(stage), *overrides]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
 
@@ -124,6 +138,58 @@ def test_an_iteration_under_zero_equals_plain_pytorch(stage, ranks, tmp_path):
     assert {len(load_file(tmp_path / f"{name}-{stage}-{ranks}.safetensors")) > 0 for name in ("full", "lora")} == {True}
 
 
+def stall():
+    """Two ranks load; rank 0's disk does not answer at one parameter."""
+    from egrpo_fast.backbones.flux import meta_transformer
+    from egrpo_fast.config import load_config
+    from egrpo_fast.engine import World, materialize
+    from egrpo_fast.heartbeat import Heartbeat, group_store
+    from egrpo_fast.shapes import PIPELINE
+
+    config = load_config("shapes", ["deepspeed.init_timeout=2"])
+    world = World()
+    transformer, weights = meta_transformer(PIPELINE)
+
+    def read(name):
+        if name == "transformer_blocks.0.attn.to_q.weight":
+            time.sleep(600)
+        return weights(name)
+
+    with Heartbeat(world.rank, world.size, group_store(), 300.0, gone_seconds=20.0, beat=0.2) as heart:
+        materialize(transformer, read, config, world, heart)
+
+
+def test_a_load_that_hangs_ends_and_names_rank_and_parameter():
+    world = {"MASTER_PORT": "29699", "WORLD_SIZE": "2"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", **world}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, __file__, "stall"], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    told = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [75, 75], told
+    where = r"loading transformer_blocks\.0\.attn\.to_q\.weight"
+    named = rf"rank [01] (waited \d+ s in|failed: .*waited \d+ s in) {where}"
+    assert all(re.search(named, text) for text in told), told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "deepspeed.overrides={zero_optimization: {zero_hpz_partition_size: 2, stage3_param_persistence_threshold: 0}}",
+        "deepspeed.offload_optimizer=cpu",
+    ],
+    ids=["hierarchical partitions", "optimizer on the host"],
+)
+def test_other_places_for_weights_and_optimizer(overrides, tmp_path):
+    launch(tmp_path, 3, 2, overrides)
+    assert load_file(tmp_path / "full-3-2.safetensors")
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
@@ -139,4 +205,7 @@ def test_the_learning_rate(settings, expected):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[-2]), int(sys.argv[-1]))
+    if sys.argv[1:] == ["stall"]:
+        stall()
+    folder, stage, *overrides = (argument for argument in sys.argv[1:] if not argument.startswith("--local_rank"))
+    main(Path(folder), int(stage), *overrides)

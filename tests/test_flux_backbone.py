@@ -1,13 +1,22 @@
-"""Our FLUX room against diffusers' own FluxPipeline on the embedded pipeline."""
+"""Our FLUX room against diffusers' own FluxPipeline, on the embedded pipeline and on FLUX's own layout."""
 
+import json
+import math
 import shutil
+from types import SimpleNamespace
 
+import huggingface_hub.errors as hub
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from safetensors.torch import load_file, save_file
 
 from egrpo_fast import noise, ops
-from egrpo_fast.backbones.flux import FluxBackbone, check_folder
+from egrpo_fast.backbones import flux
+from egrpo_fast.backbones.flux import FluxBackbone, check_folder, load_vae, meta_transformer, resolve, save_lora
+from egrpo_fast.backbones.random_flux import make_pipeline
+from egrpo_fast.config import Lora
 from egrpo_fast.objective import Objective, policy_mismatch
 from egrpo_fast.plan import e_grpo_plan, ode_plan
 from egrpo_fast.rollout import NoiseKey, Wavefront
@@ -33,26 +42,63 @@ def sample(backbone, num_steps=16, micro_batch=None):
     ).anchor_latents
 
 
-def test_the_ode_sampler_reproduces_the_pipeline_step_for_step(backbone):
+def assert_step_for_step(backbone, pipeline, prompts, schedule, **arguments):
     """Packing, ids, time, guidance and shift: the pipeline's latents after every step, and its pictures."""
-    start = noise.initial_noise(5, 0, KEY.prompts, backbone.latent_shape)
-    steps = []
-    pipeline = FluxPipeline.from_pretrained(PIPELINE)
+    rows, steps = torch.arange(len(prompts)), []
+    start = noise.initial_noise(5, 0, rows, backbone.latent_shape)
     pipeline.set_progress_bar_config(disable=True)
     pictures = pipeline(
-        CAPTIONS, height=32, width=32, num_inference_steps=16, guidance_scale=3.5, max_sequence_length=24,
-        latents=start, output_type="pt",
+        prompts, height=backbone.height, width=backbone.width, num_inference_steps=len(schedule.times) - 1,
+        latents=start, output_type="pt", **arguments,
         callback_on_step_end=lambda pipe, i, t, values: steps.append(values["latents"].clone()) or {},
     ).images  # fmt: skip
-    schedule, conditioning, x = make_schedule(16), backbone.encode(CAPTIONS), start
+    conditioning, x = backbone.encode(prompts), start
     with torch.no_grad():
         for i, theirs in enumerate(steps):
-            v = backbone.velocity(backbone.transformer, x, schedule.times[i], conditioning, torch.arange(3))
+            v = backbone.velocity(backbone.transformer, x, schedule.times[i], conditioning, rows)
             x = x + schedule.ode(i, i + 1).c_v * v
             assert torch.allclose(x, theirs, rtol=0, atol=2e-4), f"step {i}"
-    latents = sample(backbone)
-    assert torch.allclose(latents, steps[-1], rtol=0, atol=2e-4)
-    assert torch.allclose(backbone.decode(latents), pictures, rtol=0, atol=1e-3)
+    assert len(steps) == len(schedule.times) - 1
+    assert torch.allclose(backbone.decode(x), pictures, rtol=0, atol=1e-3)
+    return x
+
+
+def test_the_ode_sampler_reproduces_the_pipeline_step_for_step(backbone):
+    pipeline = FluxPipeline.from_pretrained(PIPELINE)
+    x = assert_step_for_step(
+        backbone, pipeline, CAPTIONS, make_schedule(16), guidance_scale=3.5, max_sequence_length=24
+    )
+    assert torch.allclose(sample(backbone), x, rtol=0, atol=2e-4)
+
+
+DEV_SHIFT = {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
+"""As FLUX.1-dev's scheduler_config.json: `shift` is ignored, exp(mu) of the number of tokens takes its place."""
+
+
+@pytest.mark.parametrize(
+    ("guided", "scheduler", "shift", "height", "width"),
+    [
+        pytest.param(True, {"shift": 3.0}, 3.0, 144, 80, id="the recipes' fixed shift"),
+        pytest.param(True, DEV_SHIFT, None, 144, 80, id="dev"),
+        pytest.param(False, {"shift": 1.0}, 1.0, 80, 144, id="schnell"),
+        pytest.param(True, DEV_SHIFT, None, 720, 400, id="dev, 720 x 400"),
+    ],
+)
+def test_flux_layouts_are_sampled_as_the_pipeline_samples_them(guided, scheduler, shift, height, width, tmp_path):
+    """Not square, an odd number of tokens a side, with and without guidance embedding. One fixed `schedule.shift` does
+    what each of the schedulers does: 1 is schnell's, and exp(mu) dev's at one picture size."""
+    pipeline = make_pipeline("small", guidance_embeds=guided)
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(**scheduler)
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    pipeline = FluxPipeline.from_pretrained(tmp_path / "pipeline")
+    if shift is None:
+        shift = math.exp(calculate_shift(height * width // 256))
+    backbone = FluxBackbone.from_pretrained(
+        str(tmp_path / "pipeline"), height, width, guidance=2.0, max_sequence_length=40
+    )
+    prompts = CAPTIONS[:2] if height < 720 else CAPTIONS[:1]
+    schedule = make_schedule(4 if height < 720 else 2, shift)
+    assert_step_for_step(backbone, pipeline, prompts, schedule, guidance_scale=2.0, max_sequence_length=40)
 
 
 @pytest.mark.parametrize("micro_batch", [1, 7, None], ids=["1", "7", "all"])
@@ -80,19 +126,39 @@ def test_micro_batches_agree(backbone):
     assert torch.allclose(sample(backbone, 4, micro_batch=1), sample(backbone, 4), rtol=0, atol=1e-4)
 
 
-def test_saved_weights_load_back(backbone, tmp_path):
-    changed = {name: value + 0.01 for name, value in backbone.transformer.state_dict().items()}
-    backbone.save(tmp_path / "saved", changed)
-    again = FluxPipeline.from_pretrained(tmp_path / "saved").transformer.state_dict()
-    assert again.keys() == changed.keys()
-    assert all(torch.equal(again[name], changed[name]) for name in changed)
+LORA = Lora(rank=4, alpha=16, target_modules=["to_q", "proj_out"])
 
 
-def damaged(tmp_path, damage):
-    folder = tmp_path / "pipeline"
-    shutil.copytree(PIPELINE, folder)
-    damage(folder)
-    return str(folder)
+def weight_file(folder, part="transformer"):
+    return next((folder / part).glob("*.safetensors"))
+
+
+def cut(part):
+    return lambda folder: weight_file(folder, part).write_bytes(weight_file(folder, part).read_bytes()[:-10])
+
+
+def config(part, **changes):
+    def damage(folder):
+        file = folder / part / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return damage
+
+
+def index_naming_an_absent_shard(folder):
+    names = load_file(weight_file(folder))
+    weight_map = dict.fromkeys(names, weight_file(folder).name) | {min(names): "diffusion_pytorch_model-2.safetensors"}
+    text = json.dumps({"weight_map": weight_map})
+    (folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json").write_text(text)
+
+
+def without_a_weight(part):
+    def damage(folder):
+        weights = load_file(weight_file(folder, part))
+        del weights[min(weights)]
+        save_file(weights, weight_file(folder, part), metadata={"format": "pt"})
+
+    return damage
 
 
 @pytest.mark.parametrize(
@@ -100,17 +166,42 @@ def damaged(tmp_path, damage):
     [
         pytest.param(lambda f: (f / "model_index.json").unlink(), "no model_index.json", id="no index"),
         pytest.param(lambda f: (f / "model_index.json").write_text("{"), "cannot be read", id="broken index"),
+        pytest.param(lambda f: (f / "model_index.json").write_text("[]"), "holds a list", id="index of another kind"),
         pytest.param(lambda f: (f / "model_index.json").write_text('{"_class_name": "X"}'), "holds a X", id="class"),
-        pytest.param(lambda f: shutil.rmtree(f / "transformer"), "lacks transformer", id="no transformer"),
-        pytest.param(
-            lambda f: next((f / "transformer").glob("*.safetensors")).write_bytes(b"\0" * 100), "could not be loaded",
-            id="corrupt weights",
+        *(
+            pytest.param(lambda f, part=part: shutil.rmtree(f / part), f"lacks {part}$", id=f"no {part}")
+            for part in flux.PARTS
         ),
+        pytest.param(cut("transformer"), "transformer/diff.* its header asks for", id="truncated transformer"),
+        pytest.param(
+            lambda f: weight_file(f).write_bytes(b"\0" * 100), "transformer/diff.* cannot be read as safetensors",
+            id="corrupt header",
+        ),
+        pytest.param(
+            index_naming_an_absent_shard, "transformer lacks diffusion_pytorch_model-2.safetensors", id="absent shard"
+        ),
+        pytest.param(without_a_weight("transformer"), "another architecture: of .* they lack 1", id="a weight less"),
+        pytest.param(config("transformer", num_layers=3), "another architecture: .*lack .*blocks", id="more layers"),
+        pytest.param(config("transformer", guidance_embeds=False), "they add .*guidance", id="no guidance"),
+        pytest.param(config("transformer", joint_attention_dim=8), r"context_embedder.weight is \(", id="wider"),
+        pytest.param(config("transformer", num_layers="two"), "config.json describes no transformer", id="no number"),
+        pytest.param(
+            config("transformer", _class_name="SD3Transformer2DModel"),
+            "transformer of .* is a SD3Transformer2DModel, not a FluxTransformer2DModel", id="another class",
+        ),
+        pytest.param(cut("vae"), "vae could not be loaded: .*its header asks for", id="truncated VAE"),
+        pytest.param(without_a_weight("vae"), "vae could not be loaded: it lacks 1 weights", id="VAE, a weight less"),
+        pytest.param(config("vae", block_out_channels=3), "cannot be read as a FLUX pipeline", id="VAE's config"),
+        pytest.param(cut("text_encoder_2"), "text_encoder_2/model.safetensors.* its header asks", id="truncated T5"),
+        pytest.param(config("text_encoder", model_type="bert"), "text_encoder holds a bert", id="another encoder"),
     ],
 )  # fmt: skip
 def test_a_damaged_folder_is_refused_by_name(damage, told, tmp_path):
+    folder = tmp_path / "pipeline"
+    shutil.copytree(PIPELINE, folder)
+    damage(folder)
     with pytest.raises(ValueError, match=f"model.path: .*{told}"):
-        FluxBackbone.from_pretrained(damaged(tmp_path, damage), 32, 32)
+        FluxBackbone.from_pretrained(str(folder), 32, 32)
 
 
 def test_bad_sizes_and_paths_are_refused_before_loading(tmp_path):
@@ -118,3 +209,94 @@ def test_bad_sizes_and_paths_are_refused_before_loading(tmp_path):
         check_folder(str(PIPELINE), 32, 30)
     with pytest.raises(ValueError, match="model.path: no folder"):
         check_folder(str(tmp_path / "absent"), 32, 32)
+
+
+RESPONSE = SimpleNamespace(headers={}, request=None)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        pytest.param(hub.GatedRepoError("403", response=RESPONSE), "ID is gated: accept .* set HF_TOKEN", id="gated"),
+        pytest.param(
+            hub.RepositoryNotFoundError("401", response=RESPONSE), "neither a folder nor a hub .* ID", id="absent"
+        ),
+        pytest.param(hub.LocalEntryNotFoundError("no connection"), "ID .* not be downloaded.*no conn", id="offline"),
+        pytest.param(hub.OfflineModeIsEnabled("HF_HUB_OFFLINE"), "ID .* could not be downloaded", id="offline mode"),
+        pytest.param(OSError(28, "No space left on device"), "ID .* not be downloaded.*No space left", id="disk full"),
+    ],
+)  # fmt: skip
+def test_a_hub_id_that_cannot_be_had_is_refused_by_name(error, told, monkeypatch):
+    def download(*_, **__):
+        raise error
+
+    monkeypatch.setattr(flux, "snapshot_download", download)
+    check_folder("someone/FLUX", 720, 720)  # nothing is fetched to check the settings
+    with pytest.raises(ValueError, match=f"model.path: .*{told.replace('ID', 'someone/FLUX')}"):
+        resolve("someone/FLUX")
+
+
+def test_of_a_hub_id_the_pipeline_and_its_licence_are_fetched(monkeypatch, tmp_path):
+    asked = {}
+    monkeypatch.setattr(flux, "snapshot_download", lambda name, **options: asked.update(options) or str(tmp_path))
+    assert resolve("someone/FLUX") == tmp_path
+    assert {"model_index.json", "README.md", "LICENSE*", "transformer/*", "scheduler/*"} <= set(asked["allow_patterns"])
+    assert not any("flux1-dev.safetensors".endswith(pattern.lstrip("*")) for pattern in asked["allow_patterns"])
+
+
+def adapters(lora=LORA, seed=0):
+    """The adapters of the embedded transformer under its parameters' names, B factors not 0."""
+    transformer, weights = meta_transformer(PIPELINE, lora, seed)
+    named = {name: weights(name) for name, value in transformer.named_parameters() if value.requires_grad}
+    return {name: value + 0.01 if ".lora_B." in name else value for name, value in named.items()}
+
+
+def test_a_lora_file_is_taken_up_where_it_was_left(tmp_path):
+    saved = adapters()
+    save_lora(tmp_path, saved, LORA)
+    transformer, weights = meta_transformer(PIPELINE, LORA.model_copy(update={"path": str(tmp_path)}))
+    trained = {name for name, value in transformer.named_parameters() if value.requires_grad}
+    assert trained == saved.keys() and all(torch.equal(weights(name), saved[name]) for name in saved)
+    base = load_file(weight_file(PIPELINE))
+    frozen = {name: weights(name) for name, value in transformer.named_parameters() if not value.requires_grad}
+    assert {name.replace(".base_layer", "") for name in frozen} == base.keys()
+    assert all(torch.equal(value, base[name.replace(".base_layer", "")]) for name, value in frozen.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"rank": 8}, "model.lora.rank: 8, but .* is of rank 4"),
+        ({"alpha": 4}, "model.lora.alpha: 4, but .* was made with 16"),
+        ({"target_modules": ["to_q"]}, r"model.lora.target_modules: not the layers that .* adapts \(.*proj_out"),
+        ({"target_modules": ["to_q", "proj_out", "to_k"]}, r"model.lora.target_modules: not the layers .*to_k"),
+        ({"target_modules": ["to_x"], "path": None}, "model.lora.target_modules: .*to_x"),
+        ({"path": "/nowhere"}, "model.lora.path: no file or folder /nowhere"),
+    ],
+    ids=["rank", "alpha", "fewer layers", "more layers", "no such layer", "no file"],
+)
+def test_another_lora_is_refused_by_name(changes, told, tmp_path):
+    save_lora(tmp_path, adapters(), LORA)
+    with pytest.raises(ValueError, match=told):
+        meta_transformer(PIPELINE, LORA.model_copy(update={"path": str(tmp_path), **changes}))
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 100, b"not a LoRA"], ids=["empty", "zeros", "text"])
+def test_an_unreadable_lora_is_refused_by_name(content, tmp_path):
+    (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=f"model.lora.path: {tmp_path} cannot be read"):
+        meta_transformer(PIPELINE, LORA.model_copy(update={"path": str(tmp_path)}))
+
+
+def test_a_lora_of_a_wider_transformer_is_refused_by_name(tmp_path):
+    wider = {name: value.repeat(1, 2) if ".lora_A." in name else value for name, value in adapters().items()}
+    save_lora(tmp_path, wider, LORA)
+    with pytest.raises(ValueError, match=r"model.lora.path: .*lora_A.weight is \(4, .*\), this transformer's \(4, "):
+        meta_transformer(PIPELINE, LORA.model_copy(update={"path": str(tmp_path)}))
+
+
+def test_the_vae_is_the_folders(tmp_path):
+    """Loaded strictly: the numbers of the file, in the asked dtype."""
+    weights = load_file(weight_file(PIPELINE, "vae"))
+    loaded = load_vae(PIPELINE, torch.float32, "cpu").state_dict()
+    assert loaded.keys() == weights.keys() and all(torch.equal(loaded[k], weights[k].float()) for k in weights)

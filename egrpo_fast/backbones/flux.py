@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from peft import LoraConfig
+from safetensors import SafetensorError
 from torch import Tensor
 
 from egrpo_fast.backbones.flux_text import Conditioning, FluxTextEncoder
@@ -19,6 +20,8 @@ from egrpo_fast.config import Lora
 LATENT_PATCH = 2
 """FLUX packs 2 x 2 latent pixels into one token."""
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+FILES = ("model_index.json", "README.md", "LICENSE*", *(f"{part}/*" for part in PARTS))
+"""Of a hub repository: the pipeline, and what its licence is."""
 
 
 def is_hub_id(path: str) -> bool:
@@ -31,7 +34,7 @@ def resolve(path: str) -> Path:
     if not is_hub_id(path):
         return Path(path)
     try:
-        return Path(snapshot_download(path, allow_patterns=["model_index.json", *(f"{part}/*" for part in PARTS)]))
+        return Path(snapshot_download(path, allow_patterns=list(FILES)))
     except GatedRepoError:
         raise ValueError(
             f"model.path: {path} is gated: accept its licence at https://huggingface.co/{path} and set HF_TOKEN"
@@ -67,13 +70,13 @@ def check_folder(path: str, height: int, width: int) -> None:
         missing = [part for part in PARTS if not (folder / part).is_dir()]
         if missing:
             raise ValueError(f"model.path: {path} lacks {', '.join(missing)}")
-        blocks = json.loads((folder / "vae" / "config.json").read_text())["block_out_channels"]
+        blocks = len(json.loads((folder / "vae" / "config.json").read_text())["block_out_channels"])
         architecture = json.loads((folder / "transformer" / "config.json").read_text())["_class_name"]
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"model.path: {path} cannot be read as a FLUX pipeline: {error!r}") from None
     if architecture != "FluxTransformer2DModel":
         raise ValueError(f"model.path: the transformer of {path} is a {architecture}, not a FluxTransformer2DModel")
-    factor = LATENT_PATCH * 2 ** (len(blocks) - 1)
+    factor = LATENT_PATCH * 2 ** (blocks - 1)
     for name, size in (("height", height), ("width", width)):
         if size % factor:
             raise ValueError(f"model.{name}: {size} is not a multiple of {factor}")
@@ -140,8 +143,10 @@ def _read_lora(lora: Lora, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, T
     if not Path(lora.path).exists():
         raise ValueError(f"model.lora.path: no file or folder {lora.path}")
     try:
-        given = FluxPipeline.lora_state_dict(lora.path, local_files_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        given, metadata = FluxPipeline.lora_state_dict(
+            lora.path, local_files_only=True, use_safetensors=True, return_lora_metadata=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"model.lora.path: {lora.path} cannot be read: {' '.join(str(error).split())}") from None
     given = {name: value for name, value in given.items() if ".lora_" in name}
     names = {_adapter_key(name): name for name in shapes if ".lora_" in name}
@@ -150,6 +155,9 @@ def _read_lora(lora: Lora, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, T
         raise ValueError(
             f"model.lora.rank: {lora.rank}, but {lora.path} is of rank {', '.join(map(str, sorted(ranks)))}"
         )
+    alpha = (metadata or {}).get("transformer.lora_alpha", lora.alpha)
+    if alpha != lora.alpha:
+        raise ValueError(f"model.lora.alpha: {lora.alpha}, but {lora.path} was made with {alpha}")
     if given.keys() != names.keys():
         other = min(given.keys() ^ names.keys())
         raise ValueError(f"model.lora.target_modules: not the layers that {lora.path} adapts ({other}, ...)")
@@ -276,6 +284,12 @@ class FluxBackbone:
 def load_vae(folder: Path, dtype: torch.dtype, device: torch.device | str) -> AutoencoderKL:
     """The picture decoder of a pipeline folder. ValueError where it cannot be loaded."""
     try:
-        return AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype).to(device)
+        WeightFiles(folder / "vae")  # says which file is missing or truncated, as diffusers does not
+        vae, told = AutoencoderKL.from_pretrained(
+            folder / "vae", torch_dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+        if absent := sorted(told["missing_keys"]):
+            raise ValueError(f"it lacks {len(absent)} weights, first {absent[0]}")
+        return vae.to(device)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ValueError(f"model.path: {folder / 'vae'} could not be loaded: {' '.join(str(error).split())}") from None

@@ -237,7 +237,7 @@ class CachedText:
         device: torch.device | str = "cpu",
         quantization: str = "none",
     ) -> "CachedText":
-        """embeddings: the folder; the rest: of the encoder that would have been loaded. ValueError if another made it."""
+        """embeddings: the folder; the rest: of the encoder it stands for. ValueError if another made it."""
         cache = EmbeddingCache(embeddings)
         fingerprint = encoder_fingerprint(path, max_sequence_length, quantization, dtype)
         how = f"{path}, max_sequence_length {max_sequence_length}, dtype {str(dtype)[6:]}, quantization {quantization}"

@@ -42,10 +42,12 @@ class WeightFiles:
         index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
         if index.is_file():
             try:
-                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+                names = set(json.loads(index.read_text())["weight_map"].values())
+                paths = [folder / Path(name).name for name in sorted(names)]
             except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
                 raise ValueError(f"{index} cannot be read: {error!r}") from None
-            paths = [folder / Path(name).name for name in names]
+            if not paths:
+                raise ValueError(f"{index} names no file")
         elif single.is_file():
             paths = [single]
         else:
@@ -53,6 +55,7 @@ class WeightFiles:
         missing = [path.name for path in paths if not path.is_file()]
         if missing:
             raise ValueError(f"{folder} lacks {', '.join(missing)}")
+        self._folder = folder
         self._where: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for path in paths:
@@ -67,23 +70,26 @@ class WeightFiles:
         missing, extra = set(expected) - self.shapes.keys(), self.shapes.keys() - set(expected)
         told = [f"{word} {len(some)} ({min(some)}, ...)" for word, some in (("lack", missing), ("add", extra)) if some]
         if told:
-            raise ValueError(f"weights of another architecture: of {len(expected)} tensors they {' and '.join(told)}")
+            what = f"of {len(expected)} tensors they {' and '.join(told)}"
+            raise ValueError(f"{self._folder}: weights of another architecture: {what}")
 
     def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         """ValueError where these are not the tensors of that model: name -> shape."""
         self.check_names(expected)
         for name, shape in expected.items():
             if self.shapes[name] != shape:
-                raise ValueError(f"weights of another architecture: {name} is {self.shapes[name]}, not {shape}")
+                raise ValueError(
+                    f"{self._folder}: weights of another architecture: {name} is {self.shapes[name]}, not {shape}"
+                )
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU, in the file's dtype. One file is open at a time: read in the files' order."""
         path = self._where[name]
-        if self._open is None or self._open[0] != path:
-            self._open = (path, safe_open(path, framework="pt"))
         try:
+            if self._open is None or self._open[0] != path:
+                self._open = (path, safe_open(path, framework="pt"))
             return self._open[1].get_tensor(name)
-        except (SafetensorError, RuntimeError) as error:
+        except (OSError, SafetensorError, RuntimeError) as error:
             raise ValueError(f"{path}: {name} cannot be read: {error}") from None
 
     def close(self) -> None:

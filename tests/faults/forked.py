@@ -1,0 +1,177 @@
+"""Runs of the trainer whose ranks are forked from a process that has imported everything: ten seconds sooner each."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from fault_injection import run_rank
+from safetensors.torch import load_file
+
+from egrpo_fast.checkpoint import Checkpoints, problems
+from egrpo_fast.config import CHECKPOINTS, CONFIG_FILE
+from egrpo_fast.metrics import METRICS, RunLog
+
+TINY = [
+    "iterations=8", "schedule.num_steps=4", "rollout.group_size=3", "optimizer.lr=1e-3", "optimizer.warmup_steps=2",
+    "optimizer.ema_decay=0.5", "evaluation.num_prompts=4", "evaluation.prompts_per_call=2", "evaluation.num_steps=2",
+    "evaluation.every=3", "checkpoint.every=1", "checkpoint.best=clip", "prompts.per_iteration=2",
+]  # fmt: skip
+BOUND = 90
+"""Seconds in which a run that goes wrong must have ended, on a machine that does other things too."""
+IMPORTS = [
+    "fault_injection", "egrpo_fast.trainer", "egrpo_fast.doctor", "egrpo_fast.rewards.clip", "egrpo_fast.rewards.shapes"
+]  # fmt: skip
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@dataclass
+class Ranks:
+    """A run's processes, and where they write."""
+
+    processes: list
+    log: Path
+    phase_files: list[Path]
+
+    def wait(self, seconds=BOUND):
+        """Exit codes; None for a rank that still runs after so many seconds. -9: killed by signal 9."""
+        deadline = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        return [process.exitcode for process in self.processes]
+
+    def kill(self, ranks=None, number=signal.SIGKILL):
+        """The number of processes that were alive to get the signal."""
+        alive = [process for rank, process in enumerate(self.processes) if ranks is None or rank in ranks]
+        alive = [process for process in alive if process.exitcode is None]
+        for process in alive:
+            os.kill(process.pid, number)
+        return len(alive)
+
+    def phase(self, rank=0):
+        file = self.phase_files[rank]
+        return file.read_text().strip() if file.exists() else "starting"
+
+    def told(self):
+        return self.log.read_text(errors="replace")
+
+
+class Server:
+    def __init__(self):
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(IMPORTS)
+
+    def start(self, folder, *overrides, ranks=1, signal_at=None):
+        """Start `train.py shapes TINY output_dir=FOLDER OVERRIDES` on so many ranks. signal_at: rank -> see run_rank."""
+        log, port, arguments = folder.with_name(f"{folder.name}.log"), free_port(), [*TINY, f"output_dir={folder}"]
+        phases = [folder.with_name(f"{folder.name}.phase{rank}") for rank in range(ranks)]
+        processes = [
+            self._context.Process(
+                target=run_rank, daemon=True,
+                args=(rank, ranks, port, [*arguments, *overrides], log, phases[rank], (signal_at or {}).get(rank)),
+            )
+            for rank in range(ranks)
+        ]  # fmt: skip
+        for process in processes:
+            process.start()
+        return Ranks(processes, log, phases)
+
+    def run(self, folder, *overrides, ranks=1, codes=None, signal_at=None):
+        """The same to its end, with these exit codes (all 0). Returns what it printed."""
+        run = self.start(folder, *overrides, ranks=ranks, signal_at=signal_at)
+        found = run.wait()
+        run.kill()
+        assert found == (codes or [0] * ranks), run.told()[-4000:]
+        return run.told()
+
+    def resume(self, folder, *overrides, **options):
+        return self.run(folder, "resume=true", *overrides, **options)
+
+
+def lines(folder):
+    """The metrics of a run but its seconds; each line must be whole."""
+    text = (folder / METRICS).read_text()
+    assert text.endswith("\n")
+    read = [json.loads(line) for line in text.splitlines()]
+    return [{key: value for key, value in line.items() if not key.startswith("seconds/")} for line in read]
+
+
+def iterations(folder):
+    return [line for line in lines(folder) if "loss" in line]
+
+
+def weights(folder):
+    return load_file(folder / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+def differences(folder, reference):
+    """In what two finished runs differ; []: weights bit for bit, every line of the metrics, the summary."""
+    ours, theirs = weights(folder), weights(reference)
+    wrong = [name for name in theirs if not torch.equal(ours[name], theirs[name])]
+    if lines(folder) != lines(reference):
+        wrong.append(METRICS)
+    if (folder / "summary.json").read_text() != (reference / "summary.json").read_text():
+        wrong.append("summary.json")
+    return [f"{folder.name}: {name} differs" for name in wrong]
+
+
+def unsound(folder):
+    """Problems of complete checkpoints; there must never be any."""
+    paths = Checkpoints(folder / CHECKPOINTS).all()
+    return [f"{folder.name}/{path.name}: {problem}" for path in paths for problem in problems(path)]
+
+
+def newest(folder):
+    path = Checkpoints(folder / CHECKPOINTS).newest()
+    return int(path.name[len("iteration-") :][:6]) if path else 0
+
+
+@dataclass
+class Kills:
+    """Figures of a run that was killed until it was done."""
+
+    kills: int = 0
+    resumes: int = 0
+    phases: tuple[str, ...] = ()
+    in_a_save: int = 0
+    wrong: tuple[str, ...] = ()
+
+
+def kill_until_done(server, folder, reference, ranks, seconds, rng: random.Random, only_one=False):
+    """Start, kill -9 at a random moment in the first `seconds`, resume, and so on until a run comes through.
+
+    only_one: kill one rank, and see the others end by themselves.
+    """
+    told = Kills()
+    while True:
+        resume = (folder / CONFIG_FILE).exists()
+        before = newest(folder)
+        run = server.start(folder, *(["resume=true"] if resume else []), ranks=ranks)
+        told.resumes += resume
+        codes = run.wait(rng.uniform(0.5, seconds))
+        if None not in codes:
+            told.wrong += tuple(f"{folder.name}: ended with {codes}" for _ in [0] if any(codes))
+            break
+        told.phases += (run.phase(),)
+        told.kills += run.kill([rng.randrange(ranks)] if only_one else None)
+        codes = run.wait()
+        if run.kill() or not all(codes):
+            told.wrong += (f"{folder.name}: after one rank was killed, the ranks ended with {codes}",)
+        told.in_a_save += any((folder / CHECKPOINTS).glob("*.partial"))
+        told.wrong += tuple(unsound(folder))
+        if newest(folder) < before:
+            told.wrong += (f"{folder.name}: iteration {before} is lost",)
+    told.wrong += tuple([] if told.wrong else differences(folder, reference))
+    assert [line["iteration"] for line in RunLog.read(folder) if "loss" in line] == list(range(1, 9))
+    return told
