@@ -2,9 +2,9 @@
 
 import os
 import signal
-import sys
 import threading
 import time
+from contextlib import suppress
 from types import FrameType
 
 EXIT_CODES: dict[int, int] = {signal.SIGTERM: 0, signal.SIGINT: 130}
@@ -30,13 +30,15 @@ class Interruption:
                 self._force("asked again")
             return
         self.signal, self._since = number, time.monotonic()
-        os.write(2, f"\n{signal.Signals(number).name}: ending with a checkpoint; once more, {ECHO:.0f} s from now, ends at once\n".encode())
+        self._tell(f"{signal.Signals(number).name}: ending with a checkpoint; again in {ECHO:.0f} s: at once, without")
         timer = threading.Timer(self._seconds, self._force, [f"not done {self._seconds:.0f} s after being asked"])
         timer.daemon = True
         timer.start()
 
     def _force(self, why: str) -> None:
-        os.write(2, f"\n{why}: ended at once; the last complete checkpoint stands, resume=true continues\n".encode())
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        os._exit(FORCED)
+        self._tell(f"{why}: ended at once; the last complete checkpoint stands, resume=true continues")
+        os._exit(FORCED)  # no flush: whoever hangs may hold the stream
+
+    def _tell(self, text: str) -> None:
+        with suppress(OSError):
+            os.write(2, f"\n{text}\n".encode())

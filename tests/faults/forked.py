@@ -137,6 +137,10 @@ def newest(folder):
     return int(path.name[len("iteration-") :][:6]) if path else 0
 
 
+def saving(folder):
+    return any((folder / CHECKPOINTS).glob("*.partial"))
+
+
 @dataclass
 class Kills:
     """Figures of a run that was killed until it was done."""
@@ -160,6 +164,10 @@ def kill_until_done(server, folder, reference, ranks, seconds, rng: random.Rando
         run = server.start(folder, *(["resume=true"] if resume else []), ranks=ranks)
         told.resumes += resume
         codes = run.wait(rng.uniform(0.5, seconds))
+        if rng.random() < 0.4:  # aimed at the next save
+            while None in codes and not saving(folder):
+                codes = run.wait(0.005)
+            time.sleep(rng.uniform(0.0, 0.03))
         if None not in codes:
             told.wrong += tuple(f"{folder.name}: ended with {codes}" for _ in [0] if any(codes))
             break
@@ -168,7 +176,7 @@ def kill_until_done(server, folder, reference, ranks, seconds, rng: random.Rando
         codes = run.wait()
         if run.kill() or not all(codes):
             told.wrong += (f"{folder.name}: after one rank was killed, the ranks ended with {codes}",)
-        told.in_a_save += any((folder / CHECKPOINTS).glob("*.partial"))
+        told.in_a_save += saving(folder)
         told.wrong += tuple(unsound(folder))
         if newest(folder) < before:
             told.wrong += (f"{folder.name}: iteration {before} is lost",)
