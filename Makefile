@@ -9,7 +9,7 @@ ARGS ?=
 # Run from here, Python would otherwise find the folder `kernels/` under a bare name that belongs to another package.
 export PYTHONSAFEPATH := 1
 
-.PHONY: train test test-slow lint parity plan bench plot gpu learning sanitize resources clean
+.PHONY: train test test-slow lint parity plan bench plot gpu learning faults soak sanitize resources clean
 
 train: $(VENV)/.installed
 	@echo "== training recipe $(RECIPE) into $(OUT)"
@@ -35,6 +35,14 @@ plan: $(VENV)/.installed
 
 learning: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/learning.py $(ARGS)
+
+# What a run survives: kill -9, signals, damaged files, full disks, bad numbers. Ends with a table of figures.
+faults: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest tests/faults tests/test_fuzz_config.py -m "slow or not slow" -q $(ARGS)
+
+# A thousand iterations of a tiny run: memory, open files, metrics.
+soak: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/soak.py $(ARGS)
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest benchmarks -o python_files='*.py' --benchmark-columns=min,median,max $(ARGS)

@@ -4,7 +4,7 @@
 
 Per size: a folder with random weights in several shards (`egrpo_fast.backbones.random_flux`); loaded under ZeRO-3 by
 1, 2 and 4 ranks, with the memory it took; then trained by `deepspeed egrpo_fast/train.py flux-dev` on the prompts of
-FILE, a prompt per rank and iteration, on the rewards `jpeg` and `clip` (the embedded model); exported by `egrpo export`;
+FILE, a prompt per rank and iteration, on the rewards `jpeg` and `clip` (embedded model); exported by `egrpo export`;
 and pictures of `FluxPipeline.from_pretrained(export)` compared with those of the trainer, resumed from its checkpoint.
 Writes benchmarks/results/flux-layout-cpu.json.
 """
@@ -31,6 +31,7 @@ from egrpo_fast import noise, ops
 from egrpo_fast.backbones.flux import FluxBackbone, meta_transformer
 from egrpo_fast.backbones.flux_text import FluxTextEncoder
 from egrpo_fast.config import CONFIG_FILE, load_config
+from egrpo_fast.doctor import commit
 from egrpo_fast.plan import ode_plan
 from egrpo_fast.rollout import NoiseKey, Wavefront
 from egrpo_fast.schedule import make_schedule
@@ -229,9 +230,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=Path, help="file with one prompt per line")
     parser.add_argument("--size", nargs="+", choices=SHARDS, default=["small", "medium"])
-    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
+    parser.add_argument("--runs", nargs="*", choices=RUNS, default=list(RUNS))
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--load-ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--load-ranks", type=int, nargs="*", default=[1, 2, 4])
     parser.add_argument("--iterations", type=int, default=3)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "flux-layout")
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "flux-layout-cpu.json")
@@ -262,9 +263,8 @@ def main():
             found["loading"][str(count)] = json.loads(file.read_text())
         for name in arguments.runs:
             found["runs"][name] = measure(size, name, folder, arguments)
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
         about = {
-            "commit": commit.stdout.strip(),
+            "commit": commit(),
             "machine": f"{platform.machine()} CPU, {psutil.cpu_count()} cores, "
             f"{psutil.virtual_memory().total / 2**30:.0f} GiB, one thread per rank",
             "versions": {module.__name__: module.__version__ for module in (torch, diffusers, transformers)},

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -135,21 +136,22 @@ def materialize(
     total = sum(parameter.numel() for parameter in parameters.values())
     bar = tqdm(total=total, desc="loading", unit="", unit_scale=True, disable=not world.is_main, dynamic_ncols=True)
     first: Any = None
+    fresh = partial(torch.empty, dtype=dtype, device=world.device)
+    # One buffer for what is passed on and forgotten: of tensors freed one by one the allocator keeps hundreds of MiB.
+    passing = fresh(max(parameter.numel() for parameter in parameters.values()) if sharded else 0)
     for name, parameter in parameters.items():
         heart.at("loading", name, config.deepspeed.init_timeout)
         # Rank 0 says first whether it could read: a file that fails ends every rank, and none waits for the others.
-        value, problem = None, ""
+        size, problem = parameter.numel(), ""
+        value = (passing[:size] if sharded else fresh(size)).view(parameter.shape)
         if world.is_main:
             try:
-                # A tensor from a file may be a view of it: what is kept whole is copied.
-                value = read(name).to(world.device, dtype, copy=not sharded).contiguous()
+                value.copy_(read(name))
             except ValueError as error:
                 problem = str(error)
         problem = world.from_main(problem)
         if problem:
             raise ValueError(problem)
-        if value is None:
-            value = torch.empty(parameter.shape, dtype=dtype, device=world.device)
         owner, _, leaf = name.rpartition(".")
         filled = nn.Parameter(value, requires_grad=parameter.requires_grad)
         setattr(module.get_submodule(owner), leaf, filled)

@@ -113,7 +113,10 @@ def find_model(given: str) -> Model:
     folder, rewards = Path(path), None
     if (folder / "config.yaml").is_file() and not (folder / "model_index.json").is_file():
         if not (folder / "pipeline" / "model_index.json").is_file():
-            raise ValueError(f"models: the run in {path} has no pipeline/ yet; it is written when the run ends")
+            told = "has no pipeline/ yet; it is written when the run ends"
+            if (folder / "pipeline" / "pytorch_lora_weights.safetensors").is_file():
+                told = "trained adapters, which this command does not load: fuse them into a pipeline folder first"
+            raise ValueError(f"models: the run in {path} {told}")
         folder = folder / "pipeline"
     if folder.is_dir():
         path = str(folder.resolve())

@@ -195,7 +195,8 @@ class Heartbeat:
         if self._keys and self._thread.is_alive():
             self._wake.set()
             time.sleep(LINGER * self._beat)
-            _tell(f"rank {self._rank} failed in {where}: {self._failure}\n{self._where()}")
+            gone = f"\nrank 0 is gone: its store does not answer ({self._lost})" if self._lost else ""
+            _tell(f"rank {self._rank} failed in {where}: {self._failure}{gone}\n{self._where()}")
 
     def close(self) -> None:
         """The end of a run that went well. Rank 0, which may serve the store, waits here until all others closed."""

@@ -15,7 +15,7 @@ ECHO = 3.0
 
 
 class Interruption:
-    """Remembers that the process was asked to end. The first signal asks; one after ECHO, or `seconds` later, forces."""
+    """Remembers that the process was asked to end. The first signal asks; one after ECHO, or `seconds`, forces."""
 
     def __init__(self, seconds: float) -> None:
         self.signal = 0

@@ -198,7 +198,9 @@ class Trainer:
         mismatches, norms, rate, skipped = [], [], 0.0, 0
         for n, group in enumerate(groups):
             for place, experience in enumerate(batch):
-                rollout, rewards = experience.rollout, self.plan.by_group(experience.rewards)[n]
+                # Where they are not finite, `sound` makes the loss NaN; the objective itself refuses them.
+                rewards = self.plan.by_group(experience.rewards.nan_to_num(0.0, 0.0, 0.0))[n]
+                rollout = experience.rollout
                 velocity = self._at_group(experience, n, gradient=True)
                 reference = references[place][n] if references else velocity.detach()
                 part = self.objective(group, rollout.key, velocity, reference, rewards)
@@ -462,13 +464,14 @@ class Trainer:
         figures.curves(folder / "curve.png", lines)
         before = load_file(folder / BASE_PICTURES)["pictures"]
         figures.before_after(folder / "before_after.png", before, after.pictures, self.held_out[: len(before)])
-        with self._phase("export"):
-            export(folder, folder / PIPELINE, replace=True)
         held_out = {name: {"before": base[f"held_out/{name}"], "after": after.rewards[name]} for name in after.rewards}
         summary: dict[str, Any] = {"iterations": self.iteration, "held_out": held_out}
         if self._stopped() and self.config.evaluation.stop_when:
             summary["stopped_by"] = self.config.evaluation.stop_when.reward
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        with self._phase("export"):
+            last = folder / CHECKPOINTS / f"iteration-{self.iteration:06d}"
+            export(folder, folder / PIPELINE, checkpoint=last, replace=True)
         print(f"\n{'held-out reward':<18}{'before':>10}{'after':>10}")
         for name, value in held_out.items():
             print(f"{name:<18}{value['before']:>10.4f}{value['after']:>10.4f}")

@@ -10,9 +10,9 @@ from forked import differences, kill_until_done
 pytestmark = pytest.mark.slow
 
 CASES = {
-    "one rank": {"ranks": 1, "kills": 22, "seed": 1},
-    "two ranks, all killed": {"ranks": 2, "kills": 16, "seed": 2},
-    "two ranks, one killed": {"ranks": 2, "kills": 10, "seed": 3, "only_one": True},
+    "one rank": {"ranks": 1, "kills": 24, "seed": 1},
+    "two ranks, all killed": {"ranks": 2, "kills": 14, "seed": 2},
+    "two ranks, one killed": {"ranks": 2, "kills": 8, "seed": 3, "only_one": True},
 }
 
 
@@ -38,4 +38,4 @@ def test_killed_anywhere_and_resumed_equals_uninterrupted(case, server, tmp_path
         f"in {', '.join(f'{phase} {count}' for phase, count in phases.most_common())}"
     )
     assert wrong == []
-    assert saves and len(phases) > 3, "the kills must hit saves, and several phases"
+    assert saves and len(phases) >= 3, "the kills must hit saves, and several phases"

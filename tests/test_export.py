@@ -1,0 +1,392 @@
+"""Export: what diffusers loads back is what was trained; whole or not there; a shard in memory at a time."""
+
+import json
+import resource
+import shutil
+import sys
+import weakref
+from contextlib import contextmanager
+
+import pytest
+import torch
+import yaml
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from safetensors.torch import load_file
+
+from egrpo_fast import cli, noise, ops
+from egrpo_fast import export as module
+from egrpo_fast.backbones.flux import FluxBackbone, meta_transformer
+from egrpo_fast.backbones.flux_text import FluxTextEncoder
+from egrpo_fast.backbones.random_flux import make_pipeline
+from egrpo_fast.checkpoint import CheckpointReader, Checkpoints, Piece
+from egrpo_fast.config import CHECKPOINTS, CONFIG_FILE, RUN_FILE, Lora, load_config
+from egrpo_fast.export import export, find_checkpoint
+from egrpo_fast.plan import ode_plan
+from egrpo_fast.rollout import NoiseKey, Wavefront
+from egrpo_fast.schedule import make_schedule
+
+LORA = "model.lora={rank: 4, alpha: 16, target_modules: [to_q, to_v, proj_out]}"
+CARD = """---
+license: other
+license_name: flux-1-dev-non-commercial-license
+license_link: LICENSE.md
+tags: [text-to-image]
+---
+# The base
+"""
+PROMPTS = ["a café at night", "two dogs"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base") / "flux"
+    make_pipeline("tiny").save_pretrained(folder)
+    (folder / "README.md").write_text(CARD)
+    (folder / "LICENSE.md").write_text("No commerce.")
+    return folder
+
+
+def trained(base, lora=None, iteration=1, kind="weight"):
+    """Weights that a run could have come to: of all parameters, or of the adapters."""
+    transformer, weights = meta_transformer(base, lora)
+    generator = torch.Generator().manual_seed(iteration + 1000 * (kind == "ema"))
+    return {
+        name: weights(name) + 0.02 * torch.randn(value.shape, generator=generator)
+        for name, value in transformer.named_parameters()
+        if value.requires_grad
+    }
+
+
+def save(run, base, iterations, kinds=("weight",), lora=None, best=(), ranks=2):
+    """Checkpoints as that many ranks write them, each tensor in two pieces."""
+    writers = [Checkpoints(run / CHECKPOINTS, rank, ranks, keep=9) for rank in range(ranks)]
+    for iteration in iterations:
+        tensors = {kind: trained(base, lora, iteration, kind) for kind in kinds}
+        for rank, writer in enumerate(writers):
+            pieces = []
+            for kind, named in tensors.items():
+                for name, value in named.items():
+                    size = -(-value.numel() // ranks)
+                    flat = value.flatten()[rank * size : (rank + 1) * size]
+                    pieces.append(Piece(name, kind, rank * size, tuple(value.shape), flat))
+            writer.save(iteration, pieces, {}, {"iteration": iteration}, f"a{iteration}", iteration in best)
+        for writer in writers:
+            writer.wait()
+
+
+def make_run(folder, base, *overrides, iterations=(1,), **options):
+    config = load_config(
+        "flux-dev",
+        [f"model.path={base}", f"output_dir={folder}", "model.dtype=float32", "rewards=[{name: jpeg, weight: 2}]",
+         *overrides],
+    )  # fmt: skip
+    folder.mkdir()
+    (folder / CONFIG_FILE).write_text(config.yaml())
+    (folder / RUN_FILE).write_text(json.dumps({"version": "0.9", "commit": "c0ffee", "world_size": 2}))
+    lines = [{"iteration": 1, "loss": 0.5}, *({"iteration": i, "held_out/jpeg": i / 2 - 3} for i in range(4))]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "curve.png").write_bytes(b"a picture")
+    save(folder, base, iterations, lora=config.model.lora, **options)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(base, tmp_path_factory):
+    """Iterations 1 (the best), 2 and 3, with averages."""
+    folder = tmp_path_factory.mktemp("runs") / "full"
+    return make_run(folder, base, iterations=(1, 2, 3), kinds=("weight", "ema"), best=(1,))
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def weights_of(folder):
+    files = (folder / "transformer").glob("*.safetensors")
+    return {name: value for file in files for name, value in load_file(file).items()}
+
+
+@pytest.mark.parametrize("shard_bytes", [module.SHARD_BYTES, 400_000], ids=["one file", "shards"])
+def test_all_weights_and_the_rest_of_the_base(shard_bytes, run, base, tmp_path):
+    before = contents(run)
+    export(run, tmp_path / "out", shard_bytes=shard_bytes)
+    expected, found = trained(base, iteration=3), weights_of(tmp_path / "out")
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    files = sorted(path.name for path in (tmp_path / "out" / "transformer").iterdir())
+    if shard_bytes == module.SHARD_BYTES:
+        assert files == ["config.json", "diffusion_pytorch_model.safetensors"]
+    else:
+        count = len(files) - 2
+        assert count > 2 and f"diffusion_pytorch_model-00001-of-{count:05d}.safetensors" in files
+        assert "diffusion_pytorch_model.safetensors.index.json" in files
+    for part in ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"):
+        assert contents(tmp_path / "out" / part) == contents(base / part)
+    loaded = FluxTransformer2DModel.from_pretrained(tmp_path / "out", subfolder="transformer").state_dict()
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+    assert contents(run) == before and not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "iteration", "kind"),
+    [
+        ((), 3, "weight"),
+        (("--checkpoint", "newest", "--weights", "ema"), 3, "ema"),
+        (("--checkpoint", "best"), 1, "weight"),
+        (("--checkpoint", "2", "--weights", "model"), 2, "weight"),
+    ],
+    ids=["newest", "newest ema", "best", "given"],
+)
+def test_the_command_chooses_weights_and_checkpoint(options, iteration, kind, run, base, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "argv", ["egrpo", "export", str(run), str(tmp_path / "out"), *options])
+    cli.main()
+    expected, found = trained(base, None, iteration, kind), weights_of(tmp_path / "out")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert f"iteration-{iteration:06d}" in capsys.readouterr().out
+
+
+def sampled(transformer, folder, config):
+    """By the trainer's own sampler: latents, and pictures."""
+    text = FluxTextEncoder.from_pretrained(folder, config.model.max_sequence_length)
+    vae = FluxPipeline.from_pretrained(folder, transformer=None, text_encoder=None, text_encoder_2=None).vae
+    backbone = FluxBackbone(transformer, vae, text, config.model.height, config.model.width, config.model.guidance, 8)
+    wavefront = Wavefront(ode_plan(make_schedule(4)), 2, backbone.latent_shape, ops.choose("reference"))
+    conditioning = backbone.encode(PROMPTS)
+    latents = wavefront.run(
+        lambda latents, t, rows: backbone.velocity(transformer, latents, t, conditioning, rows),
+        NoiseKey(config.seed, 0, torch.arange(2)),
+    ).anchor_latents
+    return latents, backbone.decode(latents)
+
+
+def drawn(pipeline, config):
+    """By diffusers, from the same noise."""
+    pipeline.set_progress_bar_config(disable=True)
+    tokens = (config.model.height // 16) * (config.model.width // 16)
+    common = {
+        "prompt": PROMPTS, "height": config.model.height, "width": config.model.width, "num_inference_steps": 4,
+        "guidance_scale": config.model.guidance, "max_sequence_length": config.model.max_sequence_length,
+        "latents": noise.initial_noise(config.seed, 0, torch.arange(2), (tokens, 64)),
+    }  # fmt: skip
+    return [pipeline(**common, output_type=kind).images for kind in ("latent", "pt")]
+
+
+def assert_same(ours, theirs):
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.allclose(mine, other, rtol=0, atol=1e-4)
+
+
+SMALL = ("model.height=64", "model.width=48", "model.max_sequence_length=32")
+
+
+def test_pictures_of_the_exported_pipeline_are_the_trainers(base, tmp_path):
+    run = make_run(tmp_path / "run", base, *SMALL)
+    export(run, tmp_path / "out")
+    config = load_config(str(run / CONFIG_FILE))
+    transformer, _ = meta_transformer(base)
+    transformer.load_state_dict(trained(base), assign=True)
+    ours, theirs = sampled(transformer, base, config), drawn(FluxPipeline.from_pretrained(tmp_path / "out"), config)
+    assert_same(ours, theirs)
+    untrained = drawn(FluxPipeline.from_pretrained(base), config)
+    assert (untrained[0] - theirs[0]).abs().max() > 0.05, "training must show, or the comparison shows nothing"
+
+
+def test_pictures_of_the_base_with_the_lora_are_the_trainers(base, tmp_path):
+    """alpha is not the rank: the loader must be told the scale, or takes 1."""
+    run = make_run(tmp_path / "run", base, LORA, *SMALL)
+    export(run, tmp_path / "out")
+    config = load_config(str(run / CONFIG_FILE))
+    transformer, weights = meta_transformer(base, config.model.lora)
+    values = {name: weights(name) for name, _ in transformer.named_parameters()} | trained(base, config.model.lora)
+    transformer.load_state_dict(values, assign=True)
+    pipeline = FluxPipeline.from_pretrained(base)
+    pipeline.load_lora_weights(tmp_path / "out")
+    ours, theirs = sampled(transformer, base, config), drawn(pipeline, config)
+    assert_same(ours, theirs)
+    assert (drawn(FluxPipeline.from_pretrained(base), config)[0] - theirs[0]).abs().max() > 0.05
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"pytorch_lora_weights.safetensors", "README.md", "LICENSE.md", "curve.png"}
+    # What was exported can be trained on.
+    again = Lora(rank=4, alpha=16, target_modules=["to_q", "to_v", "proj_out"], path=str(tmp_path / "out"))
+    _, weights = meta_transformer(base, again)
+    assert all(torch.equal(weights(name), value) for name, value in trained(base, config.model.lora).items())
+
+
+def test_the_weights_are_as_the_forward_used_them(base, tmp_path):
+    run = make_run(tmp_path / "run", base, "model.dtype=bfloat16")
+    export(run, tmp_path / "out")
+    expected, found = trained(base), weights_of(tmp_path / "out")
+    assert all(torch.equal(found[name], expected[name].bfloat16()) for name in expected)
+
+
+def front_matter(folder):
+    _, front, body = (folder / "README.md").read_text().split("---\n", 2)
+    return yaml.safe_load(front), body
+
+
+def test_the_model_card(run, base, tmp_path):
+    export(run, tmp_path / "out", checkpoint=find_checkpoint(run, "1"))
+    front, body = front_matter(tmp_path / "out")
+    assert front["license"] == "other" and front["license_name"] == "flux-1-dev-non-commercial-license"
+    assert front["license_link"] == "LICENSE.md" and (tmp_path / "out" / "LICENSE.md").read_text() == "No commerce."
+    assert front["library_name"] == "diffusers" and front["base_model_relation"] == "finetune"
+    assert "base_model" not in front, "a local folder is no id of the hub"
+    assert "commit c0ffee" in body and "for 1 iterations on jpeg (weight 2)" in body
+    assert "flux-1-dev-non-commercial-license" in body and "as trained" in body and "from_pretrained" in body
+    assert "| iteration | jpeg |\n| --- | --- |\n| 0 | -3.0000 |\n| 1 | -2.5000 |\n\n" in body, "nothing after it"
+    settings = yaml.safe_load(body.split("```yaml\n")[1].split("```")[0])
+    assert settings == yaml.safe_load((run / CONFIG_FILE).read_text())
+
+
+def test_the_card_of_a_lora_of_a_hub_model(base, monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "resolve", lambda path: {"someone/FLUX": base}[path])
+    run = make_run(tmp_path / "run", base, LORA)
+    text = (run / CONFIG_FILE).read_text().replace(f"path: {base}", "path: someone/FLUX")
+    (run / CONFIG_FILE).write_text(text)
+    (run / "metrics.jsonl").unlink()
+    (run / "curve.png").unlink()
+    (run / RUN_FILE).unlink()
+    export(run, tmp_path / "out")
+    front, body = front_matter(tmp_path / "out")
+    assert front["base_model"] == "someone/FLUX" and front["base_model_relation"] == "adapter"
+    assert "lora" in front["tags"]
+    assert 'from_pretrained("someone/FLUX")\npipe.load_lora_weights' in body and "low-rank adapters" in body
+    assert "No evaluation was recorded." in body and "commit unknown" in body and "curve.png" not in body
+
+
+@pytest.mark.parametrize("card", [None, "# no front matter\n", "---\n{\n---\n", "---\n- a list\n---\n"])
+def test_without_a_licence_in_the_base_the_card_says_its_own(card, base, tmp_path):
+    other = tmp_path / "base"
+    shutil.copytree(base, other)
+    (other / "README.md").unlink()
+    if card is not None:
+        (other / "README.md").write_text(card)
+    export(make_run(tmp_path / "run", other, LORA), tmp_path / "out")
+    front, body = front_matter(tmp_path / "out")
+    assert front["license"] == "other" and "is under its own licence" in body
+
+
+def test_one_shard_is_in_memory_at_a_time(run, monkeypatch, tmp_path):
+    """Every tensor that is read, as long as anything holds it; a shard is a tenth of the whole."""
+    whole = sum(value.nbytes for value in weights_of_checkpoint(run).values())
+    alive, peak, original = {}, 0, CheckpointReader.tensor
+
+    def tensor(self, name, kind="weight"):
+        nonlocal peak
+        value = original(self, name, kind)
+        alive[name] = value.nbytes
+        weakref.finalize(value.untyped_storage(), alive.pop, name)
+        peak = max(peak, sum(alive.values()))
+        return value
+
+    monkeypatch.setattr(CheckpointReader, "tensor", tensor)
+    export(run, tmp_path / "out", shard_bytes=whole // 10)
+    assert whole // 20 < peak <= whole // 10
+    assert len(list((tmp_path / "out" / "transformer").glob("*.safetensors"))) >= 10
+
+
+def weights_of_checkpoint(run):
+    reader = CheckpointReader(find_checkpoint(run))
+    return {name: reader.tensor(name) for name in reader.names()}
+
+
+@contextmanager
+def files_of_at_most(size):
+    """Writing past `size` fails, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("override", [(), (LORA,)], ids=["full", "lora"])
+def test_a_write_that_fails_leaves_nothing_behind(override, base, tmp_path):
+    run = make_run(tmp_path / "run", base, *override)
+    before = contents(run)
+    with files_of_at_most(10_000), pytest.raises(ValueError, match="export: .*out could not be written: .*"):
+        export(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+    assert contents(run) == before
+    export(run, tmp_path / "out")  # once there is room
+
+
+def test_room_is_asked_for_before_anything_is_copied(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
+    with pytest.raises(ValueError, match=r"export: .* GiB are needed in .*, 0.0 are free"):
+        export(run, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_in_the_way_stays(run, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").write_text("mine")
+    for name in ("file", "folder"):
+        with pytest.raises(ValueError, match=f"export: .*{name} is in the way"):
+            export(run, tmp_path / name)
+    with pytest.raises(ValueError, match="is in the way"):
+        export(run, run)
+    with pytest.raises(ValueError, match="export: .*below could not be written"):
+        export(run, tmp_path / "file" / "below")
+    assert list(contents(tmp_path).values()) == [b"mine", b"mine"]
+    (tmp_path / "empty").mkdir()
+    export(run, tmp_path / "empty")
+    assert (tmp_path / "empty" / "model_index.json").is_file()
+
+
+def test_an_earlier_export_is_replaced_only_when_asked_and_only_by_a_whole_one(run, base, monkeypatch, tmp_path):
+    out = tmp_path / "out"
+    export(run, out, checkpoint=find_checkpoint(run, "1"))
+    before = contents(out)
+    with files_of_at_most(10_000), pytest.raises(ValueError, match="could not be written"):
+        export(run, out, replace=True)
+    assert contents(out) == before
+    export(run, out, replace=True)
+    expected, found = trained(base, iteration=3), weights_of(out)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_what_cannot_be_exported_is_refused_by_name(run, base, tmp_path):
+    with pytest.raises(ValueError, match="export: .*nothing holds no run"):
+        export(tmp_path / "nothing", tmp_path / "out")
+    bare = make_run(tmp_path / "bare", base)
+    with pytest.raises(ValueError, match="export: .*iteration-000001 holds no ema weights; .* optimizer.ema_decay"):
+        export(bare, tmp_path / "out", "ema")
+    with pytest.raises(ValueError, match="checkpoint: .* has none marked as best; train with checkpoint.best"):
+        find_checkpoint(bare, "best")
+    for which in ("7", "-1", "last"):
+        with pytest.raises(ValueError, match=f"has none of iteration {which}; there are newest, best and 1, 2, 3"):
+            find_checkpoint(run, which)
+    shutil.rmtree(bare / CHECKPOINTS)
+    with pytest.raises(ValueError, match="checkpoint: .*bare has none yet"):
+        export(bare, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_of_another_size_is_refused(run, tmp_path):
+    """The run's model.path holds another transformer than the one that was trained."""
+    moved = tmp_path / "run"
+    shutil.copytree(run, moved)
+    make_pipeline("tiny", guidance_embeds=False).save_pretrained(tmp_path / "base")
+    config = yaml.safe_load((moved / CONFIG_FILE).read_text())
+    config["model"]["path"] = str(tmp_path / "base")
+    (moved / CONFIG_FILE).write_text(yaml.safe_dump(config))
+    with pytest.raises(ValueError, match="base/transformer: weights of another architecture: .*guidance"):
+        export(moved, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_refuses_a_damaged_checkpoint_by_name(base, monkeypatch, tmp_path):
+    run = make_run(tmp_path / "run", base, iterations=(1, 2))
+    file = max((run / CHECKPOINTS / "iteration-000002").glob("*.safetensors"))
+    damaged = bytearray(file.read_bytes())
+    damaged[-100] ^= 1
+    file.write_bytes(damaged)
+    monkeypatch.setattr(sys, "argv", ["egrpo", "export", str(run), str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="error: checkpoint: .*iteration-000002 is damaged.*rank-00001.*checksum"):
+        cli.main()
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(sys, "argv", ["egrpo", "export", str(run), str(tmp_path / "out"), "--checkpoint", "1"])
+    cli.main()
+    assert (tmp_path / "out").is_dir()

@@ -1,0 +1,64 @@
+"""A process that is asked to end: once it may finish, twice or too late it is ended."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from egrpo_fast.interruption import EXIT_CODES, FORCED, Interruption
+
+SCRIPT = """
+import sys, time
+from egrpo_fast import interruption
+interruption.ECHO = float(sys.argv[2])
+asked = interruption.Interruption(float(sys.argv[1]))
+print("ready", flush=True)
+deadline = time.monotonic() + 30
+while time.monotonic() < deadline and not (asked.signal and sys.argv[3] == "obedient"):
+    time.sleep(0.01)
+sys.exit(interruption.EXIT_CODES[asked.signal])
+"""
+
+
+def ended(*signals, seconds=20.0, echo=0.3, how="obedient", pause=0.0):
+    """Exit status and stderr of a process that gets these signals."""
+    arguments = [sys.executable, "-c", SCRIPT, str(seconds), str(echo), how]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        for index, number in enumerate(signals):
+            time.sleep(pause * bool(index))
+            process.send_signal(number)
+        return process.wait(20), process.stderr.read()
+
+
+@pytest.mark.parametrize(("number", "status"), EXIT_CODES.items(), ids=["SIGTERM", "SIGINT"])
+def test_the_first_signal_asks(number, status):
+    found, told = ended(number)
+    assert found == status and f"{signal.Signals(number).name}: ending with a checkpoint" in told
+
+
+def test_an_echo_counts_as_the_same():
+    """Launchers send SIGTERM to ranks that Ctrl-C has reached already; the first signal counts."""
+    handlers = {number: signal.getsignal(number) for number in EXIT_CODES}
+    try:
+        asked = Interruption(60.0)
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+        assert asked.signal == signal.SIGINT
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def test_a_second_signal_ends_at_once():
+    found, told = ended(signal.SIGTERM, signal.SIGTERM, how="deaf", pause=0.6)
+    assert found == FORCED and "asked again: ended at once; the last complete checkpoint stands" in told
+
+
+def test_too_late_ends_at_once():
+    found, told = ended(signal.SIGTERM, seconds=0.3, how="deaf")
+    assert found == FORCED and "not done 0 s after being asked" in told
