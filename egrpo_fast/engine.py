@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -49,7 +51,8 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
             # The trainer says itself which backward is the last of a step: `Engine.backward(last=...)`.
             "gradient_accumulation_steps": 1,
             "gradient_clipping": config.optimizer.max_grad_norm,
-            "bf16": {"enabled": config.model.dtype == "bfloat16"},
+            # A gradient that is not finite must never reach the weights: said here, whatever the default.
+            "bf16": {"enabled": config.model.dtype == "bfloat16", "check_grad_overflow": True},
             # Gradients of all active steps and prompts add up before a step: in bfloat16 the sum would lose them.
             "data_types": {"grad_accum_dtype": "fp32"},
             "zero_optimization": zero,
@@ -132,7 +135,9 @@ def materialize(
     dtype = torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
     sharded = config.deepspeed.zero_stage == 3
     parameters = dict(module.named_parameters())
-    start, before = time.perf_counter(), _peak_host_memory()
+    start, before = time.perf_counter(), _host_memory("VmRSS")
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is measured from here
     total = sum(parameter.numel() for parameter in parameters.values())
     bar = tqdm(total=total, desc="loading", unit="", unit_scale=True, disable=not world.is_main, dynamic_ncols=True)
     first: Any = None
@@ -147,6 +152,8 @@ def materialize(
         if world.is_main:
             try:
                 value.copy_(read(name))
+                if not value.isfinite().all():
+                    raise ValueError(f"model.path: {name} holds numbers that are not finite; download it again")
             except ValueError as error:
                 problem = str(error)
         problem = world.from_main(problem)
@@ -169,12 +176,17 @@ def materialize(
     kept = sum(getattr(p, "ds_tensor", p).numel() for p in module.parameters()) * dtype.itemsize
     return (
         f"loaded {total / 1e6:,.1f} M parameters in {time.perf_counter() - start:.1f} s: this rank keeps "
-        f"{kept / 2**20:,.1f} MiB, its host memory grew by at most {(_peak_host_memory() - before) / 2**20:,.1f} MiB"
+        f"{kept / 2**20:,.1f} MiB, its host memory grew by at most {(_host_memory('VmHWM') - before) / 2**20:,.1f} MiB"
     )
 
 
-def _peak_host_memory() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _host_memory(field: str) -> int:
+    """Bytes of this process: VmRSS now, VmHWM at their most."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:  # not Linux: the highest ever stands for both
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(field))
 
 
 def _make_optimizer(parameters: list[nn.Parameter], settings: Optimizer, on_host: bool) -> torch.optim.Optimizer:
@@ -300,7 +312,11 @@ class Engine:
     @property
     def _flats(self) -> list[Tensor]:
         """This rank's float32 master weights, one flat tensor per optimizer group."""
-        return self._zero.fp32_partitioned_groups_flat if self._sharded else self._zero.single_partition_of_fp32_groups
+        if self._sharded:
+            return self._zero.fp32_partitioned_groups_flat
+        if isinstance(self._zero, BF16_Optimizer):  # ZeRO-1 in bfloat16
+            return self._zero.fp32_groups_flat_partition
+        return self._zero.single_partition_of_fp32_groups
 
     def _find_fragments(self) -> Iterator[_Fragment]:
         names = {id(parameter): name for name, parameter in self._engine.module.named_parameters()}
@@ -316,7 +332,8 @@ class Engine:
                         yield _Fragment(name, self._shapes[name], index, offset, start, numel)
                     offset += size
         else:
-            for index, group in enumerate(self._zero.bit16_groups):
+            replicated = isinstance(self._zero, BF16_Optimizer)
+            for index, group in enumerate(self._zero.bf16_groups if replicated else self._zero.bit16_groups):
                 for parameter in group:
                     if (place := parameter._hp_mapping) is not None:
                         address, name = place.hp_fragment_address, names[id(parameter)]
@@ -371,9 +388,9 @@ class Engine:
         ValueError where its tensors are not this module's, or where it holds state that needs as many ranks as made it.
         """
         kinds = reader.kinds()
-        held = set(reader.names(WEIGHT))
+        held = {kind: set(reader.names(kind)) for kind in kinds}
         for name in {fragment.name for fragment in self._fragments}:
-            if name not in held or reader.shape(name) != self._shapes[name]:
+            if name not in held[WEIGHT] or reader.shape(name) != self._shapes[name]:
                 raise ValueError(f"resume: {reader.path} holds no {name} of shape {self._shapes[name]}")
         if self._ema and EMA not in kinds:
             raise ValueError(f"optimizer.ema_decay: {reader.path} holds no average; resume without it")
@@ -398,7 +415,8 @@ class Engine:
                     if fragment.flat == index:
                         stop = fragment.start + fragment.numel
                         for kind, values in targets.items():
-                            fragment.of(values).copy_(reader.read(fragment.name, kind, fragment.start, stop))
+                            if fragment.name in held[kind]:
+                                fragment.of(values).copy_(reader.read(fragment.name, kind, fragment.start, stop))
         self._refresh_weights(reader)
         self.steps = self._engine.global_steps = steps
         self._scheduler.last_epoch = steps
@@ -419,6 +437,7 @@ class Engine:
                 self._zero._reassign_or_swap_out_partitioned_parameters(index)
         if self._zero.persistent_parameters:  # small ones that stay gathered: dropped here, gathered anew when used
             self._zero.persistent_parameters[0].partition(self._zero.persistent_parameters)
+        self._zero.invalidate_secondary_tensor()  # ZeRO++'s copies inside a machine, still of the base
 
 
 def _per_weight(value: Any, flat: Tensor) -> bool:

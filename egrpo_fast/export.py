@@ -20,7 +20,7 @@ from egrpo_fast.backbones.flux import PARTS, is_hub_id, resolve, save_lora
 from egrpo_fast.backbones.weight_files import WeightFiles
 from egrpo_fast.checkpoint import CheckpointReader, Checkpoints
 from egrpo_fast.config import CHECKPOINTS, CONFIG_FILE, RUN_FILE, Config, load_config
-from egrpo_fast.metrics import METRICS
+from egrpo_fast.metrics import RunLog
 from egrpo_fast.shapes import pipeline_path
 
 SHARD_BYTES = 5 * 2**30
@@ -35,12 +35,15 @@ def export(
     """What `FluxPipeline.from_pretrained(out)` loads, or `load_lora_weights(out)` for a LoRA run, with a model card.
 
     weights: as trained, or their moving average. checkpoint: one of the run's; None: the newest. replace: an earlier
-    export in `out`, once this one is whole. Written beside and renamed: `out` is whole or as it was. ValueError: no
-    run, no such checkpoint or average, `out` in the way, no room.
+    export in `out`, once this one is whole. Written beside and renamed: `out` is whole or as it was; killed between two
+    renames, as it was once this is called again. ValueError: no run, no such checkpoint or average, `out` in the way,
+    no room.
     """
+    partial, replaced = (out.with_name(out.name + suffix) for suffix in (".partial", ".replaced"))
     if not (run / CONFIG_FILE).is_file():
         raise ValueError(f"export: {run} holds no run ({CONFIG_FILE} is missing)")
-    if out.exists() and not replace and (not out.is_dir() or any(out.iterdir())):
+    _put_back(replaced, out)
+    if out.exists() and not (out.is_dir() and (replace or not any(out.iterdir()))):
         raise ValueError(f"export: {out} is in the way; choose another folder")
     config = load_config(str(run / CONFIG_FILE))
     reader = CheckpointReader(checkpoint or find_checkpoint(run))
@@ -53,7 +56,6 @@ def export(
     def read(name: str) -> Tensor:
         return reader.tensor(name, kind).to(dtype)
 
-    partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
@@ -67,12 +69,21 @@ def export(
             _write_transformer(partial / "transformer", shapes, dtype, read, shard_bytes)
         _write_card(run, partial, base, config, reader, weights)
         if out.exists():
-            shutil.rmtree(out)
+            shutil.rmtree(replaced, ignore_errors=True)
+            out.rename(replaced)
         partial.rename(out)
+        shutil.rmtree(replaced, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"export: {out} could not be written: {getattr(error, 'strerror', None) or error}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        _put_back(replaced, out)
+
+
+def _put_back(replaced: Path, out: Path) -> None:
+    """Undo the first half of a replacement whose second half never came."""
+    if replaced.exists() and not out.exists():
+        replaced.rename(out)
 
 
 def find_checkpoint(run: Path, which: str = "newest") -> Path:
@@ -155,8 +166,7 @@ def _write_card(run: Path, out: Path, base: Path, config: Config, reader: Checkp
     licence_name = licence.get("license_name") or licence.get("license")
     told = f"its licence ({licence_name})" if licence_name else "its own licence"
     rewards = ", ".join(f"{reward.name} (weight {reward.weight:g})" for reward in config.rewards if reward.weight)
-    lines = [json.loads(line) for line in (run / METRICS).read_text().splitlines()] if (run / METRICS).is_file() else []
-    evaluations = [line for line in lines if any(key.startswith("held_out/") for key in line)]
+    evaluations = [line for line in RunLog.read(run) if any(key.startswith("held_out/") for key in line)]
     names = [key for key in evaluations[0] if key.startswith("held_out/")] if evaluations else []
     rows = [f"| {line['iteration']} | " + " | ".join(f"{line.get(k, float('nan')):.4f}" for k in names) + " |"
             for line in evaluations if line["iteration"] <= reader.iteration]  # fmt: skip

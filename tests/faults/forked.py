@@ -61,7 +61,7 @@ class Ranks:
 
     def phase(self, rank=0):
         file = self.phase_files[rank]
-        return file.read_text().strip() if file.exists() else "starting"
+        return file.exists() and file.read_text().strip()
 
     def told(self):
         return self.log.read_text(errors="replace")
@@ -177,7 +177,9 @@ def kill_until_done(server, folder, reference, ranks, seconds, rng: random.Rando
             time.sleep(rng.uniform(0.0, 0.03))
         if None not in codes:
             break
-        told.phases.append(run.phase())
+        while only_one and not all(map(run.phase, range(ranks))):  # before they have met, only a launcher sees it
+            run.wait(0.05)
+        told.phases.append(run.phase() or "starting")
         run.kill([rng.randrange(ranks)] if only_one else None)
         told.kills += 1
         if None in run.wait():
