@@ -129,9 +129,7 @@ def test_noise_level_at_the_size_of_the_steps(form, kept, num_steps):
     """
     schedule, (_, mean, _) = make_schedule(num_steps, **form), COMPONENTS["point"][0]
     stop = num_steps - 1
-    waves = [
-        Wave(i, schedule.times[i], (Edge(ANCHOR, ANCHOR, schedule.sde(i, 1), draw=i << 16),)) for i in range(stop)
-    ]
+    waves = [Wave(i, schedule.times[i], (Edge(ANCHOR, ANCHOR, schedule.sde(i, 1), draw=i << 16),)) for i in range(stop)]
     x = run(Plan(schedule, 1, tuple(waves), (), anchor_picture=True), velocity_of("point"))
     t = schedule.times[stop]
     level = ((x - (1 - t) * mean) / t).std().item()

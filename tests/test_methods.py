@@ -23,7 +23,7 @@ from egrpo_fast.methods import (
     tempflow_grpo,
     unpruned_steps,
 )
-from egrpo_fast.noise import draw_word
+from egrpo_fast.noise import draw_word, initial_noise
 from egrpo_fast.objective import Objective
 from egrpo_fast.plan import singly
 from egrpo_fast.rollout import NoiseKey, Wavefront
@@ -216,28 +216,34 @@ def stored_samples(plan, rollout, n, p, velocity):
     return mean[:, None] + step.s * eps.reshape(len(group.sources), -1, *SHAPE)
 
 
-def by_hand(group, place, rewards, baseline, normalise):
-    """Advantages [G] of one prompt: rewards {row: value} of its pictures, plain Python and torch over views."""
+WEIGHTS = torch.tensor([0.7, 0.3], dtype=torch.float64)
+
+
+def by_hand(group, place, rewards, mix, baseline, normalise):
+    """Advantages [G] of one prompt from two rewards [2, pictures], view by view and reward by reward."""
     total = torch.zeros(group.size, dtype=torch.float64)
+    terms = [(1.0, WEIGHTS @ rewards)] if mix == "reward" else list(zip(WEIGHTS, rewards))
     for view in group.views:
-        values = torch.stack([torch.stack([rewards[place[row]] for row in rows]).mean() for rows in view])
-        mean = values.mean() if baseline == "mean" else (values.sum() - values) / (len(values) - 1)
-        total += (values - mean) / (values.std() if normalise == "std" else 1.0)
+        for weight, reward in terms:
+            values = torch.stack([torch.stack([reward[place[row]] for row in rows]).mean() for rows in view])
+            mean = values.mean() if baseline == "mean" else (values.sum() - values) / (len(values) - 1)
+            total += weight * (values - mean) / (values.std() if normalise == "std" else 1.0)
     return total
 
 
 @pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
 @pytest.mark.parametrize("normalise", ["std", "none"])
+@pytest.mark.parametrize("mix", ["reward", "advantage"])
 @pytest.mark.parametrize("name", PLANS)
-def test_gradient_equals_brute_force_score_function(name, normalise, baseline):
+def test_gradient_equals_brute_force_score_function(name, mix, normalise, baseline):
     """On policy, against stored samples, full log-densities and autograd, in float64, over all groups and prompts."""
     plan = PLANS[name]
     weight = (torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) / 4).requires_grad_()
     rollout, seen = rolled_out(plan, weight.detach())
     pictures = rollout.final_latents
-    rewards = 0.7 * pictures.sin().mean((2, 3)) + 0.3 * pictures.square().mean((2, 3))
-    objective = Objective(REFERENCE, (1.0,), baseline=baseline, normalise=normalise)
-    by_group = plan.by_group(rewards[None])
+    rewards = torch.stack((pictures.sin().mean((2, 3)), pictures.square().mean((2, 3))))
+    objective = Objective(REFERENCE, (0.7, 0.3), mix, baseline=baseline, normalise=normalise)
+    by_group = plan.by_group(rewards)
     place = {row: i for i, row in enumerate(plan.picture_rows)}
     ours = brute = 0.0
     for n, group in enumerate(plan.groups):
@@ -251,12 +257,21 @@ def test_gradient_equals_brute_force_score_function(name, normalise, baseline):
             states = rollout.states[n].unflatten(0, (2, -1))[p]
             mean = group.step.c_x * states + group.step.c_v * velocity.unflatten(0, (2, -1))[p]
             log_prob = torch.distributions.Normal(mean[:, None], group.step.s).log_prob(samples).mean((2, 3))
-            chosen = by_hand(group, place, rewards[p], baseline, normalise)
+            chosen = by_hand(group, place, rewards[:, p], mix, baseline, normalise)
             brute = brute - group.weight * (chosen * log_prob.flatten()).mean() / 2
     (our_gradient,) = torch.autograd.grad(ours, weight, retain_graph=True)
     (brute_gradient,) = torch.autograd.grad(brute, weight)
     assert brute_gradient.norm() > 1e-3
     assert torch.allclose(our_gradient, brute_gradient, rtol=1e-9, atol=1e-13)
+
+
+def test_trajectories_of_one_prompt_start_from_noises_of_their_own():
+    _, seen = rolled_out(PLANS["flow_grpo"], torch.eye(4, dtype=torch.float64))
+    first = seen[:8].unflatten(0, (2, 4))
+    for sample in range(4):
+        own = initial_noise(KEY.seed, KEY.iteration, KEY.prompts, SHAPE, torch.float64, sample=sample)
+        assert torch.equal(first[:, sample], own)
+    assert not torch.allclose(first[:, 0], first[:, 1], atol=0.1)
 
 
 def test_off_policy_ratios_of_antithetic_samples_equal_two_log_densities():
