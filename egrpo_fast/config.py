@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -179,7 +180,7 @@ class BranchGrpo(_Section):
     """Grid indices at which every row splits."""
     branching: Annotated[int, Field(ge=2, le=65536)] = 2
     """Children of a split."""
-    max_rows: Positive = 64
+    max_rows: Annotated[int, Field(ge=2, le=65536)] = 64
     """Most leaves of a prompt's tree."""
     pruned_steps: Annotated[int, Field(ge=0)] = 0
     """Steps in a row that are not trained: from the end, sliding towards the last split."""
@@ -593,8 +594,10 @@ def _field_names(model: type[BaseModel], prefix: str = "") -> list[str]:
     names = []
     for name, field in model.model_fields.items():
         names.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            names += _field_names(field.annotation, f"{prefix}{name}.")
+        union = get_origin(field.annotation) in (Union, UnionType)
+        for kind in get_args(field.annotation) if union else (field.annotation,):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                names += _field_names(kind, f"{prefix}{name}.")
     return names
 
 
@@ -608,8 +611,11 @@ def _explain(error: ValidationError) -> str:
         location = [part for part in location if unknown or part not in ("int", "list")]
         where, message = ".".join(location), item["msg"]
         if unknown:
-            near = difflib.get_close_matches(where, _field_names(Config), n=1)
+            known = _field_names(Config)
+            near = difflib.get_close_matches(where, known, n=1)
             message = "unknown key" + (f"; did you mean {near[0]}?" if near else "")
+            if where in known:  # of another branch of its section
+                message = f"not used by method {item['loc'][1]}; leave it out"
         elif item["type"] == "missing":
             message = "missing, and has no default"
         elif item["type"] == "value_error":

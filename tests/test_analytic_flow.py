@@ -138,7 +138,7 @@ def test_noise_level_at_the_size_of_the_steps(form, kept, num_steps):
 
 
 def test_coefficients_preserving_sampling_does_not_keep_a_spread():
-    """Predictions are means over what is uncertain: some of the data's spread of 0.5 goes, and small steps do not help."""
+    """Predictions are means over what is uncertain: some of the data's spread, 0.5, goes; small steps do not help."""
     schedules = (make_schedule(n, sde_form="cps", eta=0.8) for n in (16, 256))
     assert all(run(sde_plan(schedule), velocity_of("gaussian")).std() < 0.45 for schedule in schedules)
 

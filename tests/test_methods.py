@@ -41,8 +41,8 @@ def moves(plan):
 
     def length(wave, edge):
         ends = range(1, len(times) - wave.index)
-        made = plan.schedule.sde if edge.step.s else lambda start, l: plan.schedule.ode(start, start + l)
-        return next(l for l in ends if made(wave.index, l) == edge.step)
+        made = plan.schedule.sde if edge.step.s else lambda start, many: plan.schedule.ode(start, start + many)
+        return next(many for many in ends if made(wave.index, many) == edge.step)
 
     return [[(e.source, e.destination, length(w, e), e.step.s > 0) for e in w.edges] for w in plan.waves]
 
@@ -386,8 +386,8 @@ def test_a_method_brings_its_noise():
 
 BAD = {
     "method=grpo": "method: .*'e_grpo'",
-    "method={name: mix_grpo, windoww: 3}": "method.windoww: unknown key",
-    "method.window=3": "method.window: unknown key",
+    "method={name: mix_grpo, windoww: 3}": "method.windoww: unknown key; did you mean method.window?",
+    "method.window=3": "method.window: not used by method e_grpo; leave it out",
     "method={name: mix_grpo, window: 16}": "method.window: 16 steps pass the end; allowed: up to 15",
     "method={name: flow_grpo, window: 9}": "method.window: 9 steps pass the end of .0, 8.; allowed: up to 8",
     "method={name: flow_grpo, window: 2, window_range: [4, 16]}": "method.window_range: 16 is past the end",
