@@ -26,6 +26,7 @@ from egrpo_fast.methods import (
 from egrpo_fast.noise import draw_word, initial_noise
 from egrpo_fast.objective import Objective
 from egrpo_fast.plan import singly
+from egrpo_fast.rewards import fill_dropped
 from egrpo_fast.rollout import NoiseKey, Wavefront
 from egrpo_fast.schedule import make_schedule
 
@@ -347,6 +348,26 @@ def test_group_sizes_by_spread():
     assert group_sizes_by_spread([1.0, 0.0], 10) == [8, 2]
     with pytest.raises(ValueError, match="total: 5 samples for 3 groups, at least 6"):
         group_sizes_by_spread([1.0, 1.0, 1.0], 5)
+
+
+@pytest.mark.parametrize("name", ["flow_grpo", "dance_grpo", "mix_grpo"])
+def test_a_dropped_picture_has_no_advantage_at_any_step(name):
+    plan = PLANS[name]
+    rewards = torch.rand(1, 1, len(plan.picture_rows), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    rewards[0, 0, 1] = torch.nan
+    filled, share = fill_dropped(plan.compared(rewards))
+    assert share == pytest.approx(1 / rewards.numel())
+    for n in range(len(plan.groups)):
+        found = advantages(plan, filled.flatten().tolist(), n)
+        assert found[1].abs() < 1e-12 and (found[[0, 2]] != 0).all()
+
+
+def test_a_dropped_tail_leaves_the_others_to_tell():
+    """Granular-GRPO: one of a sample's tails is lost; what the other says of the sample still counts."""
+    plan = granular_grpo(make_schedule(4, entropy_threshold=0, active_steps=[0]), [3], [1, 2])
+    filled, _ = fill_dropped(plan.compared(torch.tensor([[[1.0, 4.0, 2.0, 9.0, torch.nan, 2.0]]])))
+    found = advantages(plan, filled.flatten().tolist(), 0)
+    assert torch.allclose(found, standard(1, 4, 2) + standard(9, 5.5, 2))
 
 
 # The configuration

@@ -59,6 +59,7 @@ def test_a_run_leaves_everything_it_promises(uninterrupted):
     iterations, evaluations = metrics(uninterrupted)
     assert [line["iteration"] for line in iterations] == [1, 2, 3, 4]
     assert [line["iteration"] for line in evaluations] == [0, 4]
+    assert all(line["spread_by_step"]["shapes_soft"].keys() == {"0", "1"} for line in iterations)
     for name in ("curve.png", "before_after.png", "config.yaml", "summary.json", "pictures/iteration-000000.png"):
         assert (uninterrupted / name).stat().st_size > 0
     assert len(list((uninterrupted / "checkpoints").glob("iteration-*"))) == 2, "checkpoint.keep"
