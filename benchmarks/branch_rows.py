@@ -4,14 +4,14 @@ from functools import cache
 
 import torch
 
-from egrpo_fast.plan import e_grpo_plan
+from egrpo_fast.methods import e_grpo
 from egrpo_fast.schedule import make_schedule
 
 
 @cache
 def plan(steps, samples):
     schedule = make_schedule(num_steps=2 * steps)
-    return e_grpo_plan(schedule, group_sizes=(samples,) * steps, tail_strides=(1,) * steps)
+    return e_grpo(schedule, group_sizes=(samples,) * steps, tail_strides=(1,) * steps)
 
 
 def table(problem):

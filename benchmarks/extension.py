@@ -15,8 +15,8 @@ import time
 
 import torch
 
+from egrpo_fast.methods import e_grpo
 from egrpo_fast.ops import choose
-from egrpo_fast.plan import e_grpo_plan
 from egrpo_fast.schedule import make_schedule
 
 TOKENS = {"720x720": 2025, "1024x1024": 4096}
@@ -26,7 +26,7 @@ CHANNELS = 64
 def waves():
     """The plan, and name -> index of the waves that are timed."""
     schedule = make_schedule()
-    plan = e_grpo_plan(schedule, (12,) * len(schedule.active), (1,) * len(schedule.active))
+    plan = e_grpo(schedule, (12,) * len(schedule.active), (1,) * len(schedule.active))
     return plan, {"first": 0, "active": schedule.active[-1], "last": len(plan.waves) - 1}
 
 

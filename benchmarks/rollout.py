@@ -23,7 +23,7 @@ from diffusers import FluxTransformer2DModel
 from egrpo_fast import noise, ops
 from egrpo_fast.backbones.flux import FluxBackbone
 from egrpo_fast.kernels.reference.philox import philox_normal
-from egrpo_fast.plan import e_grpo_plan
+from egrpo_fast.methods import e_grpo
 from egrpo_fast.rollout import NoiseKey, Wavefront
 from egrpo_fast.schedule import make_schedule
 from egrpo_fast.shapes import PIPELINE, PROMPTS
@@ -141,7 +141,7 @@ def main():
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     velocity, shape, dtype = (flux_velocity if arguments.model == "flux" else shapes_velocity)(device)
     micro_batch = arguments.micro_batch or (8 if arguments.model == "flux" else None)
-    plan = e_grpo_plan(make_schedule(), [12] * 8, [1] * 8)
+    plan = e_grpo(make_schedule(), [12] * 8, [1] * 8)
     key = NoiseKey(0, 0, torch.tensor([0], device=device))
 
     def wavefront(chosen):

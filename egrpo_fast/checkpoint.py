@@ -6,7 +6,7 @@
     <folder>/iteration-000060.<attempt>.partial/                 being written, or left by a run that was killed
     <folder>/iteration-000060.<attempt>.failed                   why a rank gave this attempt up, for the others to read
     <folder>/iteration-000050.old/                               stands in while a repeated iteration-000050 takes over
-    <folder>/iteration-000030.deleted/                           on its way out
+    <folder>/iteration-000030.<word>.deleted/                    on its way out
 
 Ranks meet in the files alone, never in a collective, so that a thread may write while training goes on; they must
 share the filesystem. Safetensors and JSON only: reading a checkpoint executes nothing.
@@ -19,8 +19,10 @@ import os
 import re
 import shutil
 import time
+import uuid
+import warnings
 import zlib
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,33 +119,74 @@ def _wrong_size(path: Path, size: int) -> str | None:
     return None if found == size else f"{path.name}: {found} bytes, {size} were written"
 
 
+@contextlib.contextmanager
+def _or_warn(path: Path) -> Iterator[None]:
+    """What cannot be deleted, such as a file that another machine has open, costs space and no run."""
+    try:
+        yield
+    except OSError as error:
+        warnings.warn(f"checkpoint: {path} could not be deleted and takes up space: {error.strerror}", stacklevel=4)
+
+
 def _discard(path: Path) -> None:
     """Delete a checkpoint; killed halfway, nothing is left that looks like one."""
-    going = path.with_name(f"{path.name}.deleted")
-    path.rename(going)
-    shutil.rmtree(going)
+    going = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.deleted")
+    with _or_warn(path):
+        path.rename(going)
+        shutil.rmtree(going)
 
 
-def _stage(pieces: Iterable[Piece], local: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[list[Any]]]:
-    """Copies on the host under their names in the file, and rows [kind, name, shape, dtype, start, stop]."""
+def _memory_available() -> float:
+    """Bytes of host memory that programs can still take; where the system does not say, infinitely many."""
+    try:
+        told = re.search(r"^MemAvailable:\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    except OSError:
+        told = None
+    return int(told[1]) * 1024 if told else math.inf
 
-    def copied(tensor: Tensor) -> Tensor:
-        return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
 
+def _stage(
+    pieces: Iterable[Piece], local: Mapping[str, Tensor], local_ranks: int
+) -> tuple[dict[str, Tensor], list[list[Any]]]:
+    """Copies on the host under their names in the file, and rows [kind, name, shape, dtype, start, stop].
+
+    CheckpointError: host memory does not hold the copies of `local_ranks` such ranks and a twentieth to spare.
+    """
+    available, needed, fits = _memory_available(), 0, True
     tensors: dict[str, Tensor] = {}
     rows: list[list[Any]] = []
+
+    def copy(key: str, tensor: Tensor) -> None:
+        """Asked before every tensor, for the other ranks' copies grow as well; what does not fit is counted to the end."""
+        nonlocal needed, fits
+        needed += tensor.nbytes
+        fits = fits and available / 20 + tensor.nbytes * local_ranks <= _memory_available()
+        if fits:
+            tensors[key] = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
+        else:
+            tensors.clear()
+
+    seen: set[str] = set()
     for piece in pieces:
         stop, whole, key = piece.start + piece.tensor.numel(), math.prod(piece.shape), f"{piece.kind}/{piece.name}"
         if piece.kind == LOCAL or "/" in piece.kind:
             raise ValueError(f"kind: {piece.kind!r} of {piece.name}; it must not be {LOCAL!r} nor contain a slash")
         if not 0 <= piece.start <= stop <= whole:
             raise ValueError(f"pieces: [{piece.start}, {stop}) of {key} is outside its {whole} elements")
-        if key in tensors:
+        if key in seen:
             raise ValueError(f"pieces: a second piece of {key}; a rank gives at most one")
         if stop > piece.start or whole == 0:
-            tensors[key] = copied(piece.tensor.reshape(-1))
+            seen.add(key)
+            copy(key, piece.tensor.reshape(-1))
             rows.append([piece.kind, piece.name, list(piece.shape), _dtype(piece.tensor), piece.start, stop])
-    return tensors | {f"{LOCAL}/{name}": copied(tensor) for name, tensor in local.items()}, rows
+    for name, tensor in local.items():
+        copy(f"{LOCAL}/{name}", tensor)
+    if not fits:
+        raise CheckpointError(
+            f"{needed * local_ranks:,} bytes of host memory are needed for the copies of {local_ranks} rank(s) on this "
+            f"machine, {available:,} were available"
+        )
+    return tensors, rows
 
 
 def _table(rows_of_ranks: Iterable[Iterable[Sequence[Any]]]) -> dict[str, dict[str, Any]]:
@@ -177,6 +220,8 @@ class _Attempt:
     def run(self, tensors: Mapping[str, Tensor], rows: list[list[Any]], index: dict[str, Any]) -> None:
         """Write, verify, and return when the whole checkpoint is current. CheckpointError, on every rank: it is not."""
         try:
+            if self.failed.exists():
+                raise CheckpointError("another rank gave it up")
             self.partial.mkdir(parents=True, exist_ok=True)
             if self.rank == 0:
                 self._clear()
@@ -189,15 +234,18 @@ class _Attempt:
                 if _read_sealed(self.current / INDEX)["attempt"] != self.attempt:
                     raise CheckpointError("rank 0 gave it up")
         except Exception as error:
-            reason = self._give_up(f"rank {self.rank}: {error}")
-            raise CheckpointError(f"{self.current.name} is not written: {reason}") from error
+            raise self.given_up(error) from error
 
     def _write(self, tensors: Mapping[str, Tensor], rows: list[list[Any]]) -> None:
-        # A hundredth for the header and checkpoint.json.
-        needed = sum(tensor.nbytes for tensor in tensors.values()) * 101 // 100
+        # All ranks hold about as much and write to one disk; a hundredth is for headers and checkpoint.json.
+        needed = self.world_size * sum(tensor.nbytes for tensor in tensors.values()) * 101 // 100
         free = shutil.disk_usage(self.partial).free
-        if free < needed:
-            raise CheckpointError(f"{free:,} bytes are free under {self.partial.parent}, {needed:,} are needed")
+        written = sum(512 * path.stat().st_blocks for path in self.partial.glob("*.safetensors"))
+        if free + written < needed:
+            raise CheckpointError(
+                f"{free + written:,} bytes are free under {self.partial.parent}, {needed:,} are needed "
+                f"for the {self.world_size} rank(s)"
+            )
         file = self.partial / f"rank-{self.rank:05d}-of-{self.world_size:05d}.safetensors"
         save_file(dict(tensors), file)
         _fsync(file)
@@ -214,7 +262,8 @@ class _Attempt:
         """Remove what killed and failed saves have left; other ranks may be writing this one."""
         for path in self.partial.parent.glob("iteration-*"):
             if _DEBRIS.fullmatch(path.name) and not path.name.startswith(f"{self.partial.stem}."):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                with _or_warn(path):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _sidecar(self, rank: int) -> Path:
         return self.partial / f"rank-{rank:05d}.json"
@@ -253,23 +302,30 @@ class _Attempt:
         if old.exists():
             _discard(old)
 
-    def _give_up(self, reason: str) -> str:
-        """Leave nothing of this attempt but the first reason, which is returned."""
+    def given_up(self, error: Exception) -> CheckpointError:
+        """Leave nothing of this attempt but the first rank's reason, which is also returned.
+
+        Files are rank 0's to remove: under another rank that waited too long it may just be making them current.
+        """
+        reason = f"rank {self.rank}: {error}"
         with contextlib.suppress(OSError):  # a disk may be too full even for this; then the others say less
+            self.failed.parent.mkdir(parents=True, exist_ok=True)
             if not self.failed.exists():
                 beside = self.failed.with_name(f"{self.failed.stem}.{self.rank}.failed")
                 beside.write_text(reason)
                 beside.replace(self.failed)
             reason = self.failed.read_text()
-        shutil.rmtree(self.partial, ignore_errors=True)
-        return reason
+        if self.rank == 0:
+            shutil.rmtree(self.partial, ignore_errors=True)
+        return CheckpointError(f"{self.current.name} is not written: {reason}")
 
 
 class Checkpoints:
     """The checkpoints of a run, in a folder that all ranks share.
 
     keep: newest ones kept beside the best. asynchronous: write in a thread while training goes on. timeout: seconds
-    that a rank which has written waits for the others.
+    that a rank which has written waits for the others, the slowest disk's writing and reading back included.
+    local_ranks: the ranks on this machine, who share its memory.
     """
 
     def __init__(
@@ -280,8 +336,10 @@ class Checkpoints:
         keep: int = 2,
         asynchronous: bool = True,
         timeout: float = 1800.0,
+        local_ranks: int = 1,
     ) -> None:
         self.folder, self.rank, self.world_size, self.keep, self.timeout = folder, rank, world_size, keep, timeout
+        self.local_ranks = local_ranks
         self._writer = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self._pending: Future[None] | None = None
 
@@ -299,7 +357,8 @@ class Checkpoints:
         local: what only this rank, of this many, can read back. state: JSON of the trainer; rank 0's counts. attempt: a
         word that no other save has had, equal on all ranks. best: keep this one until another best.
 
-        Waits for the save before it, and raises CheckpointError if that one failed: this one is then not begun.
+        Waits for the save before it, and raises CheckpointError if that one failed: this one is then not begun; and
+        where host memory does not hold the copies.
         """
         if not re.fullmatch(r"[\w-]+", attempt):
             raise ValueError(f"attempt: {attempt!r}; letters, digits, _ and - are allowed")
@@ -311,8 +370,11 @@ class Checkpoints:
             "best": best,
             "state": json.loads(json.dumps(state)),
         }
-        tensors, rows = _stage(pieces, local)
         part = _Attempt(self.folder, iteration, attempt, self.rank, self.world_size, self.timeout)
+        try:
+            tensors, rows = _stage(pieces, local, self.local_ranks)
+        except CheckpointError as error:
+            raise part.given_up(error) from error
         if self._writer is None:
             self._write(part, tensors, rows, index)
         else:

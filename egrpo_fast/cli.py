@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,18 @@ from pydantic import ValidationError
 
 from egrpo_fast import cost
 from egrpo_fast.config import Config, Reward, load_config, recipe_names
-from egrpo_fast.plan import Plan, e_grpo_plan
+from egrpo_fast.methods import plan_of
+from egrpo_fast.plan import Plan
 from egrpo_fast.prompts import read_prompts
 from egrpo_fast.shapes import PROMPTS
 
 
 def describe(config: Config) -> dict[str, Any]:
     """The schedule and the work of one prompt's iteration, as plain numbers. Loads no model."""
-    schedule = config.schedule.build()
-    sizes = config.per_active_step(config.rollout.group_size)
-    plan = e_grpo_plan(schedule, sizes, config.per_active_step(config.rollout.tail_stride))
-    group_size = dict(zip(schedule.active, sizes))
+    plan = plan_of(config, 0)
+    schedule, group_size = plan.schedule, {group.index: group.size for group in plan.groups}
     return {
+        "method": config.method.name,
         "steps": [
             {
                 "step": index,
@@ -33,7 +34,7 @@ def describe(config: Config) -> dict[str, Any]:
                 "entropy_unmerged": schedule.entropy(index, 1),
                 "merge": length,
                 "entropy": schedule.entropy(index, length),
-                "trained": index in schedule.active,
+                "trained": index in group_size,
                 "group_size": group_size.get(index, 0),
             }
             for index, length in enumerate(schedule.merges)
@@ -51,17 +52,11 @@ def _work(plan: Plan, config: Config) -> dict[str, Any]:
         "rows_by_step": rows,
         "model_calls": sum(-(-count // (micro_batch or count)) for count in rows),
         "evaluations_without_gradient": plan.evaluations * prompts,
-        "evaluations_with_gradient": len(plan.groups) * prompts,
+        "evaluations_with_gradient": plan.trained_states * prompts,
         "pictures": len(plan.picture_rows) * prompts,
         # What sampling every picture by itself would take, from the noise on: a prefix of ODE steps, then its branch.
-        "evaluations_one_picture_at_a_time": prompts * sum(_alone(plan, index) for index in range(len(plan.groups))),
+        "evaluations_one_picture_at_a_time": prompts * plan.evaluations_alone,
     }
-
-
-def _alone(plan: Plan, n: int) -> int:
-    group = plan.groups[n]
-    tail = sum(row in wave.sources for wave in plan.waves for row in group.rows[:1])
-    return len(group.rows) * (group.index + 1 + tail)
 
 
 def _print_plan(description: dict[str, Any]) -> None:
@@ -112,7 +107,10 @@ def _plan(arguments: argparse.Namespace) -> None:
     if arguments.plot:
         from egrpo_fast.figures import entropy_plot
 
-        entropy_plot(arguments.plot, config.schedule.build(), config.schedule.entropy_threshold)
+        trained = tuple(step["step"] for step in description["steps"] if step["trained"])
+        entropy_plot(
+            arguments.plot, replace(config.build_schedule(), active=trained), config.schedule.entropy_threshold
+        )
 
 
 def _device(asked: str | None) -> str:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from egrpo_fast.schedule import Schedule, make_schedule
+from egrpo_fast.schedule import Schedule, SdeForm, make_schedule
 
 CONFIG_FILE, RUN_FILE, CHECKPOINTS = "config.yaml", "run.json", "checkpoints"
 """In a run's folder: its settings, what made it, its checkpoints."""
@@ -91,8 +91,11 @@ class ScheduleSection(_Section):
     """T, grid steps of the training rollout."""
     shift: float = Field(3.0, gt=0.0)
     """Time shift s of the grid."""
+    sde_form: SdeForm = "flow_grpo"
+    """The stochastic step: Flow-GRPO's, DanceGRPO's of constant noise, or coefficients-preserving sampling. Not given:
+    the method's own (dance_grpo for DanceGRPO and BranchGRPO)."""
     eta: float = Field(0.7, gt=0.0)
-    """Noise scale a of the SDE step."""
+    """Noise scale a of the stochastic step. Not given: 0.7, 0.3 or 0.8 for the forms above."""
     entropy_threshold: float = Field(2.2, ge=0.0)
     """tau: steps of lower per-dimension entropy are merged until they reach it; 0 never merges."""
     merge_lengths: Positive | list[Positive] | None = None
@@ -102,8 +105,115 @@ class ScheduleSection(_Section):
     active_steps: list[Annotated[int, Field(ge=0)]] | None = Field(None, min_length=1)
     """Grid indices that are trained; none given: the first half."""
 
-    def build(self) -> Schedule:
-        return make_schedule(**dict(self))
+
+MERGING = ("schedule.entropy_threshold", "schedule.merge_lengths", "schedule.max_merge")
+OPTIONAL = {*MERGING, "schedule.active_steps", "rollout.group_size", "rollout.tail_stride"}
+"""Settings outside of `method` that not every method uses."""
+OWN_FORM = {"dance_grpo": "dance_grpo", "branch_grpo": "dance_grpo"}
+OWN_ETA = {"flow_grpo": 0.7, "dance_grpo": 0.3, "cps": 0.8}
+
+
+class EGrpo(_Section):
+    """`schedule` says which steps are trained and how they merge, `rollout` how many samples leave each."""
+
+    name: Literal["e_grpo"] = "e_grpo"
+    """E-GRPO."""
+
+    @property
+    def uses(self) -> set[str]:
+        """Which of OPTIONAL it uses."""
+        return OPTIONAL
+
+
+class FlowGrpo(_Section):
+    name: Literal["flow_grpo"]
+    """Flow-GRPO; with a window Flow-GRPO-Fast."""
+    fraction: float = Field(1.0, gt=0.0, le=1.0)
+    """Share of the steps that is trained, drawn anew every iteration."""
+    same_noise: bool = False
+    """Whether the trajectories of a prompt share their initial noise."""
+    window: Positive | None = None
+    """Steps in a row that are stochastic and trained, the others ODE, drawn anew every iteration; none given: all."""
+    window_range: tuple[Annotated[int, Field(ge=0)], Positive] | None = None
+    """Grid indices [first, end) that the window lies in; none given: the first half."""
+
+    @property
+    def uses(self) -> set[str]:
+        return {"rollout.group_size", "rollout.tail_stride"} if self.window else {"rollout.group_size"}
+
+
+class DanceGrpo(_Section):
+    name: Literal["dance_grpo"]
+    """DanceGRPO."""
+    fraction: float = Field(0.6, gt=0.0, le=1.0)
+    """Share of the steps that is trained, drawn anew every iteration."""
+    same_noise: bool = True
+    """Whether the trajectories of a prompt share their initial noise."""
+
+    @property
+    def uses(self) -> set[str]:
+        return {"rollout.group_size"}
+
+
+class MixGrpo(_Section):
+    name: Literal["mix_grpo"]
+    """MixGRPO."""
+    window: Positive = 4
+    """Steps in a row that are stochastic and trained, the others ODE."""
+    stride: Annotated[int, Field(ge=0)] = 1
+    """Grid steps that the window moves on at a time."""
+    every: Positive = 25
+    """Iterations until it moves."""
+    same_noise: bool = True
+    """Whether the trajectories of a prompt share their initial noise."""
+
+    @property
+    def uses(self) -> set[str]:
+        return {"rollout.group_size", "rollout.tail_stride"}
+
+
+class BranchGrpo(_Section):
+    name: Literal["branch_grpo"]
+    """BranchGRPO; its tree says how many pictures there are."""
+    splits: list[Annotated[int, Field(ge=0)]] = Field([0, 3, 6, 9], min_length=1)
+    """Grid indices at which every row splits."""
+    branching: Annotated[int, Field(ge=2, le=65536)] = 2
+    """Children of a split."""
+    max_rows: Annotated[int, Field(ge=2, le=65536)] = 64
+    """Most leaves of a prompt's tree."""
+    pruned_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps in a row that are not trained: from the end, sliding towards the last split."""
+    slide_every: Positive = 30
+    """Iterations until they slide by one."""
+
+    @property
+    def uses(self) -> set[str]:
+        return set()
+
+
+class GranularGrpo(_Section):
+    name: Literal["granular_grpo"]
+    """Granular-GRPO."""
+    strides: list[Positive] = Field([1, 2], min_length=1)
+    """Grid steps per ODE step of each of a sample's tails."""
+
+    @property
+    def uses(self) -> set[str]:
+        return {"schedule.active_steps", "rollout.group_size"}
+
+
+class TempFlowGrpo(_Section):
+    name: Literal["tempflow_grpo"]
+    """TempFlow-GRPO."""
+    steps: list[Annotated[int, Field(ge=0)]] | None = Field(None, min_length=1)
+    """Grid indices that are trained; none given: all but the last."""
+
+    @property
+    def uses(self) -> set[str]:
+        return {"rollout.group_size", "rollout.tail_stride"}
+
+
+Method = EGrpo | FlowGrpo | DanceGrpo | MixGrpo | BranchGrpo | GranularGrpo | TempFlowGrpo
 
 
 class Rollout(_Section):
@@ -142,6 +252,12 @@ class Objective(_Section):
     groups, or end the run. The first two warn."""
     optimizer_step: Literal["iteration", "active_step"] = "iteration"
     """One optimizer step per iteration, or one per active step."""
+    antithetic: bool = False
+    """Samples that leave the same state come in pairs of opposite noise."""
+    baseline: Literal["mean", "leave_one_out"] = "mean"
+    """What a reward is compared with: the mean of its group, or of the others in it."""
+    normalise: Literal["std", "none"] = "std"
+    """Divide advantages by the spread of their group, or leave them in units of the reward."""
 
 
 class Optimizer(_Section):
@@ -258,6 +374,8 @@ class Config(_Section):
     """Also log to Weights & Biases (the `wandb` extra)."""
     model: Model
     prompts: Prompts
+    method: Annotated[Method, Field(discriminator="name")] = EGrpo()
+    """The method; its name alone will do where it keeps its defaults."""
     schedule: ScheduleSection = ScheduleSection()
     rollout: Rollout = Rollout()
     rewards: list[Reward] = Field(min_length=1)
@@ -268,6 +386,70 @@ class Config(_Section):
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
     guards: Guards = Guards()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_the_methods_own_defaults(cls, tree: Any) -> Any:
+        """Spells out the method's name, and the form and scale of the noise that it comes with."""
+        if not isinstance(tree, dict):
+            return tree
+        method, schedule = tree.get("method", "e_grpo"), tree.get("schedule", {})
+        method = {"name": method} if isinstance(method, str) else method
+        if not isinstance(method, dict) or not isinstance(schedule, dict):
+            return tree
+        method = {"name": "e_grpo", **method}
+        form = schedule.get("sde_form", OWN_FORM.get(str(method["name"]), "flow_grpo"))
+        own = {"sde_form": form, "eta": OWN_ETA.get(str(form), 0.7)}
+        return tree | {"method": method, "schedule": own | schedule}
+
+    @model_validator(mode="after")
+    def _fits_the_method(self) -> "Config":
+        method, last = self.method, self.schedule.num_steps - 1
+        if unused := self._unused():
+            raise ValueError(f"{', '.join(unused)}: not used by method {method.name}; leave it out")
+        if isinstance(self.rollout.group_size, list) and "schedule.active_steps" not in method.uses:
+            raise ValueError(f"rollout.group_size: one number for all steps with method {method.name}")
+        if isinstance(self.rollout.tail_stride, list) and not isinstance(method, EGrpo):
+            raise ValueError(f"rollout.tail_stride: one number for all steps with method {method.name}")
+        if isinstance(method, FlowGrpo):
+            first, end = method.window_range or (0, self.schedule.num_steps // 2)
+            if method.window is None and method.window_range is not None:
+                raise ValueError("method.window_range: not used without method.window")
+            if method.window is not None and method.fraction != 1.0:
+                raise ValueError("method.fraction: not used with method.window, whose steps are all trained")
+            if end > last:
+                raise ValueError(f"method.window_range: {end} is past the end; allowed: to {last}")
+            if (method.window or 1) > end - first:
+                told = f"{method.window} steps pass the end of [{first}, {end}); allowed: up to {end - first}"
+                raise ValueError(f"method.window: {told}")
+        if isinstance(method, MixGrpo) and method.window > last:
+            raise ValueError(f"method.window: {method.window} steps pass the end; allowed: up to {last}")
+        if isinstance(method, BranchGrpo):
+            if max(method.splits) >= last:
+                told = f"{max(method.splits)} is the last step or past it; allowed: 0 to {last - 1}"
+                raise ValueError(f"method.splits: {told}")
+            leaves = method.branching ** len(method.splits)
+            if leaves > method.max_rows:
+                raise ValueError(f"method.max_rows: a tree of {leaves} leaves is wider than {method.max_rows}")
+            if method.pruned_steps >= last - max(method.splits):
+                room = last - max(method.splits) - 1
+                raise ValueError(f"method.pruned_steps: {method.pruned_steps}; after the last split at most {room}")
+        if isinstance(method, TempFlowGrpo) and method.steps and max(method.steps) >= last:
+            told = f"{max(method.steps)} is the last step or past it; allowed: 0 to {last - 1}"
+            raise ValueError(f"method.steps: {told}")
+        for name in ("splits", "steps"):
+            steps = getattr(method, name, None)
+            if steps and sorted(set(steps)) != steps:
+                raise ValueError(f"method.{name}: {steps} must be increasing, without repeats")
+        return self
+
+    def _unused(self, given: bool = True) -> list[str]:
+        """The settings of OPTIONAL that the method does not use; with `given`, those that were given."""
+        names = sorted(OPTIONAL - self.method.uses)
+        if not given:
+            return names
+        sections = {"schedule": self.schedule, "rollout": self.rollout}
+        return [n for n in names if n.partition(".")[2] in sections[n.partition(".")[0]].model_fields_set]
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
@@ -329,21 +511,40 @@ class Config(_Section):
             raise ValueError("deepspeed.offload_optimizer: bitsandbytes' 8-bit AdamW stays on the device; use adamw")
         if zero.offload_optimizer == "nvme" and self.optimizer.ema_decay is not None:
             raise ValueError("optimizer.ema_decay: the average cannot be kept on nvme; use offload_optimizer cpu")
+        if schedule.sde_form == "cps" and schedule.eta > 1.0:
+            raise ValueError(f"schedule.eta: {schedule.eta:g}; with sde_form cps at most 1")
         try:
-            made = schedule.build()
+            made = self.build_schedule()
             finite = all(map(math.isfinite, (made.entropy(i, n) for i, n in enumerate(made.merges))))
         except ArithmeticError:
             finite = False
         if not finite or any(earlier <= later for earlier, later in pairwise(made.times)):
             raise ValueError(f"schedule: shift {schedule.shift:g} and eta {schedule.eta:g} leave no usable time grid")
+        if "schedule.active_steps" in self.method.uses:
+            for index in made.active:
+                if not made.sde(index, made.merges[index]).s > 0.0:
+                    told = f"cps adds no noise in a step to t = 0, as active step {index} is over {made.merges[index]}"
+                    raise ValueError(f"schedule.sde_form: {told}; use entropy_threshold 0 or other merge_lengths")
         return self
+
+    def build_schedule(self) -> Schedule:
+        """The schedule as the method uses it: without merging where it knows none."""
+        settings = dict(self.schedule)
+        if not self.method.uses.issuperset(MERGING):
+            settings["entropy_threshold"] = 0.0
+        return make_schedule(**settings)
 
     def per_active_step(self, value: int | list[int]) -> list[int]:
         """A setting that is one number or one per active step, as a list."""
-        return value if isinstance(value, list) else [value] * len(self.schedule.build().active)
+        return value if isinstance(value, list) else [value] * len(self.build_schedule().active)
 
     def yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        """All settings but those that the method does not use."""
+        tree = self.model_dump(mode="json")
+        for name in self._unused(given=False):
+            section, _, field = name.partition(".")
+            del tree[section][field]
+        return yaml.safe_dump(tree, sort_keys=False)
 
 
 def recipe_names() -> list[str]:
@@ -411,12 +612,16 @@ def _explain(error: ValidationError) -> str:
     for item in error.errors():
         # Branches of a union add their own tags to the location; the reader knows the field alone.
         unknown = item["type"] == "extra_forbidden"
-        location = [str(part) for part in item["loc"] if unknown or isinstance(part, int) or str(part).isidentifier()]
+        parts = [part for place, part in enumerate(item["loc"]) if (place, item["loc"][0]) != (1, "method")]
+        location = [str(part) for part in parts if unknown or isinstance(part, int) or str(part).isidentifier()]
         location = [part for part in location if unknown or part not in ("int", "list")]
         where, message = ".".join(location), item["msg"]
         if unknown:
-            near = difflib.get_close_matches(where, _field_names(Config), n=1)
+            known = _field_names(Config)
+            near = difflib.get_close_matches(where, known, n=1)
             message = "unknown key" + (f"; did you mean {near[0]}?" if near else "")
+            if where in known:  # of another branch of its section
+                message = f"not used by method {item['loc'][1]}; leave it out"
         elif item["type"] == "missing":
             message = "missing, and has no default"
         elif item["type"] == "value_error":

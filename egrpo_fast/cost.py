@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from egrpo_fast.backbones.weight_files import WeightFiles
 from egrpo_fast.config import Config
-from egrpo_fast.plan import Plan, e_grpo_plan
+from egrpo_fast.methods import plan_of
+from egrpo_fast.plan import Plan
 from egrpo_fast.shapes import CLIP, PIPELINE
 
 GIB = 2**30
@@ -332,11 +333,7 @@ class Cost:
         self.image_tokens = config.model.height * config.model.width // factor**2
         self.text_tokens = config.model.max_sequence_length
         self.itemsize = 2 if config.model.dtype == "bfloat16" else 4
-        self.plan: Plan = e_grpo_plan(
-            config.schedule.build(),
-            config.per_active_step(config.rollout.group_size),
-            config.per_active_step(config.rollout.tail_stride),
-        )
+        self.plan: Plan = plan_of(config, 0)
         self.parameters = self.pipeline.transformer.parameters["total"]
         lora = config.model.lora
         self.adapters = self.pipeline.transformer.lora_parameters(lora.rank, lora.target_modules) if lora else 0
@@ -423,7 +420,8 @@ class Cost:
         # torch's AdamW: the square root, and on a CPU its quotient too; bitsandbytes works in place.
         temporaries = 0 if config.optimizer.name == "adamw8bit" else 2 if self.cluster.kind == "cpu" else 1
         # Every prompt's picture latents stay until the update; so do the shared states.
-        kept = float(self.prompts * latents * (4 * len(self.plan.picture_rows) + (4 + size) * len(self.plan.groups)))
+        kept = float(self.prompts * latents * (4 * len(self.plan.picture_rows) + (4 + size) * self.plan.trained_states))
+        states = self._per_call * max(len(group.sources) for group in self.plan.groups)
         phases = {
             "rollout": {
                 "gathered weights": weights if whole else gathered,
@@ -442,7 +440,7 @@ class Cost:
             "update": {
                 "gathered weights": gathered,
                 "activations": transformer.backward_bytes(
-                    self._per_call, self.tokens, size, config.model.gradient_checkpointing
+                    states, self.tokens, size, config.model.gradient_checkpointing
                 ),
                 "gradients in reduction": (4.0 if size == 2 else 0.0) * min(self.bucket, self.trained),
                 "pictures' latents": kept,
@@ -488,7 +486,7 @@ class Cost:
         one = self.pipeline.transformer.flops(self.image_tokens, self.text_tokens)
         # Backward: gradients of inputs and of weights, each as much as the forward; adapters need no base weights'.
         passes = 1 + (1 if self.adapters else 2) + (1 if self.config.model.gradient_checkpointing else 0)
-        steps = len(self.plan.groups)
+        steps = self.plan.trained_states
         references = steps if self.config.objective.optimizer_step == "active_step" else 0
         model = self.config.model
         return {

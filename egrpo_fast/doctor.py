@@ -26,8 +26,8 @@ from torch import Tensor
 
 from egrpo_fast import __version__, ops
 from egrpo_fast.kernels import extension, triton
+from egrpo_fast.methods import e_grpo
 from egrpo_fast.noise import draw_word, streams
-from egrpo_fast.plan import e_grpo_plan
 from egrpo_fast.rollout import NoiseKey, Wavefront
 from egrpo_fast.schedule import make_schedule
 
@@ -380,7 +380,7 @@ def _small_rollout(chosen: ops.Ops, device: str, dtype: torch.dtype) -> Tensor:
     def velocity(x: Tensor, t: float, rows: Tensor) -> Tensor:
         return (t - (1 - t) / 4) / ((1 - t) ** 2 / 4 + t**2) * (x - (1 - t)) - 1
 
-    plan = e_grpo_plan(make_schedule(8, active_steps=[0, 2]), [4, 3], [1, 2])
+    plan = e_grpo(make_schedule(8, active_steps=[0, 2]), [4, 3], [1, 2])
     wavefront = Wavefront(plan, 2, (6, 8), chosen, device, dtype, dtype)
     return wavefront.run(velocity, NoiseKey(1, 0, torch.tensor([3, 8], device=device))).final_latents
 

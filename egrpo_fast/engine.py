@@ -22,6 +22,7 @@ from tqdm import tqdm
 from egrpo_fast.checkpoint import CheckpointReader, Piece
 from egrpo_fast.config import Config, Optimizer
 from egrpo_fast.heartbeat import Heartbeat
+from egrpo_fast.methods import plan_of
 
 WEIGHT, EMA = "weight", "ema"
 """Kinds of checkpoint pieces beside the optimizer's own: float32 master weights and their moving average."""
@@ -240,7 +241,7 @@ class Engine:
         self._client = _make_optimizer(parameters, settings, config.deepspeed.offload_optimizer != "none")
         per_iteration = 1
         if config.objective.optimizer_step == "active_step":
-            per_iteration = len(config.schedule.build().active)
+            per_iteration = len(plan_of(config, 0).groups)
         total = config.iterations * per_iteration
         self._scheduler = torch.optim.lr_scheduler.LambdaLR(
             self._client, lambda step: learning_rate_factor(settings, total, step)

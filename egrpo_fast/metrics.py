@@ -122,7 +122,7 @@ class RunLog:
         self._unwritten.clear()
 
     def _show(self) -> None:
-        """The same for TensorBoard. Its writer, once failed, fails for good: a new one goes on, in a file of its own."""
+        """The same for TensorBoard. Its writer, once failed, fails for good: a new one goes on, in its own file."""
         try:
             if self._board is None:
                 self._board = SummaryWriter(str(self._path.parent / "tensorboard"))

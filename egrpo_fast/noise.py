@@ -12,7 +12,7 @@ and position mod 4 selects the output (see `kernels/reference/philox.py` for the
 - prompt:    number of the prompt in the endless order of draws over all epochs and ranks (`prompts.py`), so that noise
              knows nothing of ranks, batches or micro-batches; in evaluation its index in the prompt file
 - step:      grid index of the active step (< 0xFFFE), or one of the two names below
-- sample:    member of the group, < 2^16; 0 for the names below
+- sample:    member of the group, < 2^16; for the names below the trajectory's number, 0 where all share one noise
 
 Every backend takes the same bits: equal integers, normals equal to rounding. Nothing else in a run draws normals.
 """
@@ -23,7 +23,7 @@ from torch import Tensor
 from egrpo_fast.kernels.reference.philox import philox_normal
 
 INITIAL = 0xFFFF
-"""Step word of the noise that a training prompt's trajectories start from, shared by all of them."""
+"""Step word of the noise that a training prompt's trajectories start from."""
 EVALUATION = 0xFFFE
 """Step word of the noise that an evaluation picture starts from, the same at every evaluation."""
 
@@ -47,8 +47,9 @@ def initial_noise(
     shape: tuple[int, ...],
     dtype: torch.dtype = torch.float32,
     step: int = INITIAL,
+    sample: int = 0,
 ) -> Tensor:
     """`x_1 ~ N(0, I)` of every prompt. prompts int64 [P]; shape: (tokens, channels). Returns [P, *shape]."""
-    draws = torch.tensor([draw_word(step, 0)], device=prompts.device)
+    draws = torch.tensor([draw_word(step, sample)], device=prompts.device)
     numel = torch.Size(shape).numel()
     return philox_normal(streams(iteration, prompts, draws)[:, 0], numel, seed, dtype).reshape(-1, *shape)

@@ -13,7 +13,7 @@ from egrpo_fast.rollout import NoiseKey
 
 @dataclass(frozen=True)
 class GroupLoss:
-    """One active step's loss and what is worth watching about it.
+    """One group's loss and what is worth watching about it.
 
     loss []: differentiable in the new velocity. advantages, log_ratio [P, G] and clip_fraction []: detached.
     """
@@ -30,10 +30,12 @@ class GroupLoss:
 
 @dataclass(frozen=True)
 class Objective:
-    """`loss_n = -mean_(prompt, i) min(r_i A_i, clip(r_i, 1 - c, 1 + c) A_i)` for one active step n.
+    """`loss_n = -w_n mean_(prompt, i) min(r_i A_i, clip(r_i, 1 - c, 1 + c) A_i)` for one group n.
 
     weights: one per reward. mix: 'reward' standardises the weighted sum of rewards inside a group, 'advantage' adds the
-    standardised rewards. clip_range: c, of per-element-averaged log-probs. advantage_clip: bound on |A|.
+    standardised rewards; advantages of several views are added. clip_range: c, of per-element-averaged log-probs.
+    advantage_clip: bound on |A|, in standard deviations. baseline: what a reward is compared with, the mean of all G or
+    of the G - 1 others. normalise: 'none' takes the advantage in units of the reward, not of its spread in the group.
     """
 
     ops: Ops
@@ -41,36 +43,72 @@ class Objective:
     mix: Literal["reward", "advantage"] = "reward"
     clip_range: float = 1e-4
     advantage_clip: float = 5.0
+    baseline: Literal["mean", "leave_one_out"] = "mean"
+    normalise: Literal["std", "none"] = "std"
 
     def __call__(
         self, group: Group, key: NoiseKey, velocity: Tensor, old_velocity: Tensor, rewards: Tensor
     ) -> GroupLoss:
-        """velocity, old_velocity [P, L, C] at the group's shared state; rewards [K, P, G].
+        """velocity, old_velocity [P * S, L, C] at the group's states; rewards [K V, P, G] as of `Plan.by_group`.
 
         The ratio compares the new velocity with `old_velocity` under the rollout's own noise, replayed from its key:
         with equal velocities it is exactly 1.
         """
+        log_ratio = self._log_ratio(group, key, velocity, old_velocity)
+        rewards, weights, mix = self._mixed(rewards.to(log_ratio.dtype), len(group.views))
+        # What scales a whole group's advantages scales its loss: the op standardises, the rest is a factor.
+        factor = group.weight * (group.size / (group.size - 1) if self.baseline == "leave_one_out" else 1.0)
+        if self.normalise == "std":
+            loss, advantages, clip_fraction = self._surrogate(rewards, log_ratio, weights, mix)
+            return GroupLoss(factor * loss, factor * advantages, log_ratio.detach(), clip_fraction)
+        spreads = torch.einsum("k,kpg->pg", weights, rewards).std(-1)
+        parts = [
+            self._surrogate(rewards[:, p : p + 1], log_ratio[p : p + 1], weights, mix) for p in range(len(log_ratio))
+        ]
+        losses, advantages, clip_fractions = (torch.stack(values) for values in zip(*parts))
+        advantages = factor * spreads[:, None] * advantages.flatten(0, 1)
+        return GroupLoss(factor * (losses * spreads).mean(), advantages, log_ratio.detach(), clip_fractions.mean())
+
+    def _log_ratio(self, group: Group, key: NoiseKey, velocity: Tensor, old_velocity: Tensor) -> Tensor:
+        """[P, G]; of a mirrored sample, whose noise is -eps, from its twin's: `log r- = -log r+ - mean_p z^2`."""
         step = group.step
         dtype = torch.promote_types(velocity.dtype, torch.float32)
         coefficients = torch.tensor([(step.c_x, step.c_v, step.s)], dtype=dtype, device=velocity.device)
+        streams = key.streams(group)
+        by_state = streams.reshape(len(velocity), -1, 3)
         log_ratio = self.ops.replay_log_ratio(
-            velocity, old_velocity, coefficients.expand(len(velocity), 3).contiguous(), key.streams(group), key.seed
+            velocity, old_velocity, coefficients.expand(len(velocity), 3).contiguous(), by_state, key.seed
         )
+        if min(group.signs) < 0:
+            z = (velocity.to(dtype) - old_velocity.to(dtype)) * (step.c_v / step.s)
+            signs = torch.tensor(group.signs, device=velocity.device).reshape(len(group.sources), -1)
+            mirrored = (signs < 0).repeat(len(streams), 1)
+            log_ratio = torch.where(mirrored, -log_ratio - z.square().flatten(1).mean(1, keepdim=True), log_ratio)
+        return log_ratio.reshape(len(streams), group.size)
+
+    def _mixed(self, rewards: Tensor, num_views: int) -> tuple[Tensor, Tensor, str]:
+        """Rewards [K V, P, G] -> the rewards, their weights and how the op is to mix them."""
+        weights = torch.tensor(self.weights, dtype=rewards.dtype, device=rewards.device)
+        by_view = rewards.unflatten(0, (len(weights), num_views))
+        if self.normalise == "std" and self.mix == "reward" and num_views > 1:
+            return torch.einsum("k,kvpg->vpg", weights, by_view), weights.new_ones(num_views), "advantage"
+        mix = "reward" if self.normalise == "none" else self.mix
+        return rewards, weights.repeat_interleave(num_views), mix
+
+    def _surrogate(
+        self, rewards: Tensor, log_ratio: Tensor, weights: Tensor, mix: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss [], advantages [P, G] and clip fraction [] of rewards [K, P, G]."""
         loss, advantages, clip_fraction = self.ops.group_advantage_clip_loss(
-            rewards.to(dtype).unsqueeze(2),
-            log_ratio.unsqueeze(1),
-            torch.tensor(self.weights, dtype=dtype, device=velocity.device),
-            self.mix,
-            self.clip_range,
-            self.advantage_clip,
+            rewards.unsqueeze(2), log_ratio.unsqueeze(1), weights, mix, self.clip_range, self.advantage_clip
         )
-        return GroupLoss(loss, advantages.squeeze(1), log_ratio.detach(), clip_fraction)
+        return loss, advantages.squeeze(1), clip_fraction
 
 
 def policy_mismatch(group: Group, velocity: Tensor, rollout_velocity: Tensor) -> Tensor:
     """`rms_p [c_v (v_update - v_rollout) / s]`: how far the update's mean is from the rollout's, in units of its noise.
 
-    0 where both forwards are bit-equal; the rest is batch-size rounding of the model. [P, L, C] twice -> [].
+    0 where both forwards are bit-equal; the rest is batch-size rounding of the model. [P * S, L, C] twice -> [].
     """
     delta = velocity.detach().float() - rollout_velocity.float()
     return (delta * (group.step.c_v / group.step.s)).square().mean().sqrt()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from egrpo_fast import noise
 from egrpo_fast.ops import Ops
-from egrpo_fast.plan import ANCHOR, Group, Plan, WaveTable
+from egrpo_fast.plan import ANCHOR, Group, Plan, Wave, WaveTable
 
 Velocity = Callable[[Tensor, float, Tensor], Tensor]
 """velocity(latents [R, L, C], t, rows int64 [R]) -> [R, L, C]; rows: which of the run's prompts each row is of."""
@@ -34,7 +34,8 @@ class NoiseKey:
 class Rollout:
     """What a rollout of P prompts leaves behind; samples themselves are not stored, their noise can be replayed.
 
-    states, velocities: per group [P, L, C], the shared state x_t and the velocity that the rollout left it with.
+    states, velocities: per group [P * S, L, C], the S states that each prompt's samples left, and the velocities that
+    the rollout left them with.
     final_latents: [P, pictures, L, C] in the order of `plan.picture_rows`. anchor_latents: [P, L, C] at t = 0, or None
     where the anchor stopped early.
     """
@@ -48,7 +49,7 @@ class Rollout:
 
 
 class Wavefront:
-    """A plan made ready for `num_prompts` prompts at a time: tables and row buffers, made once, reused every iteration.
+    """A plan made ready for `num_prompts` prompts at a time: tables and row buffers, reused as long as they fit.
 
     shape: (tokens, channels) of one picture. dtype: of the state, float32 (float64 in tests). model_dtype: what the
     model reads. micro_batch: most rows of one model call; None: all live rows.
@@ -65,12 +66,23 @@ class Wavefront:
         model_dtype: torch.dtype = torch.float32,
         micro_batch: int | None = None,
     ) -> None:
-        self.plan, self.num_prompts, self.ops, self.micro_batch = plan, num_prompts, ops, micro_batch
-        self.tables = plan.tables(num_prompts, device, dtype)
-        self._latents = torch.empty(num_prompts * plan.num_rows, *shape, dtype=dtype, device=device)
-        # Where the model reads the state's own dtype there is nothing to copy.
-        self._copy = None if model_dtype == dtype else torch.empty_like(self._latents, dtype=model_dtype)
-        self._picture_rows = torch.tensor(plan.picture_rows, dtype=torch.int64, device=device)
+        self.num_prompts, self.shape, self.ops, self.micro_batch = num_prompts, shape, ops, micro_batch
+        self._device, self._dtype, self._model_dtype = device, dtype, model_dtype
+        self._waves: tuple[Wave, ...] | None = None
+        self._latents = torch.empty(0, *shape, dtype=dtype, device=device)
+        self.use(plan)
+
+    def use(self, plan: Plan) -> None:
+        """Run this plan from now on. What it shares with the one before, tables or buffers, is not made again."""
+        self.plan = plan
+        if self._waves != plan.waves or len(self._latents) != self.num_prompts * plan.num_rows:
+            self._waves, self.tables = plan.waves, plan.tables(self.num_prompts, self._device, self._dtype)
+        if len(self._latents) != self.num_prompts * plan.num_rows:
+            self._latents = self._latents.new_empty(self.num_prompts * plan.num_rows, *self.shape)
+            # Where the model reads the state's own dtype there is nothing to copy.
+            same = self._model_dtype == self._dtype
+            self._copy = None if same else torch.empty_like(self._latents, dtype=self._model_dtype)
+        self._picture_rows = torch.tensor(plan.picture_rows, dtype=torch.int64, device=self._device)
 
     def _velocity(self, velocity: Velocity, table: WaveTable) -> Tensor:
         readable = self._latents if self._copy is None else self._copy
@@ -81,15 +93,24 @@ class Wavefront:
         ]
         return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
 
+    def _mirror(self, table: WaveTable) -> None:
+        """Antithetic samples: `mean - s eps = 2 mean - (mean + s eps)`, where `branch_rows` has left the mean."""
+        if table.mirrors is not None:
+            mirrored = 2.0 * self._latents[table.mirrors] - self._latents[table.twins]
+            self._latents[table.mirrors] = mirrored
+            if self._copy is not None:
+                self._copy[table.mirrors] = mirrored.to(self._copy.dtype)
+
     @torch.no_grad()
     def run(self, velocity: Velocity, key: NoiseKey, noise_step: int = noise.INITIAL) -> Rollout:
-        """Roll the plan out from the prompts' shared initial noise (stream word `noise_step`) to the pictures."""
+        """Roll the plan out from the prompts' initial noise (stream word `noise_step`) to the pictures."""
         plan, num_prompts = self.plan, self.num_prompts
         assert len(key.prompts) == num_prompts
         by_prompt = self._latents.unflatten(0, (num_prompts, plan.num_rows))
-        by_prompt[:, ANCHOR] = noise.initial_noise(
-            key.seed, key.iteration, key.prompts, self._latents.shape[1:], self._latents.dtype, noise_step
-        )
+        for row, sample in plan.starts:
+            by_prompt[:, row] = noise.initial_noise(
+                key.seed, key.iteration, key.prompts, self._latents.shape[1:], self._latents.dtype, noise_step, sample
+            )
         if self._copy is not None:
             self._copy.copy_(self._latents)
 
@@ -98,12 +119,14 @@ class Wavefront:
         for wave, table in zip(plan.waves, self.tables):
             v = self._velocity(velocity, table)
             if group := groups.get(wave.index):
-                states.append(by_prompt[:, group.source].clone())
-                velocities.append(v.unflatten(0, (num_prompts, -1))[:, wave.sources.index(group.source)].clone())
+                places = [wave.sources.index(source) for source in group.sources]
+                states.append(by_prompt[:, group.sources].flatten(0, 1))
+                velocities.append(v.unflatten(0, (num_prompts, -1))[:, places].flatten(0, 1))
             self.ops.branch_rows(
                 self._latents, self._copy, v, table.sources, table.offsets, table.destinations, table.coefficients,
                 table.draws, table.slots, key.prompts, key.iteration, key.seed,
             )  # fmt: skip
+            self._mirror(table)
 
         return Rollout(
             plan=plan,

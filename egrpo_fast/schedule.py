@@ -6,6 +6,10 @@ t = 1 is noise, t = 0 the picture; grid index 0 is the noisiest step. Pure funct
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+SdeForm = Literal["flow_grpo", "dance_grpo", "cps"]
+"""Whose stochastic step it is: see `Schedule.sde`."""
 
 
 @dataclass(frozen=True)
@@ -15,6 +19,11 @@ class AffineStep:
     c_x: float
     c_v: float
     s: float
+
+    @property
+    def entropy(self) -> float:
+        """Per-dimension entropy of the step's policy N(mean, s^2 I): `exp(h / d) = sqrt(2 pi e s^2)`."""
+        return math.sqrt(2.0 * math.pi * math.e) * self.s
 
 
 def time_grid(num_steps: int, shift: float) -> tuple[float, ...]:
@@ -36,19 +45,29 @@ class Schedule:
     """The grid and, for every grid index, how many grid steps its SDE step spans.
 
     times: t_0 = 1 > ... > t_T = 0. eta: noise scale a. merges: one length per grid index. active: trained grid indices.
+    sde_form: what a stochastic step looks like.
     """
 
     times: tuple[float, ...]
     eta: float
     merges: tuple[int, ...]
     active: tuple[int, ...]
+    sde_form: SdeForm = "flow_grpo"
 
     @property
     def num_steps(self) -> int:
         return len(self.times) - 1
 
     def sigma(self, index: int) -> float:
-        """`sigma_t = a sqrt(t / (1 - t))`; at t = 1, where it would be infinite, 1 - t is replaced by 1 - t_1."""
+        """Noise scale at a grid index; one plain step has `s = sigma sqrt(D)`.
+
+        flow_grpo: `a sqrt(t / (1 - t))`; at t = 1, where it would be infinite, 1 - t is replaced by 1 - t_1.
+        dance_grpo: a. cps: what its plain step amounts to.
+        """
+        if self.sde_form == "dance_grpo":
+            return self.eta
+        if self.sde_form == "cps":
+            return self.sde(index, 1).s / math.sqrt(self.times[index] - self.times[index + 1])
         return self.eta * math.sqrt(self.times[index] / (1.0 - self.times[max(index, 1)]))
 
     def ode(self, index: int, following: int) -> AffineStep:
@@ -56,11 +75,20 @@ class Schedule:
         return AffineStep(1.0, -(self.times[index] - self.times[following]), 0.0)
 
     def sde(self, index: int, length: int) -> AffineStep:
-        """`x' = x - D [v + sigma^2 / (2 t) (x + (1 - t) v)] + sigma sqrt(D) eps`, merged over `length` grid steps.
+        """The stochastic step from grid index `index` over `length` grid steps, from time t to t', D = t - t'.
 
-        sigma and t are those of the starting time; D runs from t_index to t_(index + length).
+        flow_grpo, dance_grpo: `x' = x - D [v + sigma^2 / (2 t) (x + (1 - t) v)] + sigma sqrt(D) eps`, sigma and t of
+        the starting time; as steps shrink, samples keep the flow's marginals.
+        cps (coefficients-preserving sampling, arXiv 2509.05952): `x' = (1 - t') x_0 + sqrt(t'^2 - s^2) x_1 + s eps`,
+        `s = t' sin(a pi / 2)`, with the predictions x_0 = x - t v and x_1 = x + (1 - t) v; the noise level is that of
+        t' at any step size, as far as the predictions are right. No noise is added in a step to t' = 0.
         """
-        t, duration = self.times[index], self.times[index] - self.times[index + length]
+        t, end = self.times[index], self.times[index + length]
+        if self.sde_form == "cps":
+            s = end * math.sin(self.eta * math.pi / 2.0)
+            kept = end * math.cos(self.eta * math.pi / 2.0)
+            return AffineStep(c_x=1.0 - end + kept, c_v=kept * (1.0 - t) - (1.0 - end) * t, s=s)
+        duration = t - end
         drift = self.sigma(index) ** 2 / (2.0 * t)
         return AffineStep(
             c_x=1.0 - duration * drift,
@@ -69,12 +97,12 @@ class Schedule:
         )
 
     def entropy(self, index: int, length: int) -> float:
-        """Per-dimension entropy of the step's policy N(mean, s^2 I): `H = exp(h / d) = sqrt(2 pi e s^2)`.
+        """Per-dimension entropy H of the stochastic step's policy (`AffineStep.entropy`).
 
         The paper compares exp(h) with tau and leaves the dimension open; per dimension its thresholds tell apart the
         merge patterns that it reports different results for.
         """
-        return math.sqrt(2.0 * math.pi * math.e) * self.sde(index, length).s
+        return self.sde(index, length).entropy
 
 
 def make_schedule(
@@ -85,6 +113,7 @@ def make_schedule(
     merge_lengths: int | Sequence[int] | None = None,
     max_merge: int | None = None,
     active_steps: Sequence[int] | None = None,
+    sde_form: SdeForm = "flow_grpo",
 ) -> Schedule:
     """The schedule of a run.
 
@@ -93,7 +122,7 @@ def make_schedule(
     Arguments are trusted: `config.py` refuses what is out of range.
     """
     times = time_grid(num_steps, shift)
-    plain = Schedule(times, eta, (1,) * num_steps, ())
+    plain = Schedule(times, eta, (1,) * num_steps, (), sde_form)
     remaining = [num_steps - index for index in range(num_steps)]
     if merge_lengths is None:
         reach = [min(left, max_merge or left) for left in remaining]
@@ -106,4 +135,4 @@ def make_schedule(
     else:
         merges = tuple(merge_lengths)
     active = tuple(range(num_steps // 2)) if active_steps is None else tuple(active_steps)
-    return Schedule(times, eta, merges, active)
+    return Schedule(times, eta, merges, active, sde_form)

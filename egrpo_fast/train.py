@@ -53,7 +53,7 @@ def check_output(config: Config) -> None:
         before = _leaves(yaml.safe_load((folder / CONFIG_FILE).read_text()))
     except (OSError, ValueError, KeyError, yaml.YAMLError) as error:
         raise ConfigError(f"resume: {folder} holds no run to continue ({' '.join(str(error).split())})") from None
-    now = _leaves(config.model_dump(mode="json"))
+    now = _leaves(yaml.safe_load(config.yaml()))
     changed = [key for key in now | before if not key.startswith(MAY_CHANGE) and now.get(key) != before.get(key)]
     if changed:
         raise ConfigError(f"{', '.join(changed)}: differs from the run in {folder}; a resumed run keeps its settings")

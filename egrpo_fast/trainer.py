@@ -24,8 +24,9 @@ from egrpo_fast.export import export
 from egrpo_fast.guards import Guard
 from egrpo_fast.heartbeat import Heartbeat
 from egrpo_fast.interruption import Interruption
+from egrpo_fast.methods import plan_of
 from egrpo_fast.objective import GroupLoss, Objective, policy_mismatch
-from egrpo_fast.plan import e_grpo_plan, ode_plan
+from egrpo_fast.plan import ode_plan
 from egrpo_fast.prompts import Prompt, PromptOrder
 from egrpo_fast.rewards import Reward, RewardError, fill_dropped, score, score_or_nan
 from egrpo_fast.rollout import NoiseKey, Rollout, Velocity, Wavefront
@@ -85,14 +86,11 @@ class Trainer:
             config.objective.mix,
             config.objective.clip_range,
             config.objective.advantage_clip,
+            config.objective.baseline,
+            config.objective.normalise,
         )
 
-        schedule = config.schedule.build()
-        self.plan = e_grpo_plan(
-            schedule,
-            config.per_active_step(config.rollout.group_size),
-            config.per_active_step(config.rollout.tail_stride),
-        )
+        self.plan = plan_of(config, 0)
         buffers: dict[str, Any] = {
             "shape": backbone.latent_shape,
             "ops": self.ops,
@@ -161,6 +159,8 @@ class Trainer:
 
     def sample(self, prompts: Sequence[Prompt]) -> list[Experience]:
         """Roll out and score this rank's prompts: the current policy's experience. Fewer, where the run is to end."""
+        self.plan = plan_of(self.config, self.iteration)
+        self.wavefront.use(self.plan)
         names = [reward.name for reward in self.trained]
         chunks = list(_chunks([prompt.text for prompt in prompts], self.config.rollout.prompts_per_call))
         numbers = torch.tensor([prompt.number for prompt in prompts], device=self.world.device)
@@ -184,7 +184,7 @@ class Trainer:
             return batch
 
     def update(self, batch: Sequence[Experience]) -> dict[str, float]:
-        """One forward and backward per active step and wavefront; one optimizer step per iteration or active step.
+        """One forward and backward per group and wavefront; one optimizer step per iteration or group.
 
         A step whose gradient is not finite on some rank changes nothing on any: `skipped_steps` counts them.
         """
@@ -226,8 +226,7 @@ class Trainer:
             values[name] = self.world.largest(torch.stack([part.log_ratio.abs().max() for part in some]).max())
         if norms:
             values["grad_norm"] = sum(norms) / len(norms)
-        schedule = self.plan.schedule
-        entropy = sum(schedule.entropy(index, schedule.merges[index]) for index in schedule.active) / len(groups)
+        entropy = sum(group.step.entropy for group in groups) / len(groups)
         return values | {"lr": rate, "skipped_steps": skipped, "step_entropy": entropy}
 
     def evaluate(self) -> HeldOut | None:
@@ -343,9 +342,9 @@ class Trainer:
         return velocity
 
     def _at_group(self, experience: Experience, n: int, gradient: bool = False) -> Tensor:
-        """The training forward at an active step's shared states: [P, L, C]."""
+        """The training forward at the states of a group: [P * S, L, C]."""
         state, group = experience.rollout.states[n], self.plan.groups[n]
-        rows = torch.arange(len(state), device=state.device)
+        rows = torch.arange(len(state), device=state.device) // len(group.sources)
         with torch.set_grad_enabled(gradient):
             return self._velocity(self.engine.module, experience.conditioning)(state, group.time, rows)
 
@@ -362,7 +361,7 @@ class Trainer:
             scores.append(torch.stack([self._call(name, images, of_prompts) for name in names]))
         rewards = torch.cat(scores, dim=1).unflatten(1, latents.shape[:2])
         if self.config.objective.on_error == "drop":
-            return fill_dropped(self.plan.by_group(rewards))
+            return fill_dropped(self.plan.compared(rewards))
         return rewards, rewards.new_zeros(())
 
     def _call(self, name: str, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -373,7 +372,7 @@ class Trainer:
 
     def _reward_statistics(self, batch: Sequence[Experience]) -> dict[str, float]:
         rewards = torch.cat([experience.rewards for experience in batch], dim=1)
-        spread = torch.stack([group.std(-1).mean(-1) for group in self.plan.by_group(rewards)]).mean(0)
+        spread = torch.stack([pictures.std(-1).mean(-1) for pictures in self.plan.compared(rewards)]).mean(0)
         means, spreads = self.world.mean(torch.stack((rewards.mean((1, 2)), spread))).tolist()
         values = {f"reward/{reward.name}": value for reward, value in zip(self.trained, means)} | {
             f"reward_spread/{reward.name}": value for reward, value in zip(self.trained, spreads)
@@ -382,6 +381,18 @@ class Trainer:
             dropped = torch.stack([experience.dropped for experience in batch]).mean()
             values["dropped_share"] = self.world.mean(dropped).item()
         return values
+
+    def _spread_by_step(self, batch: Sequence[Experience]) -> dict[str, dict[int, float]]:
+        """Reward standard deviation within every group, by reward and grid index: what group sizes can be dealt by."""
+        rewards = torch.cat([experience.rewards for experience in batch], dim=1)
+        by_group = self.plan.by_group(rewards)
+        spreads = torch.stack([values.std(-1).unflatten(0, (len(rewards), -1)).mean((1, 2)) for values in by_group])
+        by_reward = zip(self.trained, self.world.mean(spreads.flatten()).unflatten(0, spreads.shape).T.tolist())
+        steps = [group.index for group in self.plan.groups]
+        return {
+            reward.name: {step: value for step, value in zip(steps, values) if math.isfinite(value)}
+            for reward, values in by_reward
+        }
 
     def _open_log(self) -> metrics.RunLog | None:
         if not self.world.is_main:
@@ -393,7 +404,8 @@ class Trainer:
         plan = self.plan
         log.say(
             f"per prompt: {len(plan.waves)} wavefront steps, {plan.num_rows} rows, {plan.evaluations} evaluations "
-            f"in the rollout, {len(plan.groups)} forwards and backwards in the update; per iteration and rank: "
+            f"in the rollout, {plan.trained_states} in {len(plan.groups)} forwards and backwards in the update; "
+            f"per iteration and rank: "
             f"{self.config.prompts.per_iteration // self.world.size} prompts; "
             f"ops: {', '.join(f'{op} {backend}' for op, backend in self.ops.chosen.items())}"
         )
@@ -411,9 +423,9 @@ class Trainer:
         if skipped:  # the same on every rank
             mine = [prompt for experience in batch if experience.sound.isnan() for prompt in experience.prompts]
             concerned = [prompt for rank in self.world.gather(mine) for prompt in rank]
-        alarms = self.guard.alarms(values)
+        alarms, notes = self.guard.alarms(values), {"spread_by_step": self._spread_by_step(batch)}
         if log:
-            log.write(self.iteration, values, {"skipped_prompts": concerned} if skipped else {})
+            log.write(self.iteration, values, notes | ({"skipped_prompts": concerned} if skipped else {}))
             phases = {name.removeprefix("seconds/"): value for name, value in values.items() if "seconds/" in name}
             log.advance(reward=values[f"reward/{self.trained[0].name}"], **phases)
             for alarm in alarms:

@@ -16,8 +16,13 @@ from egrpo_fast.plan import ANCHOR, Edge, Plan, Wave, ode_plan
 from egrpo_fast.rollout import NoiseKey, Wavefront
 from egrpo_fast.schedule import AffineStep, Schedule, make_schedule
 
-COMPONENTS = {"gaussian": [(1.0, 0.8, 0.5)], "mixture": [(0.35, -1.2, 0.3), (0.65, 1.0, 0.5)]}
+COMPONENTS = {
+    "gaussian": [(1.0, 0.8, 0.5)],
+    "mixture": [(0.35, -1.2, 0.3), (0.65, 1.0, 0.5)],
+    "point": [(1.0, 0.8, 0.0)],
+}
 """weight, mean, standard deviation"""
+SPREAD = ("gaussian", "mixture")
 SAMPLES, FEW = (64, 2048), (16, 128)
 
 
@@ -65,7 +70,7 @@ def distance(samples, name):
     return stats.kstest(samples.numpy(), distribution_function(name, 0.0)).statistic
 
 
-@pytest.mark.parametrize("name", COMPONENTS)
+@pytest.mark.parametrize("name", SPREAD)
 def test_ode_converges_at_first_order(name):
     exact, *coarser = (run(ode_plan(make_schedule(n)), velocity_of(name), FEW) for n in (2048, 32, 64, 128))
     errors = [(x - exact).abs().mean().item() for x in coarser]
@@ -73,9 +78,10 @@ def test_ode_converges_at_first_order(name):
     assert all(0.85 < order < 1.25 for order in orders), (errors, orders)
 
 
-@pytest.mark.parametrize("name", COMPONENTS)
-def test_sde_sampling_keeps_the_marginals_as_steps_shrink(name):
-    distances = [distance(run(sde_plan(make_schedule(n)), velocity_of(name)), name) for n in (16, 64, 256)]
+@pytest.mark.parametrize("form", [{}, {"sde_form": "dance_grpo", "eta": 0.3}], ids=["flow_grpo", "dance_grpo"])
+@pytest.mark.parametrize("name", SPREAD)
+def test_sde_sampling_keeps_the_marginals_as_steps_shrink(name, form):
+    distances = [distance(run(sde_plan(make_schedule(n, **form)), velocity_of(name)), name) for n in (16, 64, 256)]
     assert distances[0] > distances[1] > distances[2], distances
     # At 131,072 samples the 0.1% point of the Kolmogorov-Smirnov distance is 0.0054; the rest is the steps' own bias.
     assert distances[2] < 0.01, distances
@@ -89,10 +95,52 @@ def test_sde_sampling_keeps_the_marginals_as_steps_shrink(name):
         pytest.param(lambda s: AffineStep(s.c_x, s.c_v, 1.3 * s.s), id="noise scale"),
     ],
 )
-@pytest.mark.parametrize("name", COMPONENTS)
+@pytest.mark.parametrize("name", SPREAD)
 def test_broken_maths_does_not_keep_the_marginals(name, change):
     """Negative control: with the drift or the noise wrong, small steps do not help."""
     assert distance(run(sde_plan(make_schedule(128), change), velocity_of(name)), name) > 0.05
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_coefficients_preserving_sampling_keeps_the_coefficients(length):
+    """In x = (1 - t) x_0 + t x_1, v = x_1 - x_0: x_0 gets 1 - t', and x_1 and the new noise together t'."""
+    schedule = make_schedule(sde_form="cps", eta=0.8, merge_lengths=1)
+    for index in range(schedule.num_steps - length + 1):
+        t, end, step = schedule.times[index], schedule.times[index + length], schedule.sde(index, length)
+        assert step.c_x * (1 - t) - step.c_v == pytest.approx(1 - end, abs=1e-12)
+        assert (step.c_x * t + step.c_v) ** 2 + step.s**2 == pytest.approx(end**2, abs=1e-12)
+    last = schedule.sde(schedule.num_steps - 1, 1)
+    assert (last.c_x, last.c_v, last.s) == pytest.approx((1.0, -schedule.times[-2], 0.0)), "the ODE's last step"
+
+
+@pytest.mark.parametrize("num_steps", [8, 16])
+@pytest.mark.parametrize(
+    ("form", "kept"),
+    [
+        pytest.param({"sde_form": "cps", "eta": 0.8}, True, id="cps"),
+        pytest.param({}, False, id="flow_grpo"),
+        pytest.param({"sde_form": "dance_grpo", "eta": 0.7}, False, id="dance_grpo"),
+    ],
+)
+def test_noise_level_at_the_size_of_the_steps(form, kept, num_steps):
+    """All data in one point: predictions are exact, and what is left of the noise at time t must be t.
+
+    Coefficients-preserving sampling keeps that at any step size; the other forms, the negative control, do not.
+    """
+    schedule, (_, mean, _) = make_schedule(num_steps, **form), COMPONENTS["point"][0]
+    stop = num_steps - 1
+    waves = [Wave(i, schedule.times[i], (Edge(ANCHOR, ANCHOR, schedule.sde(i, 1), draw=i << 16),)) for i in range(stop)]
+    x = run(Plan(schedule, 1, tuple(waves), (), anchor_picture=True), velocity_of("point"))
+    t = schedule.times[stop]
+    level = ((x - (1 - t) * mean) / t).std().item()
+    assert (abs(level - 1) < 4 / math.sqrt(2 * len(x))) == kept, level
+    assert kept or level > 1.1, f"noise {level:.2f} times what belongs there"
+
+
+def test_coefficients_preserving_sampling_does_not_keep_a_spread():
+    """Predictions are means over what is uncertain: some of the data's spread, 0.5, goes; small steps do not help."""
+    schedules = (make_schedule(n, sde_form="cps", eta=0.8) for n in (16, 256))
+    assert all(run(sde_plan(schedule), velocity_of("gaussian")).std() < 0.45 for schedule in schedules)
 
 
 def test_one_merged_step_has_the_stated_gaussian():

@@ -15,6 +15,7 @@ ROOMS = [  # from the top; a room imports from rooms below it and from itself, n
     ("export",),
     ("engine", "metrics", "figures", "page", "watch", "guards", "rewards", "backbones", "objective"),
     ("rollout", "checkpoint", "heartbeat", "interruption"),
+    ("methods",),
     ("plan", "prompts", "config", "embeddings"),
     ("schedule", "noise", "ops", "shapes", "recipes"),
     ("kernels",),

@@ -53,7 +53,7 @@ def plain_iteration(trainer, transformer, batch):
     )
     for n, group in enumerate(trainer.plan.groups):
         for experience in batch:
-            rows = torch.arange(len(experience.rollout.states[n]))
+            rows = torch.arange(len(experience.rollout.states[n])) // len(group.sources)
             v = trainer.backbone.velocity(
                 transformer, experience.rollout.states[n], group.time, experience.conditioning, rows
             )
@@ -224,6 +224,24 @@ def test_an_iteration_in_bfloat16(stage, tmp_path):
     """With float32 master weights and gradients, whichever of DeepSpeed's optimizers that takes."""
     launch(tmp_path, stage, 2, "model.dtype=bfloat16")
     assert load_file(tmp_path / f"full-{stage}-2.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param(["method={name: flow_grpo, fraction: 0.7}"], id="flow_grpo"),
+        pytest.param(["method=dance_grpo"], id="dance_grpo"),
+        pytest.param(["method={name: mix_grpo, window: 2}", "objective.normalise=none"], id="mix_grpo"),
+        pytest.param(["rollout={}", "method={name: branch_grpo, splits: [0, 1], branching: 3}"], id="branch_grpo"),
+        pytest.param(["method=granular_grpo", "objective.antithetic=true"], id="granular_grpo"),
+        pytest.param(["method=tempflow_grpo", "objective.baseline=leave_one_out"], id="tempflow_grpo"),
+    ],
+)
+def test_an_iteration_of_every_method(overrides, tmp_path):
+    """One trainer for all: what a plan says is what plain PyTorch does, two ranks and four prompts added up."""
+    launch(tmp_path, 3, 2, *overrides)
+    assert load_file(tmp_path / "full-3-2.safetensors")
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
 """Export: what diffusers loads back is what was trained; whole or not there; a shard in memory at a time."""
 
+import errno
 import json
 import resource
 import shutil
 import sys
 import weakref
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -390,3 +392,53 @@ def test_the_command_refuses_a_damaged_checkpoint_by_name(base, monkeypatch, tmp
     monkeypatch.setattr(sys, "argv", ["egrpo", "export", str(run), str(tmp_path / "out"), "--checkpoint", "1"])
     cli.main()
     assert (tmp_path / "out").is_dir()
+
+
+def test_a_replacement_killed_between_its_renames_is_undone(run, base, monkeypatch, tmp_path):
+    out, replaced = tmp_path / "out", tmp_path / "out.replaced"
+    export(run, out, checkpoint=find_checkpoint(run, "1"))
+    before, rename = contents(out), Path.rename
+
+    def killed(self, target):
+        rename(self, target)
+        if target == replaced:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "rename", killed)
+    monkeypatch.setattr(module, "_put_back", lambda *_: None)  # kill -9 leaves no time for it
+    with pytest.raises(KeyboardInterrupt):
+        export(run, out, replace=True)
+    assert not out.exists() and contents(replaced) == before
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="out is in the way"):
+        export(run, out)
+    assert contents(out) == before and not replaced.exists()
+    shutil.copytree(out, replaced)  # killed before the old one was deleted
+    export(run, out, replace=True)
+    found = weights_of(out)
+    assert all(torch.equal(found[name], value) for name, value in trained(base, iteration=3).items())
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_replacement_that_cannot_be_renamed_leaves_the_earlier_export(run, monkeypatch, tmp_path):
+    out = tmp_path / "out"
+    export(run, out, checkpoint=find_checkpoint(run, "1"))
+    before, rename = contents(out), Path.rename
+
+    def refused(self, target):
+        if self.suffix == ".partial":
+            raise OSError(errno.EACCES, "Permission denied")
+        rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(ValueError, match="export: .*out could not be written: Permission denied"):
+        export(run, out, replace=True)
+    assert contents(out) == before and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_card_of_a_run_whose_last_line_is_unfinished(base, tmp_path):
+    run = make_run(tmp_path / "run", base, LORA)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 1, "held_out/jp')
+    export(run, tmp_path / "out")
+    assert "| 1 | -2.5000 |\n\n" in front_matter(tmp_path / "out")[1]

@@ -17,8 +17,9 @@ from egrpo_fast.backbones import flux
 from egrpo_fast.backbones.flux import FluxBackbone, check_folder, load_vae, meta_transformer, resolve, save_lora
 from egrpo_fast.backbones.random_flux import make_pipeline
 from egrpo_fast.config import Lora
+from egrpo_fast.methods import e_grpo
 from egrpo_fast.objective import Objective, policy_mismatch
-from egrpo_fast.plan import e_grpo_plan, ode_plan
+from egrpo_fast.plan import ode_plan
 from egrpo_fast.rollout import NoiseKey, Wavefront
 from egrpo_fast.schedule import make_schedule
 from egrpo_fast.shapes import PIPELINE, PROMPTS
@@ -104,7 +105,7 @@ def test_flux_layouts_are_sampled_as_the_pipeline_samples_them(guided, scheduler
 @pytest.mark.parametrize("micro_batch", [1, 7, None], ids=["1", "7", "all"])
 def test_the_ratio_is_exactly_one_before_the_first_update(backbone, micro_batch):
     """The rollout at any micro-batch; old policy: a forward without gradient, new: one with. The real transformer."""
-    plan = e_grpo_plan(make_schedule(4, active_steps=[0, 1]), [4, 3], [1, 1])
+    plan = e_grpo(make_schedule(4, active_steps=[0, 1]), [4, 3], [1, 1])
     chosen, conditioning, rows = ops.choose("reference"), backbone.encode(CAPTIONS), torch.arange(3)
 
     def velocity(latents, t, rows):
@@ -115,9 +116,9 @@ def test_the_ratio_is_exactly_one_before_the_first_update(backbone, micro_batch)
         with torch.no_grad():
             old = velocity(rollout.states[n], group.time, rows)
         new = velocity(rollout.states[n], group.time, rows)
-        rewards = torch.rand(1, 3, len(group.rows))
+        rewards = torch.rand(1, 3, group.size)
         ratio = Objective(chosen, (1.0,))(group, KEY, new, old, rewards).log_ratio.exp()
-        assert torch.equal(ratio, torch.ones(3, len(group.rows)))
+        assert torch.equal(ratio, torch.ones(3, group.size))
         moved = Objective(chosen, (1.0,))(group, KEY, new + 1e-3, old, rewards).log_ratio
         assert (moved != 0).all() and policy_mismatch(group, old, rollout.velocities[n]) < 1e-5
 

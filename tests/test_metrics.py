@@ -13,9 +13,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from egrpo_fast.metrics import METRICS, RunLog
 
+# TensorBoard's thread dies of what it cannot write; a new one takes over.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+
 
 @pytest.fixture
-def log(tmp_path):
+def log(tmp_path, capsys):  # the progress bar must not be a file
     return RunLog(tmp_path, 10)
 
 
@@ -38,7 +41,6 @@ def told_by_tensorboard(folder):
 LINES = [{"iteration": iteration, "loss": iteration / 2} for iteration in range(1, 7)]
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_disk_that_is_full_for_a_while_loses_no_line(log, tmp_path):
     def write(line):
         log.write(line["iteration"], {"loss": line["loss"]})
@@ -61,7 +63,6 @@ def test_a_disk_that_is_full_for_a_while_loses_no_line(log, tmp_path):
     assert told_by_tensorboard(tmp_path) == {"loss": [(line["iteration"], line["loss"]) for line in LINES]}
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_tensorboard_alone_may_fail(log, tmp_path):
     log.write(1, {"loss": 0.5})
     with pytest.MonkeyPatch.context() as patch:
@@ -75,7 +76,6 @@ def test_tensorboard_alone_may_fail(log, tmp_path):
     assert RunLog.read(tmp_path) == LINES[:3]
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_lines_that_are_lost_at_the_end_are_an_error(log, tmp_path):
     with files_of_at_most(0):
         with pytest.warns(UserWarning, match="File too large"):

@@ -6,14 +6,14 @@ import torch
 from egrpo_fast import ops
 from egrpo_fast.kernels.reference.group_advantage_clip_loss import group_advantage_ref
 from egrpo_fast.kernels.reference.philox import philox_normal
+from egrpo_fast.methods import e_grpo
 from egrpo_fast.objective import Objective, policy_mismatch
-from egrpo_fast.plan import e_grpo_plan
 from egrpo_fast.rollout import NoiseKey, Wavefront
 from egrpo_fast.schedule import make_schedule
 
 SHAPE = (3, 4)
 SCHEDULE = make_schedule(8, active_steps=[0, 1, 3])
-PLAN = e_grpo_plan(SCHEDULE, [6, 5, 4], [1, 1, 1])
+PLAN = e_grpo(SCHEDULE, [6, 5, 4], [1, 1, 1])
 REFERENCE = ops.choose("reference")
 KEY = NoiseKey(3, 2, torch.tensor([4, 9]))
 
@@ -34,7 +34,7 @@ def rollout_of(weight):
 
 
 def made_up_rewards(rollout, n, first):
-    pictures = rollout.final_latents[:, first : first + len(PLAN.groups[n].rows)]
+    pictures = rollout.final_latents[:, first : first + PLAN.groups[n].size]
     return torch.stack((pictures.sin().mean((2, 3)), pictures.square().mean((2, 3))))
 
 
@@ -50,7 +50,7 @@ def test_gradient_equals_brute_force_score_function(mix):
     for n, group in enumerate(PLAN.groups):
         time = SCHEDULE.times[group.index]
         rewards = made_up_rewards(rollout, n, first)
-        first += len(group.rows)
+        first += group.size
         velocity = velocity_of(weight)(rollout.states[n], time, rows)
         ours = ours + objective(group, KEY, velocity, velocity.detach(), rewards).loss
 

@@ -3,14 +3,15 @@
 import pytest
 import torch
 
+from egrpo_fast.methods import e_grpo
 from egrpo_fast.noise import draw_word
-from egrpo_fast.plan import ANCHOR, Edge, Plan, Wave, e_grpo_plan, ode_plan, tail_grid
+from egrpo_fast.plan import ANCHOR, Edge, Plan, Wave, ode_plan, tail_grid
 from egrpo_fast.schedule import AffineStep, make_schedule
 
 
 def plan_of(group_sizes=12, tail_strides=1, anchor_picture=False, **schedule):
     made = make_schedule(**schedule)
-    return e_grpo_plan(
+    return e_grpo(
         made, [group_sizes] * len(made.active), [tail_strides] * len(made.active), anchor_picture=anchor_picture
     )
 
@@ -30,7 +31,7 @@ def test_the_anchor_stops_after_its_last_active_step():
 def test_small_plan_by_hand():
     """T = 4, steps 0 and 2 active, merges 1 and 2, groups of 2 and 3, the first group's tail of stride 2."""
     schedule = make_schedule(4, merge_lengths=[1, 1, 2, 1], active_steps=[0, 2])
-    plan = e_grpo_plan(schedule, [2, 3], [2, 1])
+    plan = e_grpo(schedule, [2, 3], [2, 1])
     moves = [[(edge.source, edge.destination) for edge in wave.edges] for wave in plan.waves]
     assert moves == [
         [(0, 0), (0, 1), (0, 2)],  # anchor steps on, two branches leave
@@ -41,7 +42,7 @@ def test_small_plan_by_hand():
     assert plan.waves[2].edges[0] == Edge(0, 3, schedule.sde(2, 2), draw_word(2, 0))
     assert plan.waves[1].edges[1].step == schedule.ode(1, 3)
     assert plan.picture_rows == (1, 2, 3, 4, 5)
-    assert [group.rows for group in plan.groups] == [(1, 2), (3, 4, 5)]
+    assert [group.views for group in plan.groups] == [(((1,), (2,)),), (((3,), (4,), (5,)),)]
 
 
 def test_tables_of_several_prompts_are_the_one_prompt_table_shifted():

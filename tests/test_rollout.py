@@ -7,14 +7,15 @@ import torch
 
 from egrpo_fast import noise, ops
 from egrpo_fast.kernels.reference.philox import philox_normal
-from egrpo_fast.plan import e_grpo_plan, tail_grid
+from egrpo_fast.methods import e_grpo
+from egrpo_fast.plan import tail_grid
 from egrpo_fast.rollout import NoiseKey, Wavefront
 from egrpo_fast.schedule import make_schedule
 
 SHAPE = (6, 8)
 SCHEDULE = make_schedule(8, active_steps=[0, 1, 3])
 SIZES, STRIDES = [3, 2, 4], [1, 2, 3]
-PLAN = e_grpo_plan(SCHEDULE, SIZES, STRIDES)
+PLAN = e_grpo(SCHEDULE, SIZES, STRIDES)
 MIX = torch.randn(8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) / 8
 PROMPTS = [5, 2, 11]
 
@@ -108,7 +109,7 @@ def test_states_and_velocities_are_those_of_the_active_steps():
 
 
 def test_the_anchors_picture_is_the_ode_sample():
-    plan = e_grpo_plan(SCHEDULE, SIZES, STRIDES, anchor_picture=True)
+    plan = e_grpo(SCHEDULE, SIZES, STRIDES, anchor_picture=True)
     rollout = wavefront(PROMPTS, plan=plan)
     x = noise.initial_noise(7, 3, torch.tensor(PROMPTS), SHAPE, torch.float64)
     for i, t in enumerate(SCHEDULE.times[:-1]):
@@ -142,7 +143,7 @@ def test_the_model_reads_its_own_dtype():
 def test_the_rollouts_noise_is_what_the_update_replays():
     """eps recovered from the rollout's samples equals eps of `NoiseKey.streams`, which the log-ratio is made from."""
     schedule = make_schedule(1, merge_lengths=1, active_steps=[0])
-    plan = e_grpo_plan(schedule, [4], [1])
+    plan = e_grpo(schedule, [4], [1])
     made = Wavefront(plan, 2, SHAPE, ops.choose("reference"), dtype=torch.float64, model_dtype=torch.float64)
     key = NoiseKey(7, 3, torch.tensor([5, 2]))
     rollout = made.run(element_wise([5, 2]), key)

@@ -59,6 +59,7 @@ def test_a_run_leaves_everything_it_promises(uninterrupted):
     iterations, evaluations = metrics(uninterrupted)
     assert [line["iteration"] for line in iterations] == [1, 2, 3, 4]
     assert [line["iteration"] for line in evaluations] == [0, 4]
+    assert all(line["spread_by_step"]["shapes_soft"].keys() == {"0", "1"} for line in iterations)
     for name in ("curve.png", "before_after.png", "config.yaml", "summary.json", "pictures/iteration-000000.png"):
         assert (uninterrupted / name).stat().st_size > 0
     assert len(list((uninterrupted / "checkpoints").glob("iteration-*"))) == 2, "checkpoint.keep"
@@ -163,3 +164,22 @@ def test_the_command_tells_one_line_and_fails():
     result = subprocess.run(entry, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 1
     assert result.stderr.splitlines() == ["error: schedule.etta: unknown key; did you mean schedule.eta?"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param(["method={name: mix_grpo, window: 2, every: 2}", "objective.on_error=drop"], id="moving window"),
+        pytest.param(["method={name: dance_grpo, fraction: 0.4}", "objective.normalise=none"], id="steps at random"),
+    ],
+)
+def test_a_plan_that_changes_over_training(overrides, tmp_path):
+    """The ratio starts at 1 under every iteration's plan; an interrupted run goes on with the plan of its iteration."""
+    run = launch(tmp_path / "whole", *overrides, port=29621)
+    lines = metrics(run)[0]
+    assert all(line["log_ratio_before_update"] == 0.0 < line["grad_norm"] for line in lines)
+    assert len({tuple(line["spread_by_step"]["shapes_soft"]) for line in lines}) > 1, "other steps are trained"
+    resumed = launch(tmp_path / "resumed", *overrides, "iterations=2", port=29622)
+    launch(resumed, *overrides, "resume=true", port=29622)
+    assert metrics(resumed)[0] == lines

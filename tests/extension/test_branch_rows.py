@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from egrpo_fast.kernels.reference.branch_rows import branch_rows_ref
+from egrpo_fast.methods import e_grpo
 from egrpo_fast.ops import choose
-from egrpo_fast.plan import e_grpo_plan
 from egrpo_fast.schedule import make_schedule
 
 DEGREES = {"one-row": [1], "branches": [13, 1, 0, 4], "many-rows": [1] * 40, "wide": [64]}
@@ -192,7 +192,7 @@ def roll(op, plan, num_prompts, prompts, dtype=None, iteration=2, seed=11, shape
 @pytest.mark.parametrize(("schedule", "size", "stride"), PLANS.values(), ids=PLANS)
 def test_a_whole_plan_equals_the_reference(extension, schedule, size, stride):
     schedule = make_schedule(**schedule)
-    plan = e_grpo_plan(schedule, [size] * len(schedule.active), [stride] * len(schedule.active), anchor_picture=True)
+    plan = e_grpo(schedule, [size] * len(schedule.active), [stride] * len(schedule.active), anchor_picture=True)
     prompts = torch.tensor([4, 9])
     latents, tables = roll(extension.branch_rows, plan, 2, prompts, torch.bfloat16)
     truth, before = roll(branch_rows_ref, plan, 2, prompts)
@@ -208,7 +208,7 @@ def test_a_whole_plan_equals_the_reference(extension, schedule, size, stride):
 
 def test_prompts_of_a_call_do_not_change_their_rows(extension):
     schedule = make_schedule(num_steps=8, merge_lengths=2)
-    plan = e_grpo_plan(schedule, [3] * 4, [1] * 4)
+    plan = e_grpo(schedule, [3] * 4, [1] * 4)
     prompts = torch.tensor([5, 6, 7])
     together, _ = roll(extension.branch_rows, plan, 3, prompts)
     for slot in range(3):

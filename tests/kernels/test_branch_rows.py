@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from egrpo_fast.methods import e_grpo
 from egrpo_fast.ops import Ops
-from egrpo_fast.plan import e_grpo_plan
 from egrpo_fast.schedule import make_schedule
 
 SEED = 2**50 + 3
@@ -24,7 +24,7 @@ def run(ops: Ops, latents, copy, velocity, table, prompts):
 
 @pytest.fixture(scope="module")
 def plan():
-    return e_grpo_plan(make_schedule(num_steps=6, active_steps=(0, 2)), group_sizes=(3, 2), tail_strides=(1, 2))
+    return e_grpo(make_schedule(num_steps=6, active_steps=(0, 2)), group_sizes=(3, 2), tail_strides=(1, 2))
 
 
 @pytest.mark.parametrize("wave", range(6), ids="wave{}".format)
