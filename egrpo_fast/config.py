@@ -5,12 +5,11 @@ Every field has a type, a range and a line on what it means. A mistake is a `Con
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -590,14 +589,21 @@ def _override(tree: dict[str, Any], assignment: str) -> None:
         raise ConfigError(f"{path}: {value!r} is not a YAML value") from None
 
 
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The sections that a field may hold: by itself, or none, or in a list."""
+    if parts := get_args(annotation):
+        for part in parts:
+            yield from _sections(part)
+    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+
+
 def _field_names(model: type[BaseModel], prefix: str = "") -> list[str]:
     names = []
     for name, field in model.model_fields.items():
         names.append(prefix + name)
-        union = get_origin(field.annotation) in (Union, UnionType)
-        for kind in get_args(field.annotation) if union else (field.annotation,):
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                names += _field_names(kind, f"{prefix}{name}.")
+        for section in _sections(field.annotation):
+            names += _field_names(section, f"{prefix}{name}.")
     return names
 
 
