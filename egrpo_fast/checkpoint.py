@@ -157,7 +157,7 @@ def _stage(
     rows: list[list[Any]] = []
 
     def copy(key: str, tensor: Tensor) -> None:
-        """Asked before every tensor, for the other ranks' copies grow as well; what does not fit is counted to the end."""
+        """Asked before every tensor, for other ranks' copies grow too; what does not fit is counted to the end."""
         nonlocal needed, fits
         needed += tensor.nbytes
         fits = fits and available / 20 + tensor.nbytes * local_ranks <= _memory_available()
@@ -216,6 +216,8 @@ class _Attempt:
         self.current = folder / f"iteration-{iteration:06d}"
         self.partial = folder / f"{self.current.name}.{attempt}.partial"
         self.failed = folder / f"{self.current.name}.{attempt}.failed"
+        self._file = self.partial / f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
+        self._announced = False  # from here on rank 0 may make the file current
 
     def run(self, tensors: Mapping[str, Tensor], rows: list[list[Any]], index: dict[str, Any]) -> None:
         """Write, verify, and return when the whole checkpoint is current. CheckpointError, on every rank: it is not."""
@@ -246,16 +248,17 @@ class _Attempt:
                 f"{free + written:,} bytes are free under {self.partial.parent}, {needed:,} are needed "
                 f"for the {self.world_size} rank(s)"
             )
-        file = self.partial / f"rank-{self.rank:05d}-of-{self.world_size:05d}.safetensors"
+        file = self._file
         save_file(dict(tensors), file)
         _fsync(file)
-        with safe_open(file, "pt") as written:
+        with safe_open(file, "pt") as staged:
             for key, tensor in tensors.items():
                 # As bytes: NaN is equal to itself.
-                found, meant = (t.reshape(-1).view(torch.uint8) for t in (written.get_tensor(key), tensor))
+                found, meant = (t.reshape(-1).view(torch.uint8) for t in (staged.get_tensor(key), tensor))
                 if not torch.equal(found, meant):
                     raise CheckpointError(f"{key} reads back other than it was written to {file.name}")
         about = {"name": file.name, "bytes": file.stat().st_size, "crc32": _checksum(file)}
+        self._announced = True
         _write_sealed(self._sidecar(self.rank), {"format": FORMAT, "file": about, "rows": rows})
 
     def _clear(self) -> None:
@@ -305,7 +308,7 @@ class _Attempt:
     def given_up(self, error: Exception) -> CheckpointError:
         """Leave nothing of this attempt but the first rank's reason, which is also returned.
 
-        Files are rank 0's to remove: under another rank that waited too long it may just be making them current.
+        Files that were announced are rank 0's to remove: it may just be making them current.
         """
         reason = f"rank {self.rank}: {error}"
         with contextlib.suppress(OSError):  # a disk may be too full even for this; then the others say less
@@ -317,6 +320,10 @@ class _Attempt:
             reason = self.failed.read_text()
         if self.rank == 0:
             shutil.rmtree(self.partial, ignore_errors=True)
+        elif not self._announced:
+            with contextlib.suppress(OSError):
+                self._file.unlink(missing_ok=True)
+                self.partial.rmdir()  # where it is empty
         return CheckpointError(f"{self.current.name} is not written: {reason}")
 
 

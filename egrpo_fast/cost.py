@@ -366,6 +366,21 @@ class Cost:
     def _wavefronts(self) -> int:
         return -(-self.prompts // self._per_call)
 
+    @property
+    def _moments(self) -> float:
+        """AdamW's bytes per trained weight."""
+        return 2 * (1 + 4 / 256) if self.config.optimizer.name == "adamw8bit" else 8.0
+
+    @property
+    def checkpoint(self) -> float:
+        """Bytes of one: float32 master weights, moments and average, whatever the number of GPUs that write it."""
+        return (4.0 + self._moments + (4.0 if self.config.optimizer.ema_decay is not None else 0.0)) * self.trained
+
+    @property
+    def checkpoints_on_disk(self) -> int:
+        """At most: the newest, the best, and one being written."""
+        return self.config.checkpoint.keep + (self.config.checkpoint.best is not None) + 1
+
     @cached_property
     def memory(self) -> Memory:
         """By part and phase; ZeRO's partitions are P / N of P parameters on N GPUs."""
@@ -386,7 +401,7 @@ class Cost:
         if self.hpz > 1:
             always["weights, hpZ copy"] = weights / self.hpz
         put("gradients", 4.0 * (self.trained if stage == 1 else share), (on_host or on_disk) and stage > 1)
-        moments = 2 * (1 + 4 / 256) * share if config.optimizer.name == "adamw8bit" else 8.0 * share
+        moments = self._moments * share
         if not on_disk:
             put("master weights", 4.0 * share, on_host)  # also of float32 weights
             put("optimizer moments", moments, on_host)
@@ -400,6 +415,7 @@ class Cost:
         offloaded = {reward.name for reward in config.rewards if reward.options.get("offload")}
         always |= {f"reward {name}": amount for name, amount in rewards.items() if amount and name not in offloaded}
         host |= {f"reward {name}": amount for name, amount in rewards.items() if amount and name in offloaded}
+        host["copy of a checkpoint"] = self.checkpoint / gpus
         latents = self.image_tokens * self.pipeline.transformer.config["in_channels"]
         rows = self._per_call * self.plan.num_rows
         always["state of all rows"] = float(rows * latents * (4 + (size if size == 2 else 0)))
@@ -631,6 +647,7 @@ def describe(config: Config, cluster: Cluster) -> dict[str, Any]:
             "host_per_gpu": memory.host, "fits": cost.fits, "unknown_rewards": cost.unknown_rewards,
             "advice": cost.advice,
         },
+        "checkpoint": {"bytes": cost.checkpoint, "at_once": cost.checkpoints_on_disk},
         "flops_per_prompt": cost.flops,
         "tokens": {"image": cost.image_tokens, "text": cost.text_tokens},
         "bytes_per_gpu": cost.traffic,
@@ -674,9 +691,14 @@ def report(cost: Mapping[str, Any]) -> str:
             )
     verdict = "fits" if memory["fits"] else "does not fit"
     lines.append(f"  peak {memory['peak'] / GIB:.1f} GiB of {cluster['memory'] / GIB:.1f}: {verdict}")
-    if memory["host_per_gpu"]:
-        parts = ", ".join(f"{name} {amount / GIB:.1f}" for name, amount in memory["host_per_gpu"].items())
-        lines.append(f"  host memory per GPU, GiB: {parts}")
+    host, checkpoint = memory["host_per_gpu"], cost["checkpoint"]
+    machine = sum(host.values()) * cluster["gpus"] / cluster["nodes"]
+    lines += [
+        f"  host memory per machine {machine / GIB:.1f} GiB; per GPU: "
+        + ", ".join(f"{name} {amount / GIB:.1f}" for name, amount in host.items()),
+        f"  a checkpoint {checkpoint['bytes'] / GIB:.1f} GiB; at most {checkpoint['at_once']} on the disk at once, "
+        f"{checkpoint['at_once'] * checkpoint['bytes'] / GIB:.1f} GiB",
+    ]
     if memory["unknown_rewards"]:
         lines.append(f"  of unknown size, counted as 0: {', '.join(memory['unknown_rewards'])}")
     for change in memory["advice"]:

@@ -3,6 +3,7 @@
 `python tests/test_checkpoint.py FOLDER KILLS SEED` is the kill -9 part alone, with its figures as JSON.
 """
 
+import errno
 import itertools
 import json
 import os
@@ -21,7 +22,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from egrpo_fast.checkpoint import CheckpointError, CheckpointReader, Checkpoints, Piece, problems
+from egrpo_fast.checkpoint import (
+    CheckpointError,
+    CheckpointReader,
+    Checkpoints,
+    Piece,
+    _Attempt,
+    _memory_available,
+    problems,
+)
 
 SHAPES = {"blocks.0.weight": (7, 11), "blocks.0.bias": (11,), "scale": (), "none": (0, 3)}
 KINDS = ("weight", "exp_avg")
@@ -346,6 +355,99 @@ def test_a_file_larger_than_allowed(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert ranks[0].all() == [tmp_path / "iteration-000001"] and mismatches(ranks[0].newest()) == []
+
+
+def test_the_space_for_all_ranks_is_asked_for_before_any_writes(tmp_path, monkeypatch):
+    """On a disk with room for one rank of two; what a rank has already written of its share is not asked for again."""
+    whole = {("weight", "x"): torch.zeros(1 << 18)}
+    share = (1 << 19) * 101 // 100
+
+    def room_for(shares):
+        def usage(folder):
+            used = sum(512 * path.stat().st_blocks for path in Path(folder).rglob("*") if path.is_file())
+            return shutil._ntuple_diskusage(0, 0, int(shares * share) - used)
+
+        monkeypatch.setattr("shutil.disk_usage", usage)
+
+    room_for(1.5)
+    ranks = opened(tmp_path, 2)
+    with pytest.raises(CheckpointError, match=r"bytes are free under .*, 1,059,0\d\d are needed for the 2 rank\(s\)"):
+        save(ranks, 1, whole=whole)
+    with pytest.raises(CheckpointError, match="are needed for the 2"):
+        ranks[1].wait()
+    room_for(2.5)
+    ranks = opened(tmp_path, 2, asynchronous=True)
+    ranks[0].save(2, pieces_of(whole, 0, 2), {}, {}, "b")
+    while not any(tmp_path.glob("*.b.partial/rank-00000.json")):
+        time.sleep(0.01)
+    ranks[1].save(2, pieces_of(whole, 1, 2), {}, {}, "b")
+    for checkpoints in ranks:
+        checkpoints.wait()
+    assert listing(tmp_path) == ["iteration-000002"]
+
+
+def test_copies_that_host_memory_does_not_hold_are_refused_on_all_ranks(tmp_path, monkeypatch):
+    whole, free = {("weight", name): torch.zeros(1 << 18) for name in "xyz"}, 4_000_000
+    taken = []
+    monkeypatch.setattr("egrpo_fast.checkpoint._memory_available", lambda: free - sum(taken))
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda self, _: taken.append(self.nbytes))
+    told = "6,291,456 bytes of host memory are needed for the copies of 2 rank.* on this machine, 4,000,000 were"
+    ranks = opened(tmp_path / "run", 2, local_ranks=2)
+    with pytest.raises(CheckpointError, match=f"iteration-000001 is not written: rank 0: {told}"):
+        ranks[0].save(1, pieces_of(whole, 0, 1), {}, {}, "a")
+    assert sum(taken) == 2 << 20, "a third piece would leave too little for the other rank's"
+    began = time.monotonic()
+    free = 1 << 40
+    ranks[1].save(1, [], {}, {}, "a")
+    with pytest.raises(CheckpointError, match=told):
+        ranks[1].wait()
+    assert time.monotonic() - began < 5 and ranks[0].newest() is None
+    monkeypatch.undo()
+    save(ranks, 2, "b")
+    assert listing(tmp_path / "run") == ["iteration-000002"] and mismatches(ranks[0].newest()) == []
+
+
+def test_host_memory_as_the_system_tells_it():
+    told = dict(line.split()[:2] for line in Path("/proc/meminfo").read_text().splitlines())
+    assert _memory_available() == pytest.approx(1024 * int(told["MemAvailable:"]), rel=0.1)
+
+
+def test_old_checkpoints_that_cannot_be_deleted_stop_nothing(tmp_path, monkeypatch):
+    """As where another machine has a file of theirs open."""
+    ranks, rmtree = opened(tmp_path, 1, keep=1, asynchronous=False), shutil.rmtree
+
+    def held(path, ignore_errors=False):
+        if not ignore_errors:
+            raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+        rmtree(path, ignore_errors)
+
+    monkeypatch.setattr(shutil, "rmtree", held)
+    save(ranks, 1)
+    for iteration, attempt in ((2, "b"), (3, "c"), (3, "d"), (3, "e")):
+        with pytest.warns(UserWarning, match="checkpoint: .* could not be deleted .*: Device or resource busy"):
+            save(ranks, iteration, attempt)
+        assert [path.name for path in ranks[0].all()] == [f"iteration-{iteration:06d}"]
+        assert mismatches(ranks[0].newest()) == []
+    monkeypatch.undo()
+    save(ranks, 4, "f")
+    assert listing(tmp_path) == ["iteration-000004"]
+
+
+def test_a_rank_that_waits_in_vain_removes_nothing(tmp_path, monkeypatch):
+    """Rank 0 takes its time between reading what the others announced and making it current."""
+    publish = _Attempt._publish
+
+    def slowly(self):
+        with pytest.raises(CheckpointError, match="waited 0.2 s in vain for rank 0"):
+            ranks[1].wait()
+        publish(self)
+
+    monkeypatch.setattr(_Attempt, "_publish", slowly)
+    ranks = [Checkpoints(tmp_path, 0, 2, asynchronous=False), Checkpoints(tmp_path, 1, 2, timeout=0.2)]
+    whole = tensors_of(1)
+    for rank in (1, 0):
+        ranks[rank].save(1, pieces_of(whole, rank, 2), local_of(1, rank), {"iteration": 1}, "a")
+    assert problems(ranks[0].newest()) == [] and mismatches(ranks[0].newest()) == []
 
 
 def test_a_slice_reads_its_own_bytes(tmp_path):

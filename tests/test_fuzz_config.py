@@ -216,7 +216,7 @@ def test_misspelt_and_unknown_keys_are_refused_with_the_nearest_name(folder):
             assert message.startswith(f"{where}: unknown key"), (where, message)
             if len(name) > 4 and not any(isinstance(part, int) for part in path):
                 # Methods share one place, and another's name may be as near.
-                near = "did you mean method." if path[0] == "method" else f"did you mean {'.'.join(path)}?"
+                near = "did you mean method." if path[:-1] == ("method",) else f"did you mean {'.'.join(path)}?"
                 assert near in message, (where, message)
             refused += 1
     print(f"{refused} misspelt keys, each refused by name")

@@ -175,7 +175,7 @@ def test_the_command_tells_one_line_and_fails():
     ],
 )
 def test_a_plan_that_changes_over_training(overrides, tmp_path):
-    """The ratio starts at 1 under every iteration's plan; an interrupted run goes on with the plan of its iteration."""
+    """The ratio starts at 1 under every iteration's plan; a resumed run goes on with the plan it would have had."""
     run = launch(tmp_path / "whole", *overrides, port=29621)
     lines = metrics(run)[0]
     assert all(line["log_ratio_before_update"] == 0.0 < line["grad_norm"] for line in lines)
