@@ -184,7 +184,7 @@ def _stage(
     if not fits:
         raise CheckpointError(
             f"{needed * local_ranks:,} bytes of host memory are needed for the copies of {local_ranks} rank(s) on this "
-            f"machine, {available:,} were available"
+            f"machine, {available:,} were available, of which a twentieth stays free"
         )
     return tensors, rows
 

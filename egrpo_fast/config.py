@@ -457,6 +457,12 @@ class Config(_Section):
         owned = sorted(OWNED_BY_US & set(self.deepspeed.overrides))
         if owned:
             raise ValueError(f"deepspeed.overrides: {', '.join(owned)} follow from this configuration; set them there")
+        zero_keys = self.deepspeed.overrides.get("zero_optimization", {})
+        if not isinstance(zero_keys, dict):
+            raise ValueError("deepspeed.overrides: zero_optimization must be a mapping")
+        if owned := sorted({"stage", "offload_optimizer", "offload_param", "mics_shard_size"} & set(zero_keys)):
+            told = "deepspeed.zero_stage and deepspeed.offload_* say it; MiCS is not supported"
+            raise ValueError(f"deepspeed.overrides: zero_optimization.{owned[0]}: {told}")
         active = schedule.active_steps
         if active is not None:
             if max(active) >= steps:

@@ -694,10 +694,10 @@ def report(cost: Mapping[str, Any]) -> str:
     host, checkpoint = memory["host_per_gpu"], cost["checkpoint"]
     machine = sum(host.values()) * cluster["gpus"] / cluster["nodes"]
     lines += [
-        f"  host memory per machine {machine / GIB:.1f} GiB; per GPU: "
-        + ", ".join(f"{name} {amount / GIB:.1f}" for name, amount in host.items()),
-        f"  a checkpoint {checkpoint['bytes'] / GIB:.1f} GiB; at most {checkpoint['at_once']} on the disk at once, "
-        f"{checkpoint['at_once'] * checkpoint['bytes'] / GIB:.1f} GiB",
+        f"  host memory per machine {machine / GIB:.3g} GiB; per GPU: "
+        + ", ".join(f"{name} {amount / GIB:.3g}" for name, amount in host.items()),
+        f"  a checkpoint {checkpoint['bytes'] / GIB:.3g} GiB; at most {checkpoint['at_once']} on the disk at once, "
+        f"{checkpoint['at_once'] * checkpoint['bytes'] / GIB:.3g} GiB",
     ]
     if memory["unknown_rewards"]:
         lines.append(f"  of unknown size, counted as 0: {', '.join(memory['unknown_rewards'])}")

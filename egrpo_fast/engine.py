@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 import resource
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -75,15 +76,18 @@ class World:
     def __init__(self, timeout: float = 7200.0) -> None:
         for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("MASTER_ADDR", "127.0.0.1")):
             os.environ.setdefault(name, str(value))
+        if os.environ["WORLD_SIZE"] == "1" and "MASTER_PORT" not in os.environ:
+            with socket.socket() as free:  # alone: a fixed port would meet that of another run on this machine
+                free.bind(("127.0.0.1", 0))
+                os.environ["MASTER_PORT"] = str(free.getsockname()[1])
         os.environ.setdefault("MASTER_PORT", "29500")
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         else:
             self.device = torch.device("cpu")
-            local_ranks = int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
             if "OMP_NUM_THREADS" not in os.environ:
-                torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+                torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // self.local_size))
         # For CPU ranks DeepSpeed would now compile a reduction for inference, for a minute. ZeRO does not call it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(
@@ -92,6 +96,13 @@ class World:
             verbose=False,
         )
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        # What ranks agree on between model calls goes from host to host: no device waits for it.
+        self._hosts: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+
+    @property
+    def local_size(self) -> int:
+        """Ranks on this machine."""
+        return int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
 
     @property
     def is_main(self) -> bool:
@@ -108,6 +119,12 @@ class World:
         largest = value.to(self.device, torch.float64, copy=True)
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         return largest.item()
+
+    def agree(self, value: int) -> int:
+        """Largest over ranks of a number that the host knows; no device is involved."""
+        largest = torch.tensor(int(value))
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._hosts)
+        return int(largest)
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order, on every rank."""

@@ -46,7 +46,7 @@ class Guard:
         settings, told = self._settings, []
         for name in ("policy_mismatch", "max_log_ratio", "clip_fraction", "zero_advantage_share"):
             bound = getattr(settings, name)
-            if bound is not None and values[name] > bound:
+            if bound is not None and name in values and values[name] > bound:
                 told.append(f"{name} {values[name]:.3g} is above guards.{name} {bound:g}")
         if (norm := values.get("grad_norm")) is not None:
             if len(self._norms) >= SPIKE_LEAST and settings.grad_norm_spike is not None:

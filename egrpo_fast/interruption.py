@@ -36,7 +36,7 @@ class Interruption:
         timer.start()
 
     def _force(self, why: str) -> None:
-        self._tell(f"{why}: ended at once; the last complete checkpoint stands, resume=true continues")
+        self._tell(f"{why}: ended at once; the last complete checkpoint, if there is one, stands (resume=true)")
         os._exit(FORCED)  # no flush: whoever hangs may hold the stream
 
     def _tell(self, text: str) -> None:

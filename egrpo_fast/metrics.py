@@ -58,7 +58,8 @@ class RunLog:
         wandb_config: Mapping[str, Any] | None = None,
     ):
         self._path = folder / METRICS
-        kept = [line for line in self.read(folder) if line["iteration"] < start + ("loss" in line or evaluated)]
+        ends = {True: start, False: start if evaluated else start - 1}  # by whether a line is an iteration's
+        kept = [line for line in self.read(folder) if line["iteration"] <= ends["skipped_steps" in line]]
         beside = self._path.with_suffix(".tmp")
         beside.write_text("".join(json.dumps(line) + "\n" for line in kept))
         beside.replace(self._path)

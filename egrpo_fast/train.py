@@ -8,11 +8,16 @@ if sys.path and sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
     del sys.path[0]
 
 import argparse
+import fcntl
 import importlib.util
 import json
+import time
+import uuid
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from contextlib import nullcontext
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
 
 import yaml
 
@@ -21,16 +26,20 @@ from egrpo_fast.config import CONFIG_FILE, RUN_FILE, Config, ConfigError, load_c
 from egrpo_fast.shapes import EMBEDDED, PROMPTS, pipeline_path
 
 if TYPE_CHECKING:
+    from egrpo_fast.backbones.flux_text import FluxTextEncoder
     from egrpo_fast.engine import World
     from egrpo_fast.heartbeat import Heartbeat
     from egrpo_fast.trainer import Trainer
 
+LOCK_FILE = "run.lock"
+DOWNLOAD_LIMIT = 24 * 3600.0
+"""Seconds that finding a model may take: a hub id is downloaded first."""
 MAY_CHANGE = (
     "resume", "iterations", "output_dir", "wandb", "evaluation.every", "checkpoint.", "guards.", "deepspeed.",
     "rollout.weights", "rollout.micro_batch", "model.decode_batch", "model.gradient_checkpointing",
     "prompts.embeddings",
 )  # fmt: skip
-"""Settings, and sections, that a resumed run may change: none of them changes what it computes."""
+"""Settings, and sections, that a resumed run may change: they change its length, speed, memory and rounding."""
 
 
 def _leaves(tree: Any, path: str = "") -> dict[str, Any]:
@@ -46,15 +55,18 @@ def check_output(config: Config) -> None:
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ConfigError(f"output_dir: {there} is not a folder that can be written")
     if not config.resume:
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and any(file.name != LOCK_FILE for file in folder.iterdir()):
             raise ConfigError(f"output_dir: {folder} is not empty; choose another, or resume=true to continue that run")
         return
     try:
-        before = _leaves(yaml.safe_load((folder / CONFIG_FILE).read_text()))
+        # Through today's settings, so that one that did not exist then has its default.
+        before = _leaves(yaml.safe_load(load_config(str(folder / CONFIG_FILE)).yaml()))
     except (OSError, ValueError, KeyError, yaml.YAMLError) as error:
         raise ConfigError(f"resume: {folder} holds no run to continue ({' '.join(str(error).split())})") from None
     now = _leaves(yaml.safe_load(config.yaml()))
     changed = [key for key in now | before if not key.startswith(MAY_CHANGE) and now.get(key) != before.get(key)]
+    if config.optimizer.decay != "constant" and now["iterations"] != before["iterations"]:
+        changed.append("iterations")  # the learning rate decays towards the last one
     if changed:
         raise ConfigError(f"{', '.join(changed)}: differs from the run in {folder}; a resumed run keeps its settings")
 
@@ -106,6 +118,53 @@ def check_inputs(config: Config) -> tuple[Sequence[str], Sequence[str]]:
     return train_prompts, held_out_prompts
 
 
+def claim_output(config: Config, world: "World") -> IO[str] | None:
+    """Make output_dir this run's: every rank sees it, and no other run writes there. ConfigError, on all ranks.
+
+    Returns what holds the claim, on rank 0, as long as it is open.
+    """
+    folder, mark, told = config.output_dir, uuid.uuid4().hex, ""
+    lock: IO[str] | None = None
+    if world.is_main:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = (folder / LOCK_FILE).open("a+")
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock.truncate(0)
+            lock.write(mark)
+            lock.flush()
+        except BlockingIOError:
+            told = f"output_dir: another run is writing to {folder} right now"
+        except OSError as error:
+            told = f"output_dir: {folder} cannot be written ({error.strerror})"
+    mark, told = world.from_main((mark, told))
+    if told:
+        raise ConfigError(told)
+    deadline = time.monotonic() + 30  # network filesystems show news late
+    while not (seen := _holds(folder / LOCK_FILE, mark)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    blind = [str(rank) for rank, sees in enumerate(world.gather(seen)) if not sees]
+    if blind:
+        raise ConfigError(f"output_dir: rank {', '.join(blind)} does not see {folder}; all machines must share it")
+    return lock
+
+
+def _holds(file: Path, text: str) -> bool:
+    try:
+        return file.read_text() == text
+    except OSError:
+        return False
+
+
+def tell_truncated(text: "FluxTextEncoder", prompts: Sequence[str], field: str) -> None:
+    """Say which prompts are longer than an encoder reads, and what is cut off."""
+    found = [one for start in range(0, len(prompts), 1000) for one in text.truncated(prompts[start : start + 1000])]
+    for one in found[:3]:
+        print(f"{field}: {one}")
+    if found:
+        print(f"{field}: {len(found)} of {len(prompts)} prompts are longer than an encoder reads and are cut")
+
+
 def make_trainer(
     config: Config, world: "World", heart: "Heartbeat", train_prompts: Sequence[str], held_out_prompts: Sequence[str]
 ) -> "Trainer":
@@ -123,7 +182,7 @@ def make_trainer(
     model, dtype = config.model, getattr(torch, config.model.dtype)
     interruption = Interruption(config.guards.stop_seconds)
     torch.manual_seed(config.seed)
-    heart.at("loading", config.model.path)
+    heart.at("finding", config.model.path, limit=DOWNLOAD_LIMIT)
     folder = resolve(pipeline_path(model.path))
     check_folder(str(folder), model.height, model.width)
     transformer, weights = meta_transformer(folder, model.lora, config.seed)
@@ -131,6 +190,9 @@ def make_trainer(
     text: FluxTextEncoder | CachedText
     if config.prompts.embeddings is None:
         text = FluxTextEncoder.from_pretrained(*encoder)
+        if world.is_main:
+            tell_truncated(text, train_prompts, "prompts.train")
+            tell_truncated(text, held_out_prompts, "prompts.held_out")
     else:
         text = CachedText.open(config.prompts.embeddings, *encoder)
         for split, prompts in (("train", train_prompts), ("held_out", held_out_prompts)):
@@ -149,9 +211,11 @@ def make_trainer(
         transformer.enable_gradient_checkpointing()
     if world.is_main and not config.resume:
         config.output_dir.mkdir(parents=True, exist_ok=True)
-        (config.output_dir / CONFIG_FILE).write_text(config.yaml())
         made_by = {"version": __version__, "commit": commit(), "world_size": world.size}
-        (config.output_dir / RUN_FILE).write_text(json.dumps(made_by) + "\n")
+        for name, content in ((RUN_FILE, json.dumps(made_by) + "\n"), (CONFIG_FILE, config.yaml())):
+            beside = config.output_dir / f"{name}.tmp"
+            beside.write_text(content)
+            beside.replace(config.output_dir / name)
     return Trainer(config, world, heart, backbone, rewards, interruption, train_prompts, held_out_prompts)
 
 
@@ -161,10 +225,18 @@ def run(config: Config) -> int:
     from egrpo_fast.engine import World
     from egrpo_fast.heartbeat import Heartbeat, group_store
     from egrpo_fast.interruption import EXIT_CODES
+    from egrpo_fast.rewards import RewardError
 
     world = World(timeout=2 * max(config.guards.stall_seconds, config.deepspeed.init_timeout))
-    with Heartbeat(world.rank, world.size, group_store(), config.guards.stall_seconds) as heart:
-        asked = make_trainer(config, world, heart, *prompts).train()
+    heart = Heartbeat(world.rank, world.size, group_store(), config.guards.stall_seconds)
+    with heart, claim_output(config, world) or nullcontext():
+        trainer = make_trainer(config, world, heart, *prompts)
+        try:
+            asked = trainer.train()
+        except RewardError as error:  # perhaps of this rank alone
+            raise SystemExit(f"error: rank {world.rank}: {error}") from None
+        except ValueError as error:  # not the user's any more: with where it came from
+            raise RuntimeError(f"training failed: {error}") from error
     world.close()
     return EXIT_CODES.get(asked, 0)
 

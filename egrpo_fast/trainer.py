@@ -21,7 +21,7 @@ from egrpo_fast.checkpoint import CheckpointError, CheckpointReader, Checkpoints
 from egrpo_fast.config import CHECKPOINTS, Config
 from egrpo_fast.engine import Engine, World
 from egrpo_fast.export import export
-from egrpo_fast.guards import Guard
+from egrpo_fast.guards import BadSteps, Guard
 from egrpo_fast.heartbeat import Heartbeat
 from egrpo_fast.interruption import Interruption
 from egrpo_fast.methods import plan_of
@@ -41,7 +41,7 @@ BASE_PICTURES = "base_pictures.safetensors"
 class Experience:
     """A scored rollout of one wavefront. rewards [K, P, pictures]: K trained ones; dropped []: share of samples.
 
-    sound []: 1, or NaN where a latent or a reward is not finite: a factor that makes its loss, so the step, be skipped.
+    finite []: whether all latents and rewards are.
     """
 
     prompts: tuple[str, ...]
@@ -49,7 +49,14 @@ class Experience:
     conditioning: Conditioning
     rewards: Tensor
     dropped: Tensor
-    sound: Tensor
+    finite: Tensor
+
+
+class Asked(Exception):
+    """Some rank was asked to end, by this signal; raised on all ranks at the same place."""
+
+    def __init__(self, signal: int) -> None:
+        self.signal = signal
 
 
 @dataclass(frozen=True)
@@ -107,14 +114,18 @@ class Trainer:
         self.watch = metrics.Stopwatch(world.device)
         self.guard = Guard(config.guards)
         self.interruption = interruption
+        self.log: metrics.RunLog | None = None
         self.checkpoints = Checkpoints(
             config.output_dir / CHECKPOINTS,
             world.rank,
             world.size,
             config.checkpoint.keep,
             config.checkpoint.asynchronous,
+            local_ranks=world.local_size,
         )
         self.iteration = 0
+        self._stepped = False  # whether this iteration has changed the weights: then it is brought to its end
+        self._saved: tuple[int, int] | None = None
         self.history: list[tuple[int, dict[str, float]]] = []
         if config.resume:
             self._resume()
@@ -124,63 +135,78 @@ class Trainer:
 
         Returns the signal that asked the run to end early, with a checkpoint of what it had done; 0: none did.
         """
-        config, log = self.config, self._open_log()
+        self.log = self._open_log()
+        try:
+            held_out = self._iterate()
+            self.checkpoints.wait()
+            held_out = held_out or self.evaluate()  # its pictures, where a resumed run had ended
+        except Asked as asked:
+            self.save(needed=True)
+            return asked.signal
+        except BadSteps:
+            self.save(needed=True)
+            raise
+        except Exception:
+            self.heart.at("finishing the last checkpoint", "after an error")
+            with contextlib.suppress(CheckpointError):
+                self.checkpoints.wait()
+            raise
+        self._finish(held_out)
+        if self.log:
+            self.log.close()
+        return 0
+
+    def _iterate(self) -> HeldOut | None:
+        """All that is left of the run, up to its last checkpoint. Returns the last evaluation made."""
+        config = self.config
         held_out: HeldOut | None = None
         while True:
-            best, done = False, self.iteration == config.iterations
-            if self._evaluation_due() and (held_out := self.evaluate()):
-                best = self._report(log, held_out)
-            if asked := self._asked_to_end():
-                self.save(best)
-                self.checkpoints.wait()
-                return asked
-            last = done or self._stopped()
+            self._may_end()
+            if self._evaluation_due():
+                held_out = self.evaluate()
+                self._report(held_out)
+            last = self.iteration == config.iterations or self._stopped()
             due = config.checkpoint.every and self.iteration % config.checkpoint.every == 0
-            if self.iteration and (last or best or due):
-                self.save(best)
+            if self.iteration and (last or due or self._is_best()):
+                self.save()
             if last:
-                break
+                return held_out
             prompts = self.order.iteration(
                 self.iteration, config.prompts.per_iteration, self.world.rank, self.world.size
             )
             batch = self.sample(prompts)
-            if self._asked_to_end():
-                continue  # before the update: the checkpoint is of this iteration's start, and it is done again, alike
+            # A latent or reward that is not finite, on whichever rank: nothing is changed on any.
+            skipped = self.world.agree(not all(experience.finite for experience in batch))
             with self._phase("update"):
-                values = self.update(batch)
+                values = {"skipped_steps": 1} if skipped else self.update(batch)
             self.iteration += 1
+            self._stepped = False
             values |= self._reward_statistics(batch) | self.watch.read()
-            self._log_iteration(log, values, batch)
-        if log:
-            log.close()
-        self.checkpoints.wait()
-        self._finish(held_out or self.evaluate())
-        return 0
+            self._log_iteration(values, batch)
 
     def sample(self, prompts: Sequence[Prompt]) -> list[Experience]:
-        """Roll out and score this rank's prompts: the current policy's experience. Fewer, where the run is to end."""
+        """Roll out and score this rank's prompts: the current policy's experience."""
         self.plan = plan_of(self.config, self.iteration)
         self.wavefront.use(self.plan)
         names = [reward.name for reward in self.trained]
         chunks = list(_chunks([prompt.text for prompt in prompts], self.config.rollout.prompts_per_call))
         numbers = torch.tensor([prompt.number for prompt in prompts], device=self.world.device)
-        rollouts = []
         with self._phase("rollout"):
             conditionings = [self.backbone.encode(chunk) for chunk in chunks]
             with self.engine.inference(self.config.rollout.weights == "gathered") as module:
-                for conditioning, some in zip(conditionings, numbers.split(self.config.rollout.prompts_per_call)):
-                    if self._asked_to_end():
-                        break
-                    velocity = self._velocity(module, conditioning)
-                    rollouts.append(self.wavefront.run(velocity, NoiseKey(self.config.seed, self.iteration, some)))
+                rollouts = [
+                    self.wavefront.run(
+                        self._velocity(module, conditioning), NoiseKey(self.config.seed, self.iteration, some)
+                    )
+                    for conditioning, some in zip(conditionings, numbers.split(self.config.rollout.prompts_per_call))
+                ]
         # The gathered weights are given back before the pictures need their memory.
         with self._phase("rewards"):
             batch = []
             for rollout, conditioning, chunk in zip(rollouts, conditionings, chunks):
                 rewards, dropped = self._score(rollout.final_latents, chunk, names)
                 finite = rollout.final_latents.isfinite().all() & rewards.isfinite().all()
-                sound = torch.where(finite, 1.0, torch.nan)
-                batch.append(Experience(tuple(chunk), rollout, conditioning, rewards, dropped, sound))
+                batch.append(Experience(tuple(chunk), rollout, conditioning, rewards, dropped, finite))
             return batch
 
     def update(self, batch: Sequence[Experience]) -> dict[str, float]:
@@ -198,17 +224,17 @@ class Trainer:
         mismatches, norms, rate, skipped = [], [], 0.0, 0
         for n, group in enumerate(groups):
             for place, experience in enumerate(batch):
-                # Where they are not finite, `sound` makes the loss NaN; the objective itself refuses them.
-                rewards = self.plan.by_group(experience.rewards.nan_to_num(0.0, 0.0, 0.0))[n]
-                rollout = experience.rollout
+                rollout, rewards = experience.rollout, self.plan.by_group(experience.rewards)[n]
                 velocity = self._at_group(experience, n, gradient=True)
                 reference = references[place][n] if references else velocity.detach()
                 part = self.objective(group, rollout.key, velocity, reference, rewards)
                 last = place == len(batch) - 1 and (every_step or n == len(groups) - 1)
-                self.engine.backward(part.loss * experience.sound / share, last)
+                self.engine.backward(part.loss / share, last)
                 parts.append(part.detach())
                 mismatches.append(policy_mismatch(group, reference, rollout.velocities[n]))
             if last:
+                self.heart.at("optimizer step", f"(iteration {self.iteration + 1})")
+                self._stepped = True
                 norm, rate = self.engine.step()
                 if math.isfinite(norm):
                     norms.append(norm)
@@ -229,11 +255,8 @@ class Trainer:
         entropy = sum(group.step.entropy for group in groups) / len(groups)
         return values | {"lr": rate, "skipped_steps": skipped, "step_entropy": entropy}
 
-    def evaluate(self) -> HeldOut | None:
-        """Every reward on held-out prompts, each from its own fixed noise, whatever the ranks and batches.
-
-        None: the run is to end, and there was no time for it.
-        """
+    def evaluate(self) -> HeldOut:
+        """Every reward on held-out prompts, each from its own fixed noise, whatever the ranks and batches."""
         wavefront, names = self.evaluation_wavefront, [reward.name for reward in self.config.rewards]
         size = wavefront.num_prompts
         # Every rank makes the same number of calls: the last ones are filled up with prompts that do not count.
@@ -243,8 +266,6 @@ class Trainer:
         shown: list[tuple[int, Tensor]] = []
         with self._phase("evaluation"), self.engine.inference(self.config.rollout.weights == "gathered") as module:
             for chunk in _chunks(mine, size):
-                if self._asked_to_end():
-                    return None
                 places = [place % len(self.held_out) for place in chunk]
                 prompts = [self.held_out[place] for place in places]
                 velocity = self._velocity(module, self.backbone.encode(prompts))
@@ -252,7 +273,7 @@ class Trainer:
                 latents = wavefront.run(velocity, key, noise.EVALUATION).anchor_latents
                 assert latents is not None
                 pictures = self.backbone.decode(latents)
-                scores = torch.stack([self._call(name, pictures, prompts) for name in names], dim=1)
+                scores = torch.stack([self._call(name, pictures, prompts, drop=True) for name in names], dim=1)
                 for place, row, picture in zip(chunk, scores.tolist(), pictures):
                     if place < len(self.held_out):
                         scored.append((place, row))
@@ -266,29 +287,43 @@ class Trainer:
         grid = torch.stack([picture for _, picture in collected]) if self.world.is_main else None
         return HeldOut(dict(zip(names, means)), grid)
 
-    def save(self, best: bool = False) -> None:
-        """A checkpoint of this iteration, written while training goes on."""
+    def save(self, needed: bool = False) -> None:
+        """A checkpoint of this iteration, written while training goes on. needed: wait for it; CheckpointError."""
         state = {
             "iteration": self.iteration,
             "optimizer_steps": self.engine.steps,
             "held_out": self.history,
             "guard": self.guard.state,
         }
-        attempt = self.world.from_main(uuid.uuid4().hex[:8])
-        with self._phase("checkpoint"):
-            self._told(self.checkpoints.wait)
-            self._told(
-                lambda: self.checkpoints.save(
-                    self.iteration, self.engine.pieces(), self.engine.local(), state, attempt, best
-                )
-            )
+        if self._saved != (self.iteration, len(self.history)):
+            self._saved = self.iteration, len(self.history)
+            attempt = self.world.from_main(uuid.uuid4().hex[:8])
+            if self.log:
+                self.log.sync()  # no checkpoint outlives its lines
+            with self._phase("checkpoint"):
+                self._told(self.checkpoints.wait)
+                pieces, local, best = self.engine.pieces(), self.engine.local(), self._is_best()
+                self._told(lambda: self.checkpoints.save(self.iteration, pieces, local, state, attempt, best), needed)
+        if needed:
+            self.checkpoints.wait()
 
-    def _told(self, write: Callable[[], None]) -> None:
+    def _told(self, write: Callable[[], None], needed: bool = False) -> None:
         """A checkpoint that cannot be written ends no run: those before it stand."""
         try:
             write()
         except CheckpointError as error:
+            if needed:
+                raise
+            self._saved = None
             warnings.warn(f"{error}; training goes on, the checkpoints before it stand", stacklevel=2)
+
+    def _is_best(self) -> bool:
+        """Whether this iteration was evaluated and is the best so far of `checkpoint.best`."""
+        watched = self.config.checkpoint.best
+        if watched is None or not self.history or self.history[-1][0] != self.iteration:
+            return False
+        *before, (_, now) = self.history
+        return all(now[watched] > past[watched] for _, past in before)
 
     def _resume(self) -> None:
         """Continue from the newest checkpoint that is sound on every rank; damaged ones are told and passed over."""
@@ -302,6 +337,7 @@ class Trainer:
                     self.engine.restore(reader, reader.state["optimizer_steps"])
                 self.iteration, self.guard.state = reader.state["iteration"], reader.state["guard"]
                 self.history = [(iteration, rewards) for iteration, rewards in reader.state["held_out"]]
+                self._saved = self.iteration, len(self.history)
                 return
             if self.world.is_main:
                 warnings.warn(f"resume: {path} is damaged and passed over: {'; '.join(found)}", stacklevel=2)
@@ -324,9 +360,10 @@ class Trainer:
         due = self.iteration in (0, self.config.iterations) or (every and self.iteration % every == 0)
         return bool(due) and self.iteration not in done
 
-    def _asked_to_end(self) -> int:
-        """The signal that some rank was asked to end by, the same on all; 0: none."""
-        return int(self.world.largest(torch.tensor(self.interruption.signal)))
+    def _may_end(self) -> None:
+        """Asked, on every rank at the same call, where some rank was asked to end and the weights are as they were."""
+        if not self._stepped and (signal := self.world.agree(self.interruption.signal)):
+            raise Asked(signal)
 
     @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -337,6 +374,7 @@ class Trainer:
     def _velocity(self, module: nn.Module, conditioning: Conditioning) -> Velocity:
         def velocity(latents: Tensor, t: float, rows: Tensor) -> Tensor:
             self.heart.at("model call", f"(iteration {self.iteration + 1}, t = {t:.3f})")
+            self._may_end()  # every rank makes the same calls
             return self.backbone.velocity(module, latents, t, conditioning, rows)
 
         return velocity
@@ -364,11 +402,16 @@ class Trainer:
             return fill_dropped(self.plan.compared(rewards))
         return rewards, rewards.new_zeros(())
 
-    def _call(self, name: str, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """A reward's scores [B]; what it fails on: NaN, or the end of the run, by `objective.on_error`."""
-        if self.config.objective.on_error == "skip":
-            return score_or_nan(name, self.rewards[name], images, prompts)
-        return score(name, self.rewards[name], images, prompts, drop=self.config.objective.on_error == "drop")
+    def _call(self, name: str, images: Tensor, prompts: Sequence[str], drop: bool = False) -> Tensor:
+        """A reward's scores [B]; what it fails on: NaN, or the end of the run, by `objective.on_error`.
+
+        drop: NaN only for the pictures at fault, where it is not to end the run.
+        """
+        self.heart.at(f"reward {name}", f"(iteration {self.iteration + 1})")
+        on_error = self.config.objective.on_error
+        if on_error == "skip":
+            return score_or_nan(name, self.rewards[name], images, prompts, drop)
+        return score(name, self.rewards[name], images, prompts, drop=on_error == "drop")
 
     def _reward_statistics(self, batch: Sequence[Experience]) -> dict[str, float]:
         rewards = torch.cat([experience.rewards for experience in batch], dim=1)
@@ -416,12 +459,13 @@ class Trainer:
         found = verdict(self.config, self.history)
         return found is not None and found.stop
 
-    def _log_iteration(self, log: metrics.RunLog | None, values: dict[str, float], batch: Sequence[Experience]) -> None:
+    def _log_iteration(self, values: dict[str, float], batch: Sequence[Experience]) -> None:
         """Metrics, alarms, and whose prompts a skipped step was of. BadSteps after too many in a row."""
+        log = self.log
         skipped = int(values["skipped_steps"])
         concerned: list[str] = []
         if skipped:  # the same on every rank
-            mine = [prompt for experience in batch if experience.sound.isnan() for prompt in experience.prompts]
+            mine = [prompt for experience in batch if not experience.finite for prompt in experience.prompts]
             concerned = [prompt for rank in self.world.gather(mine) for prompt in rank]
         alarms, notes = self.guard.alarms(values), {"spread_by_step": self._spread_by_step(batch)}
         if log:
@@ -437,13 +481,11 @@ class Trainer:
             log.say(f"WARNING: skipped {skipped} step(s), nothing was changed: {why} not finite")
         self.guard.skipped(skipped, why)
 
-    def _report(self, log: metrics.RunLog | None, held_out: HeldOut) -> bool:
-        """Tell an evaluation. Returns whether it is the best so far of `checkpoint.best`."""
-        watched = self.config.checkpoint.best
-        best = watched is not None and all(held_out.rewards[watched] > past[watched] for _, past in self.history)
+    def _report(self, held_out: HeldOut) -> None:
         self.history.append((self.iteration, held_out.rewards))
+        log = self.log
         if log is None:
-            return best
+            return
         assert held_out.pictures is not None
         folder = self.config.output_dir
         values = {f"held_out/{name}": value for name, value in held_out.rewards.items()}
@@ -464,10 +506,9 @@ class Trainer:
         figures.picture_grid(folder / "pictures" / f"iteration-{self.iteration:06d}.png", held_out.pictures, captions)
         if self.iteration == 0:
             save_file({"pictures": held_out.pictures.contiguous()}, folder / BASE_PICTURES)
-        return best
 
-    def _finish(self, after: HeldOut | None) -> None:
-        if after is None or not self.world.is_main:
+    def _finish(self, after: HeldOut) -> None:
+        if not self.world.is_main:
             return
         assert after.pictures is not None
         folder = self.config.output_dir

@@ -331,6 +331,34 @@ def test_what_saves_memory_does():
     assert offloaded.host["master weights"] + offloaded.host["optimizer moments"] == 12 * 11_901_408_320 / 8
 
 
+@pytest.mark.parametrize(
+    ("changes", "per_weight"),
+    [
+        ((), 12),
+        (("optimizer.ema_decay=0.99",), 16),
+        (("optimizer.name=adamw8bit",), 4 + 2 + 2 * 4 / 256),
+        (("deepspeed.offload_optimizer=nvme", "deepspeed.nvme_path=folder"), 12),
+    ],
+)
+def test_a_checkpoint_is_copied_to_host_memory_by_each_rank_and_kept_on_the_disk(changes, per_weight):
+    estimate = flux("checkpoint.keep=3", "checkpoint.best=clip", *changes)
+    assert estimate.checkpoint == pytest.approx(per_weight * 11_901_408_320)
+    assert estimate.memory.host["copy of a checkpoint"] == pytest.approx(estimate.checkpoint / 8)
+    assert estimate.checkpoints_on_disk == 5
+    adapters = flux("model.lora={rank: 8}", *changes)
+    assert adapters.checkpoint == pytest.approx(per_weight * adapters.trained) and adapters.trained < 10**8
+
+
+def test_the_plan_tells_host_memory_by_machine_and_the_checkpoints(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["egrpo", "plan", "flux-dev-32gpu", "--gpus", "32", "--nodes", "4"])
+    cli.main()
+    told = capsys.readouterr().out
+    host = Cost(load_config("flux-dev-32gpu"), Cluster(32, 4)).memory.host
+    assert f"host memory per machine {8 * sum(host.values()) / GIB:.3g} GiB; per GPU: " in told
+    assert "copy of a checkpoint 4.16" in told
+    assert "a checkpoint 133 GiB; at most 3 on the disk at once, 399 GiB" in told
+
+
 def test_gathered_weights_are_received_once():
     gathered, sharded = flux(), flux("rollout.weights=sharded")
     assert gathered.traffic["rollout"] == 2 * 11_901_408_320 * 7 / 8

@@ -343,7 +343,8 @@ def right_values(kinds):
 
 
 CROSS = {  # fields whose range depends on others
-    "schedule.num_steps", "schedule.shift", "schedule.eta", "schedule.sde_form", "method", "schedule.merge_lengths", "schedule.active_steps",
+    "schedule.num_steps", "schedule.shift", "schedule.eta", "schedule.sde_form", "method",
+    "schedule.merge_lengths", "schedule.active_steps",
     "schedule.max_merge", "rewards.0.weight", "rewards.0.name", "rewards.1.name", "evaluation.stop_when",
     "evaluation.stop_when.reward", "evaluation.every", "checkpoint.best", "deepspeed.offload_optimizer",
     "deepspeed.offload_weights", "deepspeed.zero_stage", "model.lora", "rewards",

@@ -44,10 +44,10 @@ def score(name: str, reward: Reward, images: Tensor, prompts: Sequence[str], dro
     return scores
 
 
-def score_or_nan(name: str, reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
+def score_or_nan(name: str, reward: Reward, images: Tensor, prompts: Sequence[str], drop: bool = False) -> Tensor:
     """`score`, but NaN for all of them, and a warning, where it raises RewardError."""
     try:
-        return score(name, reward, images, prompts)
+        return score(name, reward, images, prompts, drop)
     except RewardError as error:
         warnings.warn(f"{error}: no score for {len(images)} pictures", stacklevel=2)
         return torch.full((len(images),), torch.nan, device=images.device)

@@ -115,7 +115,7 @@ def lines(folder):
 
 
 def iterations(folder):
-    return [line for line in lines(folder) if "loss" in line]
+    return [line for line in lines(folder) if "skipped_steps" in line]
 
 
 def weights(folder):

@@ -34,7 +34,7 @@ def test_every_damage_to_every_file_goes_one_back_and_is_told(server, tmp_path, 
 
 def test_the_command_resumes_from_the_one_before(server, one_rank, tmp_path):
     run = tmp_path / "run"
-    server.run(run, signal_at={0: (15, "update", 5)})  # after iteration 5
+    server.run(run, signal_at={0: (15, "update", 6)})  # whose update is then left
     (file,) = checkpoint(run, 5).glob("*.safetensors")
     dict(damages(file))["cut short"]()
     told = server.resume(run)

@@ -16,7 +16,7 @@ PHASES = {  # phase and for the how manieth time it is entered -> iterations tha
     ("rollout", 2): 1,
     ("model call", 18): 1,
     ("rewards", 5): 1,
-    ("update", 2): 2,
+    ("update", 2): 1,
     ("checkpoint", 2): 2,
     ("export", 1): 8,
 }
