@@ -312,12 +312,17 @@ class Engine:
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss, scale_wrt_gas=False)
 
+    @property
+    def rate(self) -> float:
+        """The learning rate of the next step."""
+        return self._engine.get_lr()[0]
+
     def step(self) -> tuple[float, float]:
         """One optimizer step. Returns the gradient norm before clipping and the learning rate that was used.
 
         A gradient that is not finite, on whichever rank, changes nothing on any: the norm is then infinite.
         """
-        rate = self._engine.get_lr()[0]
+        rate = self.rate
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm())
         if not 0.0 <= norm < math.inf:  # DeepSpeed skipped the step and left the schedule where it was

@@ -178,7 +178,7 @@ class Trainer:
             # A latent or reward that is not finite, on whichever rank: nothing is changed on any.
             skipped = self.world.agree(not all(experience.finite for experience in batch))
             with self._phase("update"):
-                values = {"skipped_steps": 1} if skipped else self.update(batch)
+                values = {"lr": self.engine.rate, "skipped_steps": 1} if skipped else self.update(batch)
             self.iteration += 1
             self._stepped = False
             values |= self._reward_statistics(batch) | self.watch.read()

@@ -155,7 +155,7 @@ def launch(folder, stage, ranks, *overrides):
 @pytest.mark.parametrize(
     ("stage", "ranks"),
     [
-        (1, 1), (2, 2), (3, 1), (3, 2),
+        (3, 2), *(pytest.param(*one, marks=pytest.mark.slow) for one in ((1, 1), (2, 2), (3, 1))),
         pytest.param(3, 4, marks=pytest.mark.slow), pytest.param(1, 2, marks=pytest.mark.slow),
         pytest.param(2, 4, marks=pytest.mark.slow),
     ],
@@ -219,7 +219,7 @@ def test_other_places_for_weights_and_optimizer(overrides, tmp_path):
     assert load_file(tmp_path / "full-3-2.safetensors")
 
 
-@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("stage", [1, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (2, 3))])
 def test_an_iteration_in_bfloat16(stage, tmp_path):
     """With float32 master weights and gradients, whichever of DeepSpeed's optimizers that takes."""
     launch(tmp_path, stage, 2, "model.dtype=bfloat16")

@@ -56,7 +56,8 @@ def test_an_echo_counts_as_the_same():
 
 def test_a_second_signal_ends_at_once():
     found, told = ended(signal.SIGTERM, signal.SIGTERM, how="deaf", pause=0.6)
-    assert found == FORCED and "asked again: ended at once; the last complete checkpoint, if there is one, stands" in told
+    assert found == FORCED
+    assert "asked again: ended at once; the last complete checkpoint, if there is one, stands" in told
 
 
 def test_too_late_ends_at_once():
