@@ -229,14 +229,17 @@ def run(config: Config) -> int:
 
     world = World(timeout=2 * max(config.guards.stall_seconds, config.deepspeed.init_timeout))
     heart = Heartbeat(world.rank, world.size, group_store(), config.guards.stall_seconds)
-    with heart, claim_output(config, world) or nullcontext():
-        trainer = make_trainer(config, world, heart, *prompts)
-        try:
-            asked = trainer.train()
-        except RewardError as error:  # perhaps of this rank alone
-            raise SystemExit(f"error: rank {world.rank}: {error}") from None
-        except ValueError as error:  # not the user's any more: with where it came from
-            raise RuntimeError(f"training failed: {error}") from error
+    try:
+        with heart, claim_output(config, world) or nullcontext():
+            trainer = make_trainer(config, world, heart, *prompts)
+            try:
+                asked = trainer.train()
+            except RewardError:
+                raise
+            except ValueError as error:  # not the user's any more: with where it came from
+                raise RuntimeError(f"training failed: {error}") from error
+    except RewardError as error:  # perhaps of this rank alone
+        raise SystemExit(f"error: rank {world.rank}: {error}") from None
     world.close()
     return EXIT_CODES.get(asked, 0)
 

@@ -54,7 +54,7 @@ def test_always_bad_rewards_end_the_run_with_a_report(server, tmp_path, figures)
         told,
     )
     assert [line["skipped_steps"] for line in iterations(run)] == [0, 1, 1]
-    assert unsound(run) == [] and newest(run) == 2
+    assert unsound(run) == [] and newest(run) == 3
     figures["reward: NaN always"] = "ends after guards.bad_steps, names the prompts, status 1"
 
 
@@ -81,7 +81,7 @@ def test_a_reward_that_hangs_is_told_by_name(ranks, server, tmp_path, figures):
     codes = started.wait()
     told, seconds = started.told(), time.monotonic() - began
     assert not started.kill() and codes[-1] == 75 and all(codes), told[-4000:]
-    assert re.search(rf"rank {ranks - 1} waited \d+ s in rewards \(iteration 2\)", told)
+    assert re.search(rf"rank {ranks - 1} waited \d+ s in reward \S+ \(iteration 2\)", told)
     assert "fault_injection.py" in told, "the traceback of who hangs"
     assert unsound(run) == [] and newest(run) == 1
     figures[f"reward: hangs, {ranks} rank(s)"] = f"told by rank and phase with its traceback, status {codes}"
