@@ -54,13 +54,16 @@ def test_a_stalled_rank_is_named_by_the_others():
     assert "in stuck_in_a_reward" in told[1]
 
 
+@pytest.mark.slow
 def test_the_stores_rank_ends_only_when_the_others_know_why():
     codes, told = run("stalled_alone", 2, culprit=0, stall_seconds=1)
     assert codes == [EXIT_CODE] * 2
     assert "rank 0 failed: rank 0 waited 1 s in decoding" in told[1] and "store" not in told[1].split("[heartbeat]")[1]
 
 
-@pytest.mark.parametrize(("ranks", "culprit"), [(2, 0), (3, 1)], ids=["the store's rank", "another"])
+@pytest.mark.parametrize(
+    ("ranks", "culprit"), [pytest.param(2, 0, marks=pytest.mark.slow), (3, 1)], ids=["the store's rank", "another"]
+)
 def test_a_killed_rank_is_named(ranks, culprit):
     codes, told = run("killed", ranks, culprit)
     assert codes == [EXIT_CODE if rank != culprit else -9 for rank in range(ranks)]
@@ -68,7 +71,9 @@ def test_a_killed_rank_is_named(ranks, culprit):
         assert re.search(f"rank {culprit} is gone: .*, last in rollout step 3", told[rank])
 
 
-@pytest.mark.parametrize(("ranks", "culprit"), [(2, 0), (3, 1)], ids=["the store's rank", "another"])
+@pytest.mark.parametrize(
+    ("ranks", "culprit"), [pytest.param(2, 0, marks=pytest.mark.slow), (3, 1)], ids=["the store's rank", "another"]
+)
 def test_a_failed_rank_is_named_with_its_error(ranks, culprit):
     codes, told = run("failed", ranks, culprit)
     assert codes == [EXIT_CODE if rank != culprit else 1 for rank in range(ranks)]
@@ -77,6 +82,7 @@ def test_a_failed_rank_is_named_with_its_error(ranks, culprit):
         assert f"rank {culprit} failed: OSError: No space left on device" in told[rank]
 
 
+@pytest.mark.slow
 def test_python_ends_in_peace_after_a_failure():
     """Beats so fast that the thread is almost surely inside a store call: frozen there, it would abort the process."""
     codes, _ = run("failed", 2, culprit=1, beat=1e-4)
@@ -97,6 +103,7 @@ def test_whoever_loses_its_peer_in_a_collective_tells_who_fell_silent():
     assert re.search(r"rank 1: gather rewards, .* \(not heard of for", told[0])
 
 
+@pytest.mark.slow
 def test_slow_ranks_that_progress_end_well():
     """Rank 0, which serves the store, is done long before the other."""
     codes, told = run("fine", 2, culprit=1, stall_seconds=1.2)
@@ -110,6 +117,7 @@ def test_one_rank_needs_no_store():
     assert "likely" not in told[0] and "all ranks" not in told[0]
 
 
+@pytest.mark.slow
 def test_a_call_that_holds_pythons_lock_ends_too():
     codes, told = run("lock_held", 1, culprit=0, stall_seconds=1)
     assert codes == [1] and "lock_held" in told[0]

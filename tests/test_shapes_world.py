@@ -150,18 +150,24 @@ def test_attacks_do_not_pay(truth):
         "noise": ((images + away * 0.15 * torch.randn(images.shape, generator=generator)).clamp(0, 1), every, 0.5),
         "stripes": ((images + away * stripes).clamp(0, 1), every, 0.5),
         "wrong shape": (
-            draw([altered(s, shape=another(SHAPES, {s.things[0].shape}, generator)) for s in parsed]), every, 0.8,
+            draw([altered(s, shape=another(SHAPES, {s.things[0].shape}, generator)) for s in parsed]),
+            every,
+            0.8,
         ),
         "wrong colour": (
             draw([altered(s, colour=another(COLOURS, {t.colour for t in s.things}, generator)) for s in parsed]),
-            every, 0.8,
+            every,
+            0.8,
         ),
         "wrong size": (
-            draw([altered(s, size=another(SIZES, {s.things[0].size}, generator)) for s in parsed]), every, 0.8,
+            draw([altered(s, size=another(SIZES, {s.things[0].size}, generator)) for s in parsed]),
+            every,
+            0.8,
         ),
         "wrong place": (
             draw([altered(s, place=another(CORNERS, {t.place for t in s.things}, generator)) for s in parsed]),
-            every, 0.8,
+            every,
+            0.8,
         ),
         "missing thing": (draw([Scene(s.things[-1:]) for s in parsed]), pairs, 0.8),
         "extra thing": (extra, every, 0.9),

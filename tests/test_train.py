@@ -82,7 +82,7 @@ def test_the_ratio_is_one_before_the_first_update(tmp_path):
         assert line["policy_mismatch"] < 1e-5
 
 
-@pytest.mark.parametrize("rollout_weights", ["gathered", "sharded"])
+@pytest.mark.parametrize("rollout_weights", ["gathered", pytest.param("sharded", marks=pytest.mark.slow)])
 def test_two_ranks_equal_one(rollout_weights, uninterrupted, tmp_path):
     """The same prompts, dealt to two ranks: the same rewards, and the same weights to float32 tolerance. However the
     rollout finds its weights."""

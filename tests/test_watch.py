@@ -12,6 +12,7 @@ import torch
 
 from egrpo_fast.config import ConfigError, load_config
 from egrpo_fast.figures import curves
+from egrpo_fast.guards import Guard
 from egrpo_fast.metrics import Stopwatch
 from egrpo_fast.prompts import PromptOrder
 from egrpo_fast.trainer import HeldOut, Trainer
@@ -86,10 +87,14 @@ class Scripted(Trainer):
 
     def __init__(self, output, clip, iteration=0, history=()):
         self.config = load_config("shapes", [RULE, f"output_dir={output}", "evaluation.every=1", "iterations=6"])
-        self.world = SimpleNamespace(is_main=False, rank=0, size=1)
+        self.world = SimpleNamespace(is_main=False, rank=0, size=1, agree=int)
+        self.heart = SimpleNamespace(at=lambda *place: None)
+        self.interruption, self.checkpoints = SimpleNamespace(signal=0), SimpleNamespace(wait=lambda: None)
+        self.guard, self._stepped = Guard(self.config.guards), False
         self.order, self.watch = PromptOrder(["a"], 0), Stopwatch(torch.device("cpu"))
         self.clip, self.iteration, self.history = clip, iteration, list(history)
         self.saved, self.finished = {}, None
+        self._saved = (iteration, len(self.history))
 
     def evaluate(self):
         means = {"shapes_soft": self.iteration / 10, "clip": self.clip[self.iteration], "shapes_strict": 0.0}
@@ -99,13 +104,17 @@ class Scripted(Trainer):
         return []
 
     def update(self, batch):
-        return {}
+        return {"skipped_steps": 0}
 
     def _reward_statistics(self, batch):
         return {}
 
-    def save(self):
-        self.saved[self.iteration] = list(self.history)
+    def _spread_by_step(self, batch):
+        return {}
+
+    def save(self, needed=False):
+        if self._saved != (self.iteration, len(self.history)):
+            self.saved[self.iteration] = list(self.history)
 
     def _finish(self, after):
         self.finished = (self.iteration, after.rewards["clip"])
