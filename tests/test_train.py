@@ -7,16 +7,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from egrpo_fast.backbones.flux_text import FluxTextEncoder
 from egrpo_fast.checkpoint import Checkpoints
 from egrpo_fast.config import load_config
 from egrpo_fast.shapes import PIPELINE
-from egrpo_fast.train import check_inputs
+from egrpo_fast.train import check_inputs, claim_output, tell_truncated
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -157,6 +159,31 @@ def test_another_run_is_never_overwritten(uninterrupted):
     with pytest.raises(ValueError, match="schedule.eta: differs from the run"):
         check_inputs(load_config("shapes", [*TINY, f"output_dir={uninterrupted}", "resume=true", "schedule.eta=0.5"]))
     assert before == {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")}
+
+
+ALONE = SimpleNamespace(is_main=True, from_main=lambda value: value, gather=lambda value: [value])
+
+
+def test_a_folder_that_a_run_is_writing_to_is_refused_to_another(tmp_path):
+    config = load_config("shapes", [f"output_dir={tmp_path / 'run'}"])
+    with claim_output(config, ALONE), pytest.raises(ValueError, match="output_dir: another run is writing to"):
+        claim_output(config, ALONE)
+    claim_output(config, ALONE).close()
+
+
+def test_a_folder_that_some_rank_does_not_see_is_refused(tmp_path):
+    apart = SimpleNamespace(is_main=True, from_main=lambda value: value, gather=lambda seen: [seen, False])
+    with pytest.raises(ValueError, match="output_dir: rank 1 does not see"):
+        claim_output(load_config("shapes", [f"output_dir={tmp_path / 'run'}"]), apart)
+
+
+def test_prompts_that_are_cut_are_told(capsys):
+    text = FluxTextEncoder.from_pretrained(PIPELINE, 24)
+    tell_truncated(text, ["a red circle", "a red circle " * 20], "prompts.train")
+    told = capsys.readouterr().out
+    assert "prompts.train: T5 sees 24 of" in told and "of 2 prompts are longer than an encoder reads" in told
+    tell_truncated(text, ["a red circle"], "prompts.train")
+    assert not capsys.readouterr().out
 
 
 def test_the_command_tells_one_line_and_fails():
