@@ -19,10 +19,10 @@ import socket
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, count, islice
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -86,18 +86,26 @@ ABLATIONS = [
 STUDIES = {"compare": COMPARE, "ablations": ABLATIONS}
 
 
-def evaluations(overrides: Iterable[str], iterations: int) -> list[int]:
-    """Model evaluations done after 0, 1, ... iterations, those of held-out pictures apart."""
+def evaluations_of(overrides: Iterable[str]) -> Iterator[int]:
+    """Model evaluations done after 0, 1, ... iterations, without end; those of held-out pictures apart."""
     config = load_config("shapes", list(overrides))
-    plans = (plan_of(config, i) for i in range(iterations))
-    return [0, *accumulate(plan.evaluations + BACKWARD * plan.trained_states for plan in plans)]
+    plans = (plan_of(config, iteration) for iteration in count())
+    return accumulate((plan.evaluations + BACKWARD * plan.trained_states for plan in plans), initial=0)
+
+
+def evaluations(overrides: Iterable[str], iterations: int) -> list[int]:
+    """Model evaluations done after 0, 1, ... `iterations` iterations."""
+    return list(islice(evaluations_of(overrides), iterations + 1))
 
 
 def affordable(overrides: Iterable[str], budget: int) -> int:
     """The number of iterations whose evaluations come nearest to `budget`."""
-    done = evaluations(overrides, 40 * BUDGET)
-    assert done[-1] > budget
-    return min(range(1, len(done)), key=lambda i: abs(done[i] - budget))
+    before = 0
+    for iteration, done in enumerate(evaluations_of(overrides)):
+        if done >= budget:
+            return iteration if done - budget <= budget - before else iteration - 1
+        before = done
+    raise AssertionError
 
 
 def measured_sizes(runs: Path, seeds: Iterable[int]) -> list[int]:
@@ -196,7 +204,7 @@ def last(cell: dict, reward: str) -> list[float]:
 
 
 def table(results: dict) -> str:
-    """Markdown: a row per cell, its last held-out rewards, mean and 95% interval, and the paired difference to E-GRPO."""
+    """Markdown, a row per cell: its last held-out rewards, mean and 95% interval; the paired difference to E-GRPO."""
     cells, base = results["cells"], results["cells"][BASE]
     heads = ["", "iterations", "evaluations", *(f"`{name}`" for name in REWARDS), "less E-GRPO's", "minutes"]
     rows = [heads, ["---"] * len(heads)]
