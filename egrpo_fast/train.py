@@ -181,7 +181,7 @@ def make_trainer(
 
     model, dtype = config.model, getattr(torch, config.model.dtype)
     interruption = Interruption(config.guards.stop_seconds)
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.seed)  # nothing here draws from it; a user's reward may
     heart.at("finding", config.model.path, limit=DOWNLOAD_LIMIT)
     folder = resolve(pipeline_path(model.path))
     check_folder(str(folder), model.height, model.width)
