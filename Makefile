@@ -9,7 +9,7 @@ ARGS ?=
 # Run from here, Python would otherwise find the folder `kernels/` under a bare name that belongs to another package.
 export PYTHONSAFEPATH := 1
 
-.PHONY: train test test-slow lint parity plan bench plot gpu learning compare ablations faults soak sanitize resources clean
+.PHONY: train test test-slow lint docs parity plan bench plot gpu learning compare ablations faults soak sanitize resources clean
 
 train: $(VENV)/.installed
 	@echo "== training recipe $(RECIPE) into $(OUT)"
@@ -32,6 +32,11 @@ parity: $(VENV)/.installed-dev
 
 plan: $(VENV)/.installed
 	$(BIN)/egrpo plan $(RECIPE) $(ARGS)
+
+# What is generated in docs/: the configuration reference, and the paper's figures from the schedule and recorded spreads.
+docs: $(VENV)/.installed-dev
+	$(BIN)/egrpo settings > docs/configuration.md
+	$(BIN)/python benchmarks/paper_figures.py $(ARGS)
 
 learning: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/learning.py $(ARGS)

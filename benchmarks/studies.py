@@ -206,10 +206,10 @@ def last(cell: dict, reward: str) -> list[float]:
 def table(results: dict) -> str:
     """Markdown, a row per cell: its last held-out rewards, mean and 95% interval; the paired difference to E-GRPO."""
     cells, base = results["cells"], results["cells"][BASE]
-    heads = ["", "iterations", "evaluations", *(f"`{name}`" for name in REWARDS), "less E-GRPO's", "minutes"]
+    heads = ["", "iterations", "evaluations", *(f"`{name}`" for name in REWARDS), "less E-GRPO's", "minutes", "CPU"]
     rows = [heads, ["---"] * len(heads)]
     first = [statistics.mean(seed["held_out"][reward][0] for seed in base["seeds"]) for reward in REWARDS]
-    rows.append(["untrained", "", "", *(f"{value:.3f}" for value in first), "", ""])
+    rows.append(["untrained", "", "", *(f"{value:.3f}" for value in first), "", "", ""])
     for name, cell in cells.items():
         differences = [ours - theirs for ours, theirs in zip(last(cell, "shapes_soft"), last(base, "shapes_soft"))]
         rows.append(
@@ -219,7 +219,10 @@ def table(results: dict) -> str:
                 f"{cell['evaluations'][-1]:,}",
                 *(f"{statistics.mean(last(cell, r)):.3f} ± {interval(last(cell, r)):.3f}" for r in REWARDS),
                 "" if name == BASE else f"{statistics.mean(differences):+.3f} ± {interval(differences):.3f}",
-                f"{statistics.mean(seed['seconds'] for seed in cell['seeds']) / 60:.1f}",
+                *(
+                    f"{statistics.mean(seed[key] for seed in cell['seeds']) / 60:.1f}"
+                    for key in ("seconds", "cpu_seconds")
+                ),
             ]
         )
     lines = [f"| {' | '.join(row)} |" for row in rows]
