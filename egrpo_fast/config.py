@@ -185,6 +185,8 @@ class BranchGrpo(_Section):
     """Steps in a row that are not trained: from the end, sliding towards the last split."""
     slide_every: Positive = 30
     """Iterations until they slide by one."""
+    extremes: Annotated[int, Field(ge=0)] = 0
+    """Only the nodes above so many best and as many worst leaves are trained; 0: all are."""
 
     @property
     def uses(self) -> set[str]:
@@ -431,6 +433,10 @@ class Config(_Section):
             leaves = method.branching ** len(method.splits)
             if leaves > method.max_rows:
                 raise ValueError(f"method.max_rows: a tree of {leaves} leaves is wider than {method.max_rows}")
+            if 2 * method.extremes > leaves:
+                raise ValueError(
+                    f"method.extremes: {method.extremes} best and worst of {leaves}; at most {leaves // 2}"
+                )
             if method.pruned_steps >= last - max(method.splits):
                 room = last - max(method.splits) - 1
                 raise ValueError(f"method.pruned_steps: {method.pruned_steps}; after the last split at most {room}")

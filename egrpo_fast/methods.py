@@ -40,6 +40,7 @@ def _trajectories(
     num_starts: int = 1,
     tail_stride: int = 1,
     antithetic: bool = False,
+    extremes: int = 0,
 ) -> Plan:
     """Trajectories from `num_starts` noises: SDE at the steps `stochastic`, ODE before and after.
 
@@ -59,7 +60,7 @@ def _trajectories(
         if samples.index in trained and len(samples.rows) > 1:
             share = len(rows) // len(samples.rows)
             draft.train(samples, tuple(rows[i : i + share] for i in range(0, len(rows), share)))
-    return draft.plan()
+    return draft.plan(extremes)
 
 
 def flow_grpo(
@@ -88,14 +89,20 @@ def mix_grpo(
 
 
 def branch_grpo(
-    schedule: Schedule, splits: Sequence[int], branching: int, trained: Container[int], antithetic: bool = False
+    schedule: Schedule,
+    splits: Sequence[int],
+    branching: int,
+    trained: Container[int],
+    extremes: int = 0,
+    antithetic: bool = False,
 ) -> Plan:
     """BranchGRPO (arXiv 2509.06040): a tree, stochastic from its first split on, each split into `branching` children.
 
-    A node's reward is the mean of the leaves under it, its advantage is among the nodes of its depth.
+    A node's reward is the mean of the leaves under it, its advantage is among the nodes of its depth. extremes: only
+    the nodes above so many best and worst leaves are trained; 0: all.
     """
     stochastic = range(min(splits), schedule.num_steps - 1)
-    return _trajectories(schedule, stochastic, trained, dict.fromkeys(splits, branching), antithetic=antithetic)
+    return _trajectories(schedule, stochastic, trained, dict.fromkeys(splits, branching), 1, 1, antithetic, extremes)
 
 
 def granular_grpo(
@@ -187,7 +194,7 @@ def plan_of(config: Config, iteration: int) -> Plan:
             return mix_grpo(schedule, size, window, method.same_noise, stride, pairs)
         case BranchGrpo():
             left = unpruned_steps(count, method.pruned_steps, method.slide_every, max(method.splits), iteration)
-            return branch_grpo(schedule, method.splits, method.branching, left, pairs)
+            return branch_grpo(schedule, method.splits, method.branching, left, method.extremes, pairs)
         case GranularGrpo():
             return granular_grpo(schedule, sizes, method.strides, pairs)
         case TempFlowGrpo():

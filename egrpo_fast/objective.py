@@ -47,14 +47,23 @@ class Objective:
     normalise: Literal["std", "none"] = "std"
 
     def __call__(
-        self, group: Group, key: NoiseKey, velocity: Tensor, old_velocity: Tensor, rewards: Tensor
+        self,
+        group: Group,
+        key: NoiseKey,
+        velocity: Tensor,
+        old_velocity: Tensor,
+        rewards: Tensor,
+        kept: Tensor | None = None,
     ) -> GroupLoss:
         """velocity, old_velocity [P * S, L, C] at the group's states; rewards [K V, P, G] as of `Plan.by_group`.
 
         The ratio compares the new velocity with `old_velocity` under the rollout's own noise, replayed from its key:
-        with equal velocities it is exactly 1.
+        with equal velocities it is exactly 1. kept [P, G], of `Plan.unpruned`: samples that count; the others' rewards
+        are compared with, but their ratio stays 1.
         """
         log_ratio = self._log_ratio(group, key, velocity, old_velocity)
+        if kept is not None:
+            log_ratio = torch.where(kept, log_ratio, torch.zeros_like(log_ratio))
         rewards, weights, mix = self._mixed(rewards.to(log_ratio.dtype), len(group.views))
         # What scales a whole group's advantages scales its loss: the op standardises, the rest is a factor.
         factor = group.weight * (group.size / (group.size - 1) if self.baseline == "leave_one_out" else 1.0)
@@ -68,6 +77,10 @@ class Objective:
         losses, advantages, clip_fractions = (torch.stack(values) for values in zip(*parts))
         advantages = factor * spreads[:, None] * advantages.flatten(0, 1)
         return GroupLoss(factor * (losses * spreads).mean(), advantages, log_ratio.detach(), clip_fractions.mean())
+
+    def mixed(self, rewards: Tensor) -> Tensor:
+        """Weighted sum of rewards [K, P, n]: [P, n]."""
+        return torch.einsum("k,kpn->pn", rewards.new_tensor(self.weights), rewards)
 
     def _log_ratio(self, group: Group, key: NoiseKey, velocity: Tensor, old_velocity: Tensor) -> Tensor:
         """[P, G]; of a mirrored sample, whose noise is -eps, from its twin's: `log r- = -log r+ - mean_p z^2`."""

@@ -100,7 +100,8 @@ class Plan:
 
     num_rows: state rows of one prompt. waves: by grid index; only steps at which some row is live. groups: at most one
     per grid index, increasing; several may share pictures.
-    starts: rows that begin as noise, each with the sample word of its stream.
+    starts: rows that begin as noise, each with the sample word of its stream. extremes: of every prompt's pictures only
+    so many best and worst ones train what led to them; 0: all do.
     """
 
     schedule: Schedule
@@ -108,6 +109,7 @@ class Plan:
     waves: tuple[Wave, ...]
     groups: tuple[Group, ...]
     starts: tuple[tuple[int, int], ...] = ((ANCHOR, 0),)
+    extremes: int = 0
 
     def __post_init__(self) -> None:
         indices = [group.index for group in self.groups]
@@ -162,6 +164,15 @@ class Plan:
             seen = [values[..., torch.tensor(view, device=values.device)].mean(-1) for view in views]
             result.append(torch.stack(seen, dim=1).flatten(0, 1))
         return tuple(result)
+
+    def unpruned(self, scores: Tensor) -> tuple[Tensor | None, ...]:
+        """Scores [P, pictures] -> per group bool [P, G]: samples that led to one of the `extremes`. None: all train."""
+        if not self.extremes:
+            return (None,) * len(self.groups)
+        order = scores.argsort(-1)
+        chosen = torch.cat((order[:, : self.extremes], order[:, -self.extremes :]), -1)
+        kept = torch.zeros_like(scores).scatter(-1, chosen, 1.0)
+        return tuple(share.sum(0) > 0 for share in self.by_group(kept[None]))
 
     @property
     def evaluations(self) -> int:
@@ -303,14 +314,14 @@ class Draft:
         group = Group(index, time, samples.step, samples.sources, samples.draws, samples.signs, views, weight)
         self._groups.append(group)
 
-    def plan(self) -> Plan:
+    def plan(self, extremes: int = 0) -> Plan:
         waves = tuple(
             Wave(index, self._schedule.times[index], tuple(sorted(edges, key=lambda edge: edge.source)))
             for index, edges in enumerate(self._edges)
             if edges
         )
         groups = tuple(sorted(self._groups, key=lambda group: group.index))
-        return Plan(self._schedule, self._num_rows, waves, groups, tuple(self._starts))
+        return Plan(self._schedule, self._num_rows, waves, groups, tuple(self._starts), extremes)
 
 
 def ode_plan(schedule: Schedule) -> Plan:

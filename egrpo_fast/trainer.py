@@ -221,6 +221,7 @@ class Trainer:
         # optimizer step that is the forward itself; with several, it is taken before the first.
         references = [[self._at_group(e, n) for n in range(len(groups))] for e in batch] if every_step else None
         rewards = [self.plan.by_group(experience.rewards) for experience in batch]
+        kept = [self.plan.unpruned(self.objective.mixed(experience.rewards)) for experience in batch]
         share = len(batch) * (1 if every_step else len(groups))
         parts: list[GroupLoss] = []
         mismatches, norms, rate = [], [], self.engine.rate
@@ -230,7 +231,8 @@ class Trainer:
                 rollout = experience.rollout
                 velocity = self._at_group(experience, n, gradient=True)
                 reference = references[place][n] if references else velocity.detach()
-                part = self.objective(group, rollout.key, velocity, reference, rewards[place][n])
+                scores, counting = rewards[place][n], kept[place][n]
+                part = self.objective(group, rollout.key, velocity, reference, scores, counting)
                 self.engine.backward(part.loss / share, last=due and place == len(batch) - 1)
                 parts.append(part.detach())
                 mismatches.append(policy_mismatch(group, reference, rollout.velocities[n]))

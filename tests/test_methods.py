@@ -187,6 +187,7 @@ PLANS = {
     "cps": flow_grpo(replace(SIX, sde_form="cps", eta=0.8), 4, range(5)),
     "antithetic": e_grpo(make_schedule(6, active_steps=[0, 1, 3]), [4, 3, 6], [1, 2, 1], antithetic=True),
     "antithetic tree": branch_grpo(SIX, [0, 2], 2, range(5), antithetic=True),
+    "pruned tree": branch_grpo(SIX, [0, 1, 2], 2, range(5), extremes=1),
 }
 
 
@@ -244,13 +245,13 @@ def test_gradient_equals_brute_force_score_function(name, mix, normalise, baseli
     pictures = rollout.final_latents
     rewards = torch.stack((pictures.sin().mean((2, 3)), pictures.square().mean((2, 3))))
     objective = Objective(REFERENCE, (0.7, 0.3), mix, baseline=baseline, normalise=normalise)
-    by_group = plan.by_group(rewards)
+    by_group, kept = plan.by_group(rewards), plan.unpruned(objective.mixed(rewards))
     place = {row: i for i, row in enumerate(plan.picture_rows)}
     ours = brute = 0.0
     for n, group in enumerate(plan.groups):
         rows = torch.arange(2).repeat_interleave(len(group.sources))
         velocity = velocity_of(weight)(rollout.states[n], group.time, rows)
-        ours = ours + objective(group, KEY, velocity, velocity.detach(), by_group[n]).loss
+        ours = ours + objective(group, KEY, velocity, velocity.detach(), by_group[n], kept[n]).loss
         for p in range(2):
             samples = stored_samples(plan, rollout, n, p, velocity)
             apart = (samples.reshape(-1, 1, 12) - seen.flatten(1)).abs().amax(-1).amin(1)
@@ -259,6 +260,12 @@ def test_gradient_equals_brute_force_score_function(name, mix, normalise, baseli
             mean = group.step.c_x * states + group.step.c_v * velocity.unflatten(0, (2, -1))[p]
             log_prob = torch.distributions.Normal(mean[:, None], group.step.s).log_prob(samples).mean((2, 3))
             chosen = by_hand(group, place, rewards[:, p], mix, baseline, normalise)
+            if plan.extremes:
+                leaves = sorted(plan.picture_rows, key=lambda row: WEIGHTS @ rewards[:, p, place[row]])
+                best_and_worst = {*leaves[: plan.extremes], *leaves[-plan.extremes :]}
+                on_the_way = [bool(best_and_worst & set(rows)) for rows in group.views[0]]
+                assert group.index == 0 or not all(on_the_way)
+                chosen = chosen * torch.tensor(on_the_way)
             brute = brute - group.weight * (chosen * log_prob.flatten()).mean() / 2
     (our_gradient,) = torch.autograd.grad(ours, weight, retain_graph=True)
     (brute_gradient,) = torch.autograd.grad(brute, weight)
@@ -417,6 +424,7 @@ BAD = {
     "method={name: branch_grpo, splits: [0, 15]}": "method.splits: 15 is the last step or past it; allowed: 0 to 14",
     "method={name: branch_grpo, splits: [3, 0]}": "method.splits: .* must be increasing",
     "method={name: branch_grpo, branching: 3}": "method.max_rows: a tree of 81 leaves is wider than 64",
+    "method={name: branch_grpo, extremes: 9}": "method.extremes: 9 best and worst of 16; at most 8",
     "method={name: branch_grpo, pruned_steps: 6}": "method.pruned_steps: 6; after the last split at most 5",
     "method={name: tempflow_grpo, steps: [3, 15]}": "method.steps: 15 is the last step or past it",
     "schedule={sde_form: cps, entropy_threshold: 3.5}": "schedule.sde_form: cps adds no noise in a step to t = 0",
