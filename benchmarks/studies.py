@@ -9,6 +9,7 @@ Then the runs are recorded in `benchmarks/results/STUDY.json`, and from there (`
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -19,9 +20,10 @@ import socket
 import statistics
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, count, islice
 from pathlib import Path
 
@@ -40,7 +42,8 @@ BACKWARD = 3
 BUDGET = 24
 """Iterations of E-GRPO; what they evaluate is what every method of the comparison may."""
 REWARDS = {"shapes_soft": "trained on", "clip": "CLIP, not trained on", "shapes_strict": "everything right"}
-BASE = "e_grpo"
+BASE, TRAINED = "e_grpo", "shapes_soft"
+SECONDS = "seconds", "cpu_seconds"
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,11 @@ class Cell:
     panel: str = ""
 
 
-DEFAULT = Cell(BASE, "E-GRPO")
-COMPARE = [
-    DEFAULT,
+RATES = "learning rate 1e-4", "learning rate 3e-4"
+METHODS = [
+    Cell(BASE, "E-GRPO"),
+    # As many optimizer steps as its peers take: each iteration costs a sixth.
+    Cell("e_grpo-small", "E-GRPO, 4 samples at 4 steps", ("rollout.group_size=4", "schedule.active_steps=[0,2,4,6]")),
     Cell("flow_grpo", "Flow-GRPO", ("method.name=flow_grpo",)),
     Cell("dance_grpo", "DanceGRPO", ("method.name=dance_grpo",)),
     # Its window moves over the whole grid in a run, as it does in its paper's 300 iterations.
@@ -64,8 +69,15 @@ COMPARE = [
     Cell("granular_grpo", "Granular-GRPO", ("method.name=granular_grpo",)),
     Cell("tempflow_grpo", "TempFlow-GRPO", ("method.name=tempflow_grpo",)),
 ]
+COMPARE = [
+    *(replace(cell, panel=RATES[0]) for cell in METHODS),
+    *(
+        Cell(f"{cell.name}-lr3", f"{cell.label}, 3e-4", (*cell.overrides, "optimizer.lr=3e-4"), RATES[1])
+        for cell in METHODS
+    ),
+]
 ABLATIONS = [
-    DEFAULT,
+    METHODS[0],
     *(
         Cell(f"threshold-{tau:g}", f"threshold {tau:g}", (f"schedule.entropy_threshold={tau}",), "threshold")
         for tau in (0, 1.8, 2.0, 2.6)
@@ -82,6 +94,7 @@ ABLATIONS = [
     Cell("leave-one-out", "leave-one-out baseline", ("objective.baseline=leave_one_out",), "estimator"),
     Cell("not-normalised", "advantages not divided by the spread", ("objective.normalise=none",), "estimator"),
     Cell("sizes-by-spread", "group sizes by reward spread", ("rollout.group_size={sizes}",), "estimator"),
+    Cell("fast-tail", "fast tail", ("tail.stride=[4,3,3,3,4,3,4,3]", "tail.solver=dpm2m"), "tail"),
 ]
 STUDIES = {"compare": COMPARE, "ablations": ABLATIONS}
 
@@ -121,6 +134,11 @@ def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def commit() -> str:
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return git.stdout.strip()
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -150,7 +168,8 @@ def train(folder: Path, seed: int, iterations: int, overrides: Iterable[str], th
     for file in ("metrics.jsonl", "config.yaml"):
         shutil.move(folder / "run" / file, folder / file)
     shutil.rmtree(folder / "run")  # its weights
-    told = {"overrides": list(overrides), "iterations": iterations, "cpu_seconds": usage.ru_utime + usage.ru_stime}
+    cpu = usage.ru_utime + usage.ru_stime
+    told = {"overrides": list(overrides), "iterations": iterations, "cpu_seconds": cpu, "commit": commit()}
     (folder / "cell.json").write_text(json.dumps(told))
 
 
@@ -168,12 +187,11 @@ def record(study: str, runs: Path, seeds: list[int], threads: int) -> None:
             "panel": cell.panel,
             "overrides": told[0]["overrides"],
             "iterations": told[0]["iterations"],
+            "commit": told[0]["commit"],
             "evaluations": evaluations(told[0]["overrides"], told[0]["iterations"]),
             "seeds": [read(folder) | {"cpu_seconds": one["cpu_seconds"]} for folder, one in zip(folders, told)],
         }
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     told = {
-        "commit": git.stdout.strip(),
         "machine": f"{platform.machine()} server CPU, {os.cpu_count()} cores; {threads} thread(s) per run",
         "torch": torch.__version__,
         "seeds": seeds,
@@ -199,63 +217,74 @@ def interval(values: list[float]) -> float:
     return scipy.stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
 
 
-def last(cell: dict, reward: str) -> list[float]:
-    return [seed["held_out"][reward][-1] for seed in cell["seeds"]]
+def gains(cell: dict, reward: str, place: int = -1) -> list[float]:
+    """What training has added by then, per seed: the same noise and prompts before and after."""
+    return [seed["held_out"][reward][place] - seed["held_out"][reward][0] for seed in cell["seeds"]]
 
 
 def table(results: dict) -> str:
-    """Markdown, a row per cell: its last held-out rewards, mean and 95% interval; the paired difference to E-GRPO."""
+    """Markdown, a row per cell: gains of the held-out rewards, mean and 95% interval; paired difference to E-GRPO's."""
     cells, base = results["cells"], results["cells"][BASE]
-    heads = ["", "iterations", "evaluations", *(f"`{name}`" for name in REWARDS), "less E-GRPO's", "minutes", "CPU"]
+    heads = ["gain of", "iterations", "evaluations", *(f"`{name}`" for name in REWARDS), "less E-GRPO's", "minutes"]
     rows = [heads, ["---"] * len(heads)]
-    first = [statistics.mean(seed["held_out"][reward][0] for seed in base["seeds"]) for reward in REWARDS]
-    rows.append(["untrained", "", "", *(f"{value:.3f}" for value in first), "", "", ""])
     for name, cell in cells.items():
-        differences = [ours - theirs for ours, theirs in zip(last(cell, "shapes_soft"), last(base, "shapes_soft"))]
+        differences = [ours - theirs for ours, theirs in zip(gains(cell, TRAINED), gains(base, TRAINED))]
         rows.append(
             [
                 cell["label"],
                 str(cell["iterations"]),
                 f"{cell['evaluations'][-1]:,}",
-                *(f"{statistics.mean(last(cell, r)):.3f} ± {interval(last(cell, r)):.3f}" for r in REWARDS),
-                "" if name == BASE else f"{statistics.mean(differences):+.3f} ± {interval(differences):.3f}",
-                *(
-                    f"{statistics.mean(seed[key] for seed in cell['seeds']) / 60:.1f}"
-                    for key in ("seconds", "cpu_seconds")
-                ),
+                *(shown(gains(cell, reward)) for reward in REWARDS),
+                "" if name == BASE else shown(differences),
+                " / ".join(f"{statistics.mean(s[key] for s in cell['seeds']) / 60:.1f}" for key in SECONDS),
             ]
         )
     lines = [f"| {' | '.join(row)} |" for row in rows]
-    seeds = f"{len(results['seeds'])} seeds"
-    told = f"{seeds}; {results['machine']}; torch {results['torch']}; commit {results['commit']}."
-    return "\n".join([*lines, "", told])
+    first = ", ".join(f"`{r}` {statistics.mean(s['held_out'][r][0] for s in base['seeds']):.3f}" for r in REWARDS)
+    commits = ", ".join(dict.fromkeys(cell["commit"] for cell in cells.values()))
+    told = (
+        f"Untrained: {first}. {len(results['seeds'])} seeds; {results['machine']}; torch {results['torch']}; "
+        f"commit {commits}."
+    )
+    return "\n".join([*lines, "", *textwrap.wrap(told, 118)])
 
 
-def plot(path: Path, results: dict) -> None:
-    """Held-out reward against evaluations: a line per cell with the 95% band over seeds, panel by panel."""
+def shown(values: list[float]) -> str:
+    return f"{statistics.mean(values):+.3f} ± {interval(values):.3f}"
+
+
+def plot(path: Path, study: str, results: dict) -> None:
+    """Gain of held-out reward: a line per cell with the 95% band over seeds, panel by panel."""
     cells = results["cells"]
     panels = list(dict.fromkeys(cell["panel"] for cell in cells.values() if cell["panel"]))
-    pages = [(panel, "shapes_soft") for panel in panels] or [("", reward) for reward in REWARDS]
-    figure, axes = plt.subplots(1, len(pages), figsize=(4.4 * len(pages), 3.8), squeeze=False, layout="constrained")
-    for axis, (panel, reward) in zip(axes.flat, pages):
-        shown = [cell for cell in cells.values() if cell["panel"] in ("", panel)]
-        for place, cell in enumerate(shown):
-            curves = [seed["held_out"][reward] for seed in cell["seeds"]]
-            mean = [statistics.mean(values) for values in zip(*curves)]
-            half = [interval(list(values)) for values in zip(*curves)]
+    by_iteration = study == "ablations"
+    pages = [(panel, reward) for panel in panels for reward in ([TRAINED] if by_iteration else REWARDS)]
+    rows = math.ceil(len(pages) / 3)
+    figure, axes = plt.subplots(rows, 3, figsize=(13.5, 4.0 * rows), squeeze=False, layout="constrained")
+    for axis, (panel, reward) in itertools.zip_longest(axes.flat, pages, fillvalue=(None, None)):
+        if panel is None:
+            axis.axis("off")
+            continue
+        for place, cell in enumerate(cell for cell in cells.values() if cell["panel"] in ("", panel)):
             at = cell["seeds"][0]["at"]
-            x = at if panel else [cell["evaluations"][i] / 1000 for i in at]
-            style = {"color": "black" if cell["label"] == "E-GRPO" else f"C{place - 1}"}
-            axis.plot(x, mean, label=cell["label"], marker="o", markersize=3, **style)
+            values = [gains(cell, reward, i) for i in range(len(at))]
+            mean, half = [statistics.mean(v) for v in values], [interval(v) for v in values]
+            x = at if by_iteration else [cell["evaluations"][i] / 1000 for i in at]
+            colour = "black" if place == 0 else f"C{place - 1}"
+            axis.plot(x, mean, label=cell["label"], marker="o", markersize=3, color=colour)
             axis.fill_between(
-                x, [m - h for m, h in zip(mean, half)], [m + h for m, h in zip(mean, half)], alpha=0.12, **style
+                x, [m - h for m, h in zip(mean, half)], [m + h for m, h in zip(mean, half)], alpha=0.1, color=colour
             )
-        title = f"{panel}: held-out `{reward}`" if panel else f"`{reward}` ({REWARDS[reward]})"
-        axis.set(title=title, xlabel="iteration" if panel else "model evaluations, thousands")
+        axis.axhline(0.0, color="gray", linewidth=0.8)
+        axis.set(
+            title=f"{panel}: {reward}, {REWARDS[reward]}",
+            xlabel="iteration" if by_iteration else "evaluations, thousands",
+        )
         axis.grid(alpha=0.3)
-        if panel or axis is axes.flat[0]:
-            axis.legend(fontsize=7, loc="lower right")
-    figure.savefig(path, dpi=110)
+        if reward == TRAINED:
+            axis.legend(fontsize=7, loc="upper left")
+    figure.supylabel("gain over the untrained model, held out")
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
@@ -267,7 +296,7 @@ def written(page: str, study: str, text: str) -> str:
 
 def report(study: str) -> None:
     results = json.loads((ROOT / "benchmarks" / "results" / f"{study}.json").read_text())
-    plot(ROOT / "docs" / "images" / f"{study}.png", results)
+    plot(ROOT / "docs" / "images" / f"{study}.png", study, results)
     PAGE.write_text(written(PAGE.read_text(), study, table(results)))
     print(table(results))
 
