@@ -180,7 +180,7 @@ def make_trainer(
         meta_transformer,
         resolve,
         use_attention,
-    )  # fmt: skip
+    )
     from egrpo_fast.backbones.flux_text import CachedText, FluxTextEncoder
     from egrpo_fast.doctor import commit
     from egrpo_fast.engine import materialize
@@ -198,10 +198,7 @@ def make_trainer(
     check_folder(str(folder), model.height, model.width)
     transformer, weights = meta_transformer(folder, model.lora, config.seed)
     use_attention(transformer, model.attention)
-    compiled = None
-    if config.rollout.compile:
-        compiled = CompiledFlux.of(folder, model.lora)
-        use_attention(compiled, model.attention)
+    compiled = CompiledFlux.of(transformer) if config.rollout.compile else None
     encoder = (folder, model.max_sequence_length, dtype, world.device, model.text_encoder_quantization)
     text: FluxTextEncoder | CachedText
     if config.prompts.embeddings is None:

@@ -26,7 +26,7 @@ from egrpo_fast.backbones.flux import (
     meta_transformer,
     resolve,
     save_lora,
-)  # fmt: skip
+)
 from egrpo_fast.backbones.flux_text import Conditioning
 from egrpo_fast.backbones.random_flux import make_pipeline
 from egrpo_fast.config import Lora
@@ -391,7 +391,7 @@ def test_a_wait_is_seen(wait):
 
 def test_compiled_blocks_are_compiled_once_for_any_number_of_rows(backbone):
     """And give what the eager model gives. Another engine that lends other weights compiles nothing either."""
-    compiled = CompiledFlux.of(PIPELINE, backend="aot_eager")
+    compiled = CompiledFlux.of(backbone.transformer, backend="aot_eager")
     conditioning, graphs = backbone.encode(CAPTIONS), torch._dynamo.utils.counters["stats"]
 
     def run(rows):

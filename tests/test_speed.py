@@ -86,11 +86,10 @@ def check_overlap(trainer, prompts, plain):
 
 def check_compiled(trainer, prompts, plain):
     from egrpo_fast.backbones.flux import CompiledFlux
-    from egrpo_fast.shapes import PIPELINE
 
     graphs, before = torch._dynamo.utils.counters["stats"], trainer.engine._stand_in
     assert before is None
-    trainer.engine._stand_in = CompiledFlux.of(PIPELINE, backend="aot_eager")
+    trainer.engine._stand_in = CompiledFlux.of(trainer.backbone.transformer, backend="aot_eager")
     batch = trainer.sample(prompts)
     assert_alike(batch, plain, exactly=False)
     made = graphs["unique_graphs"]

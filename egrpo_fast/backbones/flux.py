@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
@@ -21,7 +21,6 @@ from egrpo_fast.config import Lora
 
 LATENT_PATCH = 2
 """FLUX packs 2 x 2 latent pixels into one token."""
-Transformer = TypeVar("Transformer", bound=FluxTransformer2DModel)
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 FILES = ("model_index.json", "README.md", "LICENSE*", *(f"{part}/*" for part in PARTS))
 """Of a hub repository: the pipeline, and what its licence is."""
@@ -119,16 +118,10 @@ def meta_transformer(
 
     lora: adapters are added and alone need gradients. ValueError where files and architecture do not match.
     """
-    transformer = _without_weights(FluxTransformer2DModel, folder, lora)
-    shapes = {name: tuple(parameter.shape) for name, parameter in transformer.named_parameters()}
-    return transformer, TransformerWeights(WeightFiles(folder / "transformer"), shapes, lora, seed)
-
-
-def _without_weights(kind: type[Transformer], folder: Path, lora: Lora | None) -> Transformer:
     try:
         settings = json.loads((folder / "transformer" / "config.json").read_text())
         with torch.device("meta"):
-            transformer = kind.from_config(settings)
+            transformer = FluxTransformer2DModel.from_config(settings)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{folder / 'transformer' / 'config.json'} describes no transformer: {error!r}") from None
     if lora is not None:
@@ -141,7 +134,8 @@ def _without_weights(kind: type[Transformer], folder: Path, lora: Lora | None) -
             )
         except ValueError as error:
             raise ValueError(f"model.lora.target_modules: {' '.join(str(error).split())}") from None
-    return transformer
+    shapes = {name: tuple(parameter.shape) for name, parameter in transformer.named_parameters()}
+    return transformer, TransformerWeights(WeightFiles(folder / "transformer"), shapes, lora, seed)
 
 
 def check_attention(name: str) -> None:
@@ -166,12 +160,20 @@ class CompiledFlux(FluxTransformer2DModel):
     """A transformer whose repeated blocks are compiled, once for any number of rows; for forwards without gradient."""
 
     @classmethod
-    def of(cls, folder: Path, lora: Lora | None = None, backend: str = "inductor") -> "CompiledFlux":
-        """That of a pipeline folder, on the meta device: weights are lent to it. backend: torch.compile's."""
-        transformer = _without_weights(cls, folder, lora).requires_grad_(False).eval()
-        for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+    def of(cls, transformer: FluxTransformer2DModel, backend: str = "inductor") -> "CompiledFlux":
+        """One of the same parameters, adapters and attention, on the meta device: weights are lent to it.
+
+        backend: torch.compile's.
+        """
+        with torch.device("meta"):
+            made = cls.from_config(transformer.config)
+        for adapter in getattr(transformer, "peft_config", {}).values():
+            made.add_adapter(adapter)
+        for ours, theirs in zip(made.attn_processors.values(), transformer.attn_processors.values()):
+            ours._attention_backend = theirs._attention_backend
+        for block in (*made.transformer_blocks, *made.single_transformer_blocks):
             block._compiled_call_impl = partial(_any_rows, torch.compile(block._call_impl, backend=backend))
-        return transformer
+        return made.requires_grad_(False).eval()
 
     def forward(self, **inputs: Any) -> tuple[Tensor]:
         """A lone row is computed twice: the compiler takes 1 for a number of its own, and would compile for it."""
