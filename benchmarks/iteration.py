@@ -23,6 +23,7 @@ import statistics
 import tempfile
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -43,7 +44,6 @@ from egrpo_fast.heartbeat import Heartbeat
 from egrpo_fast.interruption import Interruption
 from egrpo_fast.kernels.reference.group_advantage_clip_loss import group_advantage_ref
 from egrpo_fast.kernels.reference.philox import philox_normal
-from egrpo_fast.metrics import Stopwatch
 from egrpo_fast.prompts import Prompt
 from egrpo_fast.rewards import make_reward
 from egrpo_fast.shapes import PIPELINE, PROMPTS
@@ -92,7 +92,7 @@ def flux_30m(device, folder):
     make_pipeline("30m").save_pretrained(folder)
     # 960 tokens of the picture and 64 of the prompt.
     backbone = FluxBackbone.from_pretrained(str(folder), 512, 480, max_sequence_length=64, device=device)
-    plan = ["schedule.num_steps=8", "rollout.group_size=4", "model.height=512", "model.width=480"]
+    plan = ["schedule.num_steps=4", "rollout.group_size=4", "model.height=512", "model.width=480"]
     return backbone, make_reward("jpeg", {}), plan
 
 
@@ -123,35 +123,53 @@ MODELS = {"shapes": shapes, "flux-30m": flux_30m, "flux": flux}
 
 
 class Meter:
-    """Seconds by phase, and model calls and evaluations with and without gradient, of a trainer's parts."""
+    """Seconds by phase, and model calls and evaluations with and without gradient, of a trainer's parts.
+
+    Of one CPU thread it is the thread's own time, which other work on the machine does not stretch.
+    """
 
     def __init__(self, trainer, reward):
         self.trainer, self.reward = trainer, reward
-        self.watch = Stopwatch(trainer.world.device)
+        self.cuda = trainer.world.device.type == "cuda"
+        self.own_time = not self.cuda and torch.get_num_threads() == 1
         self.velocity, self.decoder = trainer.backbone.velocity, trainer.backbone.decode
         trainer.backbone.velocity, trainer.backbone.decode = self.evaluate, self.decode
-        trainer.rewards = {name: self.score for name in trainer.rewards}
+        trainer.rewards = dict.fromkeys(trainer.rewards, self.score)
         self.clear()
 
     def clear(self):
-        self.watch.read()
-        self.trainer.watch.read()
+        self.seconds = dict.fromkeys(PHASES, 0.0)
         self.calls = {False: [0, 0], True: [0, 0]}
+        self.start = self.now()
+
+    def now(self):
+        if self.cuda:
+            torch.cuda.synchronize()
+        return time.thread_time() if self.own_time else time.perf_counter()
+
+    def read(self):
+        """What is no decoding, scoring or update is rollout."""
+        whole = self.now() - self.start
+        return self.seconds | {"rollout": whole - sum(self.seconds.values()), "all": whole}
 
     def evaluate(self, module, latents, *rest):
         counted = self.calls[torch.is_grad_enabled()]
         counted[0], counted[1] = counted[0] + 1, counted[1] + len(latents)
         return self.velocity(module, latents, *rest)
 
+    @contextmanager
     def phase(self, name):
-        return self.watch.phase(name)
+        start = self.now()
+        with record_function(f"phase: {name}"):
+            yield
+        self.seconds[name] += self.now() - start
 
     def decode(self, latents):
-        with self.phase("decode"), record_function("phase: decode"):
+        with self.phase("decode"):
             return self.decoder(latents)
 
     def score(self, images, prompts):
-        with self.phase("rewards"), record_function("phase: rewards"):
+        with self.phase("rewards"):
             return self.reward(images, prompts)
 
 
@@ -197,20 +215,19 @@ def unshared(trainer, meter, prompt, size):
         for group in plan.groups:
             for draws in torch.tensor(group.draws, device=device).split(size):
                 rows = torch.zeros(len(draws), dtype=torch.int64, device=device)
-                with meter.phase("rollout"), record_function("phase: rollout"):
-                    x = noise.initial_noise(0, 0, number, backbone.latent_shape).expand(len(draws), -1, -1)
-                    index = 0
-                    while index < schedule.num_steps:
-                        v = backbone.velocity(module, x.to(dtype), schedule.times[index], conditioning, rows).float()
-                        if index == group.index:
-                            eps = philox_normal(noise.streams(0, number, draws)[0], x[0].numel(), 0).reshape(x.shape)
-                            state, step = x.contiguous(), group.step
-                            x = sample = step.c_x * x + step.c_v * v + step.s * eps
-                            coefficients = x.new_tensor([[step.c_x, step.c_v, step.s]]).repeat(len(draws), 1)
-                            log_prob = trainer.ops.gaussian_log_prob(sample, state, v, coefficients)
-                            index += schedule.merges[index]
-                        else:
-                            x, index = x + schedule.ode(index, index + 1).c_v * v, index + 1
+                x = noise.initial_noise(0, 0, number, backbone.latent_shape).expand(len(draws), -1, -1)
+                index = 0
+                while index < schedule.num_steps:
+                    v = backbone.velocity(module, x.to(dtype), schedule.times[index], conditioning, rows).float()
+                    if index == group.index:
+                        eps = philox_normal(noise.streams(0, number, draws)[0], x[0].numel(), 0).reshape(x.shape)
+                        state, step = x.contiguous(), group.step
+                        x = sample = step.c_x * x + step.c_v * v + step.s * eps
+                        coefficients = x.new_tensor([[step.c_x, step.c_v, step.s]]).repeat(len(draws), 1)
+                        log_prob = trainer.ops.gaussian_log_prob(sample, state, v, coefficients)
+                        index += schedule.merges[index]
+                    else:
+                        x, index = x + schedule.ode(index, index + 1).c_v * v, index + 1
                 pictures = [backbone.decode(some) for some in x.split(trainer.config.model.decode_batch)]
                 scores = [meter.score(some, [prompt.text] * len(some)) for some in pictures]
                 parts.append((group, rows, state, sample, coefficients, log_prob, x, torch.cat(scores)))
@@ -222,7 +239,7 @@ def unshared(trainer, meter, prompt, size):
         ]
     )
     clip = trainer.config.objective.clip_range
-    with meter.phase("update"), record_function("phase: update"):
+    with meter.phase("update"):
         for place, (part, advantage) in enumerate(zip(parts, advantages.split([len(part[1]) for part in parts]))):
             group, rows, state, sample, coefficients, log_prob, *_ = part
             module = trainer.engine.module
@@ -237,28 +254,29 @@ def unshared(trainer, meter, prompt, size):
 def shared(trainer, meter, prompt):
     """The trainer's own iteration. Returns pictures' latents, their rewards, and the gradient's norm."""
     trainer._stepped = False
-    with record_function("phase: rollout and rewards"):
-        batch = trainer.sample([prompt])
-    with meter.phase("update"), record_function("phase: update"):
+    batch = trainer.sample([prompt])
+    with meter.phase("update"):
         norm = trainer.update(batch)["grad_norm"]
     return batch[0].rollout.final_latents[0], batch[0].rewards[0, 0], norm
 
 
-def matmul_peak(device, dtype):
+def matmul_peak(meter, dtype):
     """FLOP/s of a large square matrix product: the best of several."""
-    size = 8192 if device.type == "cuda" else 2048
-    a, b = torch.randn(2, size, size, device=device).to(dtype)
-    watch, seconds = Stopwatch(device), []
+    size = 8192 if meter.cuda else 2048
+    a, b = torch.randn(2, size, size, device=meter.trainer.world.device).to(dtype)
+    seconds = []
     for _ in range(8):
-        with watch.phase("matmul"):
-            a @ b
-        seconds += watch.read().values()
+        start = meter.now()
+        a @ b
+        seconds.append(meter.now() - start)
     return 2 * size**3 / min(seconds)
 
 
 def report(result):
     where, peak = result["device"], result["matmul_peak"] / 1e9
-    print(f"\n{result['model']}: {where}, {result['threads']} threads, torch {result['torch']}; a matrix product of the")
+    print(
+        f"\n{result['model']}: {where}, {result['threads']} threads, torch {result['torch']}; a matrix product of the"
+    )
     print(f"same type reaches {peak:,.0f} GFLOP/s. Medians of {result['rounds']} rounds; an evaluation is")
     print(f"{result['flops_per_evaluation'] / 1e9:,.3f} GFLOP, one with gradient three times as much.\n")
     heads = "".join(f"{name:>9}" for name in (*PHASES, "all"))
@@ -277,18 +295,12 @@ def measure(trainer, meter, variants, rounds, flops, peak):
     for round_ in range(rounds + 1):
         for name, (run, stand_in, config) in variants.items():
             trainer.engine._stand_in, trainer.config = stand_in, config
-            meter.clear()
             with PeakMemory(device) as memory:
-                start = time.perf_counter()
+                meter.clear()
                 latents, rewards, norm = run()
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                whole = time.perf_counter() - start
-            phases = {key.removeprefix("seconds/"): value for key, value in meter.watch.read().items()}
-            own = trainer.watch.read()
-            phases["rollout"] = phases.get("rollout", 0.0) + own.get("seconds/rollout", 0.0)
+                seconds = meter.read()
             if round_:
-                runs[name].append(phases | {"all": whole})
+                runs[name].append(seconds)
                 continue
             (calls, rows), (calls_with, rows_with) = meter.calls[False], meter.calls[True]
             told[name] = {
@@ -360,7 +372,7 @@ def main():
         dtype = torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
         text = backbone.encode([prompt.text]).t5.shape[1]
         flops = Transformer(dict(backbone.transformer.config)).flops(backbone.latent_shape[0], text)["total"]
-        peak = matmul_peak(world.device, dtype)
+        peak = matmul_peak(meter, dtype)
         told = measure(trainer, meter, variants, arguments.rounds, flops, peak)
     cuda = world.device.type == "cuda"
     result = {
@@ -372,6 +384,7 @@ def main():
         "overrides": arguments.overrides,
         "tokens": [backbone.latent_shape[0], text],
         "rounds": arguments.rounds,
+        "clock": "thread" if meter.own_time else "wall",
         "micro_batch": trainer.wavefront.rows_per_call,
         "flops_per_evaluation": flops,
         "matmul_peak": peak,
