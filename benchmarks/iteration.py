@@ -160,7 +160,7 @@ class Meter:
     @contextmanager
     def phase(self, name):
         start = self.now()
-        with record_function(f"phase: {name}"):
+        with record_function(name):
             yield
         self.seconds[name] += self.now() - start
 
@@ -323,18 +323,53 @@ def measure(trainer, meter, variants, rounds, flops, peak):
     return told
 
 
+KINDS = {
+    "matrix products": ("aten::addmm", "aten::mm", "aten::bmm", "aten::linear"),
+    "attention": ("scaled_dot_product", "flash", "cudnn_attention"),
+    "GELU": ("aten::gelu",),
+    "convolutions": ("convolution",),
+}
+"""Ops by a part of their name; all others are the rest."""
+
+
+def by_phase(events, cuda):
+    """Milliseconds of every phase by kind of op, and waits of the device's host in each (copies to it, syncs)."""
+    phases, waits = {}, {}
+    for event in events:
+        above = event
+        while above is not None and above.name not in PHASES:
+            above = above.cpu_parent
+        if above is None:
+            continue
+        kind = next((k for k, parts in KINDS.items() if any(part in event.name for part in parts)), "the rest")
+        spent = event.self_device_time_total if cuda else event.self_cpu_time_total
+        row = phases.setdefault(above.name, dict.fromkeys((*KINDS, "the rest"), 0.0))
+        row[kind] += spent / 1000
+        waits[above.name] = waits.get(above.name, 0) + (
+            event.name in ("cudaStreamSynchronize", "cudaDeviceSynchronize")
+        )
+    return phases, waits
+
+
 def write_profile(trainer, meter, prompt, folder):
-    """`trace.json` for chrome://tracing or Perfetto, and `table.txt`: time by phase and by op."""
+    """`trace.json` for chrome://tracing or Perfetto, and `table.txt`: time by phase and kind of op, and by op."""
     folder.mkdir(parents=True, exist_ok=True)
     shared(trainer, meter, prompt)
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if trainer.world.device.type == "cuda" else [])]
-    with profile(activities=activities) as told:
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if meter.cuda else [])]) as told:
         shared(trainer, meter, prompt)
     told.export_chrome_trace(str(folder / "trace.json"))
-    sort = "self_cuda_time_total" if trainer.world.device.type == "cuda" else "self_cpu_time_total"
-    table = told.key_averages().table(sort_by=sort, row_limit=25, max_name_column_width=48)
-    (folder / "table.txt").write_text(table)
-    print(f"{table}\n{folder}: trace.json (chrome://tracing, Perfetto), table.txt")
+    phases, waits = by_phase(told.events(), meter.cuda)
+    lines = [f"{'milliseconds':<16}" + "".join(f"{name:>12}" for name in phases)]
+    lines += [
+        f"{kind:<16}" + "".join(f"{row[kind]:>12.1f}" for row in phases.values()) for kind in (*KINDS, "the rest")
+    ]
+    lines += [f"{'all':<16}" + "".join(f"{sum(row.values()):>12.1f}" for row in phases.values())]
+    if meter.cuda:  # the stopwatch itself waits at the start and the end of every phase
+        lines += [f"{'host waits':<16}" + "".join(f"{waits[name]:>12}" for name in phases)]
+    sort = "self_cuda_time_total" if meter.cuda else "self_cpu_time_total"
+    lines += ["", told.key_averages().table(sort_by=sort, row_limit=25, max_name_column_width=48)]
+    (folder / "table.txt").write_text("\n".join(lines))
+    print("\n".join(lines), f"\n{folder}: trace.json (chrome://tracing or Perfetto), table.txt")
 
 
 def main():
