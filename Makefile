@@ -9,7 +9,7 @@ ARGS ?=
 # Run from here, Python would otherwise find the folder `kernels/` under a bare name that belongs to another package.
 export PYTHONSAFEPATH := 1
 
-.PHONY: train test test-slow lint docs parity plan bench plot gpu learning compare ablations faults soak sanitize resources clean
+.PHONY: train test test-slow lint docs parity plan bench profile plot gpu learning compare ablations faults soak sanitize resources clean
 
 train: $(VENV)/.installed
 	@echo "== training recipe $(RECIPE) into $(OUT)"
@@ -55,6 +55,10 @@ soak: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest benchmarks -o python_files='*.py' --benchmark-columns=min,median,max $(ARGS)
+
+# One iteration by phase and op: a trace and a table in runs/profile.
+profile: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/iteration.py --profile runs/profile $(ARGS)
 
 plot: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/plot.py

@@ -1,6 +1,9 @@
-"""Draws every `results/<gpu>.csv` as `results/<gpu>.png`: share of the copy bandwidth at the largest problem."""
+"""Draws what was measured: every `results/<gpu>.csv` beside it, as shares of the copy bandwidth at the largest problem,
+and every `results/iteration-<device>.json` into `docs/images`, seconds of one iteration by phase.
+"""
 
 import csv
+import json
 from pathlib import Path
 
 import matplotlib
@@ -35,9 +38,33 @@ def draw(path: Path) -> Path:
     return target
 
 
+def draw_iterations(path: Path) -> Path:
+    models = json.loads(path.read_text())
+    figure, axes = plt.subplots(1, len(models), figsize=(5.2 * len(models), 3.0), layout="constrained", squeeze=False)
+    for axis, (name, told) in zip(axes[0], models.items()):
+        variants, left = list(told["variants"]), [0.0] * len(told["variants"])
+        for phase in ("rollout", "decode", "rewards", "update"):
+            seconds = [told["variants"][variant]["seconds"][phase] for variant in variants]
+            axis.barh(variants, seconds, left=left, label=phase)
+            left = [a + b for a, b in zip(left, seconds)]
+        for place, (end, variant) in enumerate(zip(left, variants)):
+            axis.text(end, place, f" {told['variants'][variant]['ratio']:.1f}x", va="center")
+        axis.set_xlim(0, 1.15 * max(left))
+        axis.invert_yaxis()
+        axis.set(xlabel="seconds", title=f"{name}, {sum(told['tokens'])} tokens, {told['device']}")
+        axis.title.set_fontsize(9)
+    axes[0][0].legend(loc="lower right", fontsize=8)
+    target = path.parents[2] / "docs" / "images" / f"{path.stem}.png"
+    figure.savefig(target, dpi=110)
+    plt.close(figure)
+    return target
+
+
 if __name__ == "__main__":
     paths = sorted(RESULTS.glob("*.csv"))
     for path in paths:
         print(draw(path))
+    for path in sorted(RESULTS.glob("iteration-*.json")):
+        print(draw_iterations(path))
     if not paths:
         print("no measurements: `make gpu` on a machine with a GPU writes them")

@@ -47,7 +47,7 @@ def describe(config: Config) -> dict[str, Any]:
 def _work(plan: Plan, config: Config) -> dict[str, Any]:
     prompts = config.rollout.prompts_per_call
     rows = [len(wave.sources) * prompts for wave in plan.waves]
-    micro_batch = config.rollout.micro_batch
+    micro_batch = config.rollout.most_rows
     return {
         "prompts_per_call": prompts,
         "rows_by_step": rows,

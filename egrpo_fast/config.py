@@ -59,6 +59,12 @@ class Model(_Section):
     """Tokens of the T5 prompt; longer prompts are cut."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """What the transformer computes in; the master weights are float32."""
+    tf32: bool = False
+    """Let GPUs round the inputs of float32 products and convolutions to TF32; bfloat16 ones are not concerned."""
+    attention: Literal[
+        "native", "cudnn", "efficient", "flash", "flash_varlen", "flash_hub", "flash_3_hub", "xformers"
+    ] = "native"
+    """Who computes attention, by diffusers' dispatcher: PyTorch by its own choice, cuDNN, or a package to install."""
     lora: Lora | None = None
     """Train adapters instead of the whole transformer; none given: all weights."""
     text_encoder_quantization: Literal["none", "int8", "nf4"] = "none"
@@ -225,12 +231,22 @@ class Rollout(_Section):
     """Grid steps per ODE step after the SDE step: one number, or one per active step."""
     prompts_per_call: Positive = 1
     """Prompts of one rank that share a wavefront."""
-    micro_batch: Positive | None = None
-    """Most rows of one model call; none given: all live rows."""
+    micro_batch: Positive | Literal["auto"] | None = None
+    """Most rows of one model call; `auto`: found by trial before the first rollout; none given: all live rows. Out of
+    memory, a rollout is repeated with half of them, where no rank waits for another within a call."""
+    compile: bool = False
+    """Run the transformer's blocks through torch.compile, in rollouts and evaluations; the update stays as it is."""
+    overlap: bool = False
+    """Decode and score the pictures of one call's prompts while the next ones' are rolled out."""
     weights: Literal["sharded", "gathered"] = "gathered"
     """Under ZeRO-3, gather the weights at every layer of every call, or once per rollout."""
     backend: Literal["auto", "reference", "triton", "extension"] = "auto"
     """Who runs the ops between model calls."""
+
+    @property
+    def most_rows(self) -> int | None:
+        """`micro_batch` where it is a number. None: all live rows, or what a trial will find."""
+        return self.micro_batch if isinstance(self.micro_batch, int) else None
 
 
 class Reward(_Section):
@@ -519,6 +535,14 @@ class Config(_Section):
             raise ValueError(f"deepspeed.offload_weights: only ZeRO-3 shards weights, zero_stage is {zero.zero_stage}")
         if zero.zero_stage < 3 and zero.offload_optimizer == "nvme":
             raise ValueError("deepspeed.offload_optimizer: nvme needs zero_stage 3")
+        if zero.zero_stage == 3 and self.rollout.weights == "sharded":
+            told = "needs rollout.weights gathered: sharded ones are collected inside every call"
+            if self.rollout.compile:
+                raise ValueError(f"rollout.compile: true {told}")
+            if self.rollout.micro_batch == "auto":
+                raise ValueError(f"rollout.micro_batch: auto {told}")
+        if self.model.attention not in ("native", "efficient", "xformers") and self.model.dtype != "bfloat16":
+            raise ValueError(f"model.attention: {self.model.attention} computes in bfloat16, model.dtype is float32")
         if zero.offload_optimizer != "none" and self.optimizer.name == "adamw8bit":
             raise ValueError("deepspeed.offload_optimizer: bitsandbytes' 8-bit AdamW stays on the device; use adamw")
         if zero.offload_optimizer == "nvme" and self.optimizer.ema_decay is not None:

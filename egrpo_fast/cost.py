@@ -356,7 +356,7 @@ class Cost:
     def calls(self) -> int:
         """Model calls of one wavefront."""
         rows = [len(wave.sources) * self._per_call for wave in self.plan.waves]
-        return sum(-(-count // (self.config.rollout.micro_batch or count)) for count in rows)
+        return sum(-(-count // (self.config.rollout.most_rows or count)) for count in rows)
 
     @property
     def _per_call(self) -> int:
@@ -426,7 +426,7 @@ class Cost:
             gathered = float(min(self.max_live * size, weights))
         live = max(len(wave.sources) for wave in self.plan.waves) * self._per_call
         evaluated = min(config.evaluation.prompts_per_call, -(-config.evaluation.num_prompts // gpus))
-        micro_batch = min(config.rollout.micro_batch or 10**9, max(live, evaluated))
+        micro_batch = min(config.rollout.most_rows or 10**9, max(live, evaluated))
         pictures = min(config.model.decode_batch, len(self.plan.picture_rows) * self._per_call)
         pixels = config.model.height * config.model.width
         transformer = self.pipeline.transformer

@@ -251,8 +251,11 @@ class Engine:
     pieces of named tensors, each rank its own, and taken back from them by any number of ranks.
     """
 
-    def __init__(self, module: nn.Module, config: Config, total_steps: int) -> None:
-        settings = config.optimizer
+    def __init__(
+        self, module: nn.Module, config: Config, total_steps: int, stand_in: nn.Module | None = None
+    ) -> None:
+        """stand_in: a module of the same parameters, on the meta device, that `inference` lends the weights to."""
+        settings, self._stand_in = config.optimizer, stand_in
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self._client = _make_optimizer(parameters, settings, config.deepspeed.offload_optimizer != "none")
         self._scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -261,7 +264,7 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(
             model=module, optimizer=self._client, lr_scheduler=self._scheduler, config=deepspeed_config(config)
         )
-        self._zero, self._sharded = self._engine.optimizer, config.deepspeed.zero_stage == 3
+        self._zero, self.sharded = self._engine.optimizer, config.deepspeed.zero_stage == 3
         self._shapes = {
             name: tuple(getattr(parameter, "ds_shape", parameter.shape))
             for name, parameter in module.named_parameters()
@@ -278,7 +281,7 @@ class Engine:
 
     @contextlib.contextmanager
     def inference(self, gathered: bool) -> Iterator[nn.Module]:
-        """The module for forwards without gradient.
+        """The module for forwards without gradient, or its stand-in.
 
         gathered: collect all weights once for the whole block and leave the per-layer hooks out, instead of gathering
         every layer at every call. Same weights, same numbers.
@@ -291,16 +294,29 @@ class Engine:
                 # The hooks would release each layer after its first forward, gathered or not.
                 offload._remove_module_hooks()
                 try:
-                    with deepspeed.zero.GatheredParameters(list(module.parameters())):
-                        yield module
+                    with deepspeed.zero.GatheredParameters(list(module.parameters())), self._lent(module) as lent:
+                        yield lent
                 finally:
                     offload.forward_hooks.clear()
                     offload.backward_hooks.clear()
                     offload.setup_zero_stage3_hooks()
             else:
-                yield module
+                with self._lent(module) as lent:
+                    yield lent
         finally:
             module.train()
+
+    @contextlib.contextmanager
+    def _lent(self, module: nn.Module) -> Iterator[nn.Module]:
+        """The stand-in, with the module's own tensors meanwhile; the module itself where there is none."""
+        if self._stand_in is None:
+            yield module
+            return
+        self._stand_in.load_state_dict({name: p.data for name, p in module.named_parameters()}, assign=True)
+        try:
+            yield self._stand_in
+        finally:
+            self._stand_in.to("meta")
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Accumulate this loss's gradient; `last`: the next `step` applies it. Gradients are averaged over ranks."""
@@ -329,7 +345,7 @@ class Engine:
     @property
     def _flats(self) -> list[Tensor]:
         """This rank's float32 master weights, one flat tensor per optimizer group."""
-        if self._sharded:
+        if self.sharded:
             return self._zero.fp32_partitioned_groups_flat
         if isinstance(self._zero, BF16_Optimizer):  # ZeRO-1 in bfloat16
             return self._zero.fp32_groups_flat_partition
@@ -337,7 +353,7 @@ class Engine:
 
     def _find_fragments(self) -> Iterator[_Fragment]:
         names = {id(parameter): name for name, parameter in self._engine.module.named_parameters()}
-        if self._sharded:
+        if self.sharded:
             for index, group in enumerate(self._zero.fp16_groups):
                 offset = 0
                 for parameter in group:
@@ -360,7 +376,7 @@ class Engine:
     @contextlib.contextmanager
     def _resident(self, index: int, write: bool = False) -> Iterator[Tensor]:
         """A group's master weights and optimizer state in memory, fetched from the disk they may be offloaded to."""
-        if not self._sharded or not self._zero._swappable_optimizer_subgroup(index):
+        if not self.sharded or not self._zero._swappable_optimizer_subgroup(index):
             yield self._flats[index]
             return
         self._zero._optimizer_states_and_gradient_swap_in(index)
@@ -442,7 +458,7 @@ class Engine:
 
     def _refresh_weights(self, reader: CheckpointReader) -> None:
         """Make the weights of the forward follow the float32 ones."""
-        if not self._sharded:  # every rank holds all of them
+        if not self.sharded:  # every rank holds all of them
             for name, parameter in self._engine.module.named_parameters():
                 if parameter.requires_grad:
                     parameter.data.copy_(reader.tensor(name, WEIGHT))

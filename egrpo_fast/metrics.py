@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import record_function
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -19,7 +20,7 @@ METRICS = "metrics.jsonl"
 
 
 class Stopwatch:
-    """Seconds spent in named phases since the last `read`."""
+    """Seconds spent in named phases since the last `read`; a profiler's trace shows them by these names."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -28,7 +29,8 @@ class Stopwatch:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         start = self._now()
-        yield
+        with record_function(name):
+            yield
         self._seconds[name] = self._seconds.get(name, 0.0) + self._now() - start
 
     def _now(self) -> float:

@@ -50,6 +50,6 @@ def initial_noise(
     sample: int = 0,
 ) -> Tensor:
     """`x_1 ~ N(0, I)` of every prompt. prompts int64 [P]; shape: (tokens, channels). Returns [P, *shape]."""
-    draws = torch.tensor([draw_word(step, sample)], device=prompts.device)
+    draws = torch.full((1,), draw_word(step, sample), device=prompts.device)
     numel = torch.Size(shape).numel()
     return philox_normal(streams(iteration, prompts, draws)[:, 0], numel, seed, dtype).reshape(-1, *shape)

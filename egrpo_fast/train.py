@@ -36,8 +36,8 @@ DOWNLOAD_LIMIT = 24 * 3600.0
 """Seconds that finding a model may take: a hub id is downloaded first."""
 MAY_CHANGE = (
     "resume", "iterations", "output_dir", "wandb", "evaluation.every", "checkpoint.", "guards.", "deepspeed.",
-    "rollout.weights", "rollout.micro_batch", "model.decode_batch", "model.gradient_checkpointing",
-    "prompts.embeddings",
+    "rollout.weights", "rollout.micro_batch", "rollout.compile", "rollout.overlap", "model.decode_batch",
+    "model.gradient_checkpointing", "model.attention", "model.tf32", "prompts.embeddings",
 )  # fmt: skip
 """Settings, and sections, that a resumed run may change: they change its length, speed, memory and rounding."""
 
@@ -107,9 +107,10 @@ def check_inputs(config: Config) -> tuple[Sequence[str], Sequence[str]]:
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError("wandb: not installed; pip install 'egrpo_fast[wandb]', or wandb=false")
 
-    from egrpo_fast.backbones.flux import check_folder
+    from egrpo_fast.backbones.flux import check_attention, check_folder
     from egrpo_fast.rewards import check_reward
 
+    check_attention(config.model.attention)
     model, path = config.model, pipeline_path(config.model.path)
     check_folder(path, model.height, model.width)
     for reward in config.rewards:
@@ -171,7 +172,15 @@ def make_trainer(
     """Load everything. ValueError: what the user must mend."""
     import torch
 
-    from egrpo_fast.backbones.flux import FluxBackbone, check_folder, load_vae, meta_transformer, resolve
+    from egrpo_fast.backbones.flux import (
+        CompiledFlux,
+        FluxBackbone,
+        check_folder,
+        load_vae,
+        meta_transformer,
+        resolve,
+        use_attention,
+    )
     from egrpo_fast.backbones.flux_text import CachedText, FluxTextEncoder
     from egrpo_fast.doctor import commit
     from egrpo_fast.engine import materialize
@@ -182,10 +191,14 @@ def make_trainer(
     model, dtype = config.model, getattr(torch, config.model.dtype)
     interruption = Interruption(config.guards.stop_seconds)
     torch.manual_seed(config.seed)  # nothing here draws from it; a user's reward may
+    torch.set_float32_matmul_precision("high" if model.tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = model.tf32
     heart.at("finding", config.model.path, limit=DOWNLOAD_LIMIT)
     folder = resolve(pipeline_path(model.path))
     check_folder(str(folder), model.height, model.width)
     transformer, weights = meta_transformer(folder, model.lora, config.seed)
+    use_attention(transformer, model.attention)
+    compiled = CompiledFlux.of(transformer) if config.rollout.compile else None
     encoder = (folder, model.max_sequence_length, dtype, world.device, model.text_encoder_quantization)
     text: FluxTextEncoder | CachedText
     if config.prompts.embeddings is None:
@@ -216,7 +229,9 @@ def make_trainer(
             beside = config.output_dir / f"{name}.tmp"
             beside.write_text(content)
             beside.replace(config.output_dir / name)
-    return Trainer(config, world, heart, backbone, rewards, interruption, train_prompts, held_out_prompts)
+    return Trainer(
+        config, world, heart, backbone, rewards, interruption, train_prompts, held_out_prompts, compiled
+    )  # fmt: skip
 
 
 def run(config: Config) -> int:

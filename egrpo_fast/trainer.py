@@ -7,6 +7,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from egrpo_fast import figures, metrics, noise, ops
 from egrpo_fast.backbones.flux import FluxBackbone
 from egrpo_fast.backbones.flux_text import Conditioning
+from egrpo_fast.beside import Beside
 from egrpo_fast.checkpoint import CheckpointError, CheckpointReader, Checkpoints, problems
 from egrpo_fast.config import CHECKPOINTS, Config
 from egrpo_fast.engine import Engine, World
@@ -29,11 +31,13 @@ from egrpo_fast.objective import GroupLoss, Objective, policy_mismatch
 from egrpo_fast.plan import ode_plan
 from egrpo_fast.prompts import Prompt, PromptOrder
 from egrpo_fast.rewards import Reward, RewardError, fill_dropped, score, score_or_nan
-from egrpo_fast.rollout import NoiseKey, Rollout, Velocity, Wavefront
+from egrpo_fast.rollout import NoiseKey, Rollout, Velocity, Wavefront, find_micro_batch
 from egrpo_fast.schedule import make_schedule
 
 PIPELINE = "pipeline"
 BASE_PICTURES = "base_pictures.safetensors"
+OUT_OF_MEMORY = 1 << 10
+"""What a rank tells the others in place of a signal's number; above all of them."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,10 @@ class Asked(Exception):
         self.signal = signal
 
 
+class OutOfMemory(Exception):
+    """Some rank's device ran out of memory in a rollout; raised on all ranks."""
+
+
 @dataclass(frozen=True)
 class HeldOut:
     """A held-out evaluation, on every rank: mean of each reward, and on rank 0 the first pictures [N, 3, H, W]."""
@@ -67,7 +75,10 @@ class HeldOut:
 
 
 class Trainer:
-    """Trains a backbone's transformer on rewards. `train()` runs what is left of `config.iterations`."""
+    """Trains a backbone's transformer on rewards. `train()` runs what is left of `config.iterations`.
+
+    rollout_transformer: on the meta device, what forwards without gradient use in the transformer's place.
+    """
 
     def __init__(
         self,
@@ -79,6 +90,7 @@ class Trainer:
         interruption: Interruption,
         train_prompts: Sequence[str],
         held_out_prompts: Sequence[str],
+        rollout_transformer: nn.Module | None = None,
     ) -> None:
         self.config, self.world, self.heart, self.backbone, self.rewards = config, world, heart, backbone, rewards
         self.order = PromptOrder(train_prompts, config.seed, config.prompts.shuffle)
@@ -86,7 +98,7 @@ class Trainer:
         self.trained = [reward for reward in config.rewards if reward.weight]
         self.plan = plan_of(config, 0)
         steps = len(self.plan.groups) if config.objective.optimizer_step == "active_step" else 1
-        self.engine = Engine(backbone.transformer, config, config.iterations * steps)
+        self.engine = Engine(backbone.transformer, config, config.iterations * steps, rollout_transformer)
         self.ops = ops.choose(config.rollout.backend, world.device)
         self.objective = Objective(
             self.ops,
@@ -103,7 +115,7 @@ class Trainer:
             "ops": self.ops,
             "device": world.device,
             "model_dtype": torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32,
-            "micro_batch": config.rollout.micro_batch,
+            "micro_batch": config.rollout.most_rows,
         }
         self.wavefront = Wavefront(self.plan, config.rollout.prompts_per_call, **buffers)
         evaluation_schedule = make_schedule(config.evaluation.num_steps, config.schedule.shift)
@@ -111,6 +123,7 @@ class Trainer:
         self.evaluation_wavefront = Wavefront(
             ode_plan(evaluation_schedule), min(config.evaluation.prompts_per_call, per_rank), **buffers
         )
+        self.beside = Beside(world.device) if config.rollout.overlap else None
         self.stopwatch = metrics.Stopwatch(world.device)
         self.guard = Guard(config.guards)
         self.interruption = interruption
@@ -195,18 +208,24 @@ class Trainer:
         numbers = torch.tensor([prompt.number for prompt in prompts], device=self.world.device)
         with self._phase("rollout"):
             conditionings = [self.backbone.encode(chunk) for chunk in chunks]
+            rollouts: list[Rollout] = []
+            scored: list[Callable[[], tuple[Tensor, Tensor]]] = []
             with self.engine.inference(self.config.rollout.weights == "gathered") as module:
-                rollouts = [
-                    self.wavefront.run(
-                        self._velocity(module, conditioning), NoiseKey(self.config.seed, self.iteration, some)
-                    )
-                    for conditioning, some in zip(conditionings, numbers.split(self.config.rollout.prompts_per_call))
-                ]
-        # The gathered weights are given back before the pictures need their memory.
+                for chunk, conditioning, some in zip(
+                    chunks, conditionings, numbers.split(self.config.rollout.prompts_per_call)
+                ):
+                    if self.config.rollout.micro_batch == "auto" and self.wavefront.micro_batch is None:
+                        self.wavefront.micro_batch = self._find_micro_batch(module, conditioning)
+                    key = NoiseKey(self.config.seed, self.iteration, some)
+                    rollout = self._roll_out(self.wavefront, self._velocity(module, conditioning), key)
+                    rollouts.append(rollout)
+                    scoring = partial(self._score, rollout.final_latents, chunk, names)
+                    scored.append(self.beside.begin(scoring) if self.beside else scoring)
+        # The gathered weights are given back before the pictures need their memory, where they are not scored beside.
         with self._phase("rewards"):
             batch = []
-            for rollout, conditioning, chunk in zip(rollouts, conditionings, chunks):
-                rewards, dropped = self._score(rollout.final_latents, chunk, names)
+            for rollout, conditioning, chunk, score in zip(rollouts, conditionings, chunks, scored):
+                rewards, dropped = score()
                 finite = rollout.final_latents.isfinite().all() & rewards.isfinite().all()
                 batch.append(Experience(tuple(chunk), rollout, conditioning, rewards, dropped, finite))
             return batch
@@ -281,7 +300,7 @@ class Trainer:
                     places = [place % len(self.held_out) for place in chunk]
                     velocity = self._velocity(module, self.backbone.encode([self.held_out[place] for place in places]))
                     key = NoiseKey(self.config.seed, 0, torch.tensor(places, device=self.world.device))
-                    latents.append(wavefront.run(velocity, key, noise.EVALUATION).final_latents[:, 0])
+                    latents.append(self._roll_out(wavefront, velocity, key, noise.EVALUATION).final_latents[:, 0])
             # As in `sample`, the pictures get the memory of the gathered weights.
             for chunk, some in zip(_chunks(mine, size), latents):
                 pictures, prompts = self.backbone.decode(some), [self.held_out[i % len(self.held_out)] for i in chunk]
@@ -372,10 +391,68 @@ class Trainer:
         due = self.iteration in (0, self.config.iterations) or (every and self.iteration % every == 0)
         return bool(due) and self.iteration not in done
 
-    def _may_end(self) -> None:
-        """Asked, on every rank at the same call, where some rank was asked to end and the weights are as they were."""
-        if not self._stepped and (signal := self.world.agree(self.interruption.signal)):
-            raise Asked(signal)
+    def _may_end(self, signal: int | None = None) -> None:
+        """Asked, on every rank at the same call, where some rank was asked to end and the weights are as they were.
+
+        signal: what this rank says in place of its own; OutOfMemory where it, or another's, is OUT_OF_MEMORY.
+        """
+        if self._stepped:
+            return
+        told = self.world.agree(self.interruption.signal if signal is None else signal)
+        if told == OUT_OF_MEMORY:
+            raise OutOfMemory
+        if told:
+            raise Asked(told)
+
+    def _roll_out(
+        self, wavefront: Wavefront, velocity: Velocity, key: NoiseKey, noise_step: int = noise.INITIAL
+    ) -> Rollout:
+        """A wavefront on every rank. Where one runs out of memory, all begin again with half the rows per model call.
+
+        The others hear of it at their next call, or after the last; a rollout is a function of its key, so it comes
+        out the same. Sharded weights are collected within a call, which nobody can leave alone: there it ends the run.
+        """
+        alone = self.world.size == 1 or not self.engine.sharded or self.config.rollout.weights == "gathered"
+        while True:
+            with contextlib.suppress(OutOfMemory):
+                try:
+                    rollout = wavefront.run(velocity, key, noise_step)
+                except torch.OutOfMemoryError:
+                    if not alone or wavefront.rows_per_call == 1:
+                        raise
+                    self._may_end(OUT_OF_MEMORY)
+                if alone:
+                    self._may_end()
+                return rollout
+            rows = wavefront.rows_per_call
+            wavefront.micro_batch = rows // 2
+            if self.world.device.type == "cuda":
+                torch.cuda.empty_cache()
+            if self.world.is_main:
+                told = f"out of memory with {rows} rows per model call; goes on with {rows // 2}"
+                warnings.warn(f"rollout.micro_batch: {told}", stacklevel=2)
+
+    def _find_micro_batch(self, module: nn.Module, conditioning: Conditioning) -> int:
+        """What `rollout.micro_batch: auto` is, on the rank that can take least."""
+        self.heart.at("finding rollout.micro_batch")
+        shape, device = self.wavefront.shape, self.world.device
+        dtype = torch.bfloat16 if self.config.model.dtype == "bfloat16" else torch.float32
+
+        def seconds(rows: int) -> float:
+            latents = torch.zeros(rows, *shape, dtype=dtype, device=device)
+            timed: list[float] = []
+            for _ in range(3):  # the first may compile
+                watch = metrics.Stopwatch(device)
+                with torch.no_grad(), watch.phase("call"):
+                    slots = torch.zeros(rows, dtype=torch.int64, device=device)
+                    self.backbone.velocity(module, latents, 0.5, conditioning, slots)
+                timed += watch.read().values()
+            return min(timed[1:])
+
+        found = -self.world.agree(-find_micro_batch(seconds, self.wavefront.rows_per_call))
+        if self.world.is_main:
+            print(f"rollout.micro_batch: auto, found {found}")
+        return found
 
     @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:

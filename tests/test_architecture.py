@@ -14,7 +14,7 @@ ROOMS = [  # from the top; a room imports from rooms below it and from itself, n
     ("trainer", "evaluation", "reward_server", "encoding", "cost", "doctor"),
     ("export",),
     ("engine", "metrics", "figures", "page", "guards", "rewards", "backbones", "objective"),
-    ("rollout", "checkpoint", "heartbeat", "interruption"),
+    ("rollout", "beside", "checkpoint", "heartbeat", "interruption"),
     ("methods", "config_reference"),
     ("plan", "prompts", "config", "embeddings"),
     ("schedule", "noise", "ops", "shapes", "recipes"),

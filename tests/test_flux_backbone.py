@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import huggingface_hub.errors as hub
@@ -11,10 +12,22 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from safetensors.torch import load_file, save_file
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from egrpo_fast import noise, ops
 from egrpo_fast.backbones import flux
-from egrpo_fast.backbones.flux import FluxBackbone, check_folder, load_vae, meta_transformer, resolve, save_lora
+from egrpo_fast.backbones.flux import (
+    CompiledFlux,
+    FluxBackbone,
+    check_folder,
+    load_vae,
+    meta_transformer,
+    resolve,
+    save_lora,
+)
+from egrpo_fast.backbones.flux_text import Conditioning
 from egrpo_fast.backbones.random_flux import make_pipeline
 from egrpo_fast.config import Lora
 from egrpo_fast.methods import e_grpo
@@ -301,3 +314,98 @@ def test_the_vae_is_the_folders(tmp_path):
     weights = load_file(weight_file(PIPELINE, "vae"))
     loaded = load_vae(PIPELINE, torch.float32, "cpu").state_dict()
     assert loaded.keys() == weights.keys() and all(torch.equal(loaded[k], weights[k].float()) for k in weights)
+
+
+class Crossings(TorchDispatchMode):
+    """Ops that read or write tensors of two devices: on a GPU the host would wait for each."""
+
+    def __init__(self, seen):
+        super().__init__()
+        self.seen, self.count = seen, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+        self.count += 1
+        if len({tensor.device.type for tensor in tensors}) > 1:
+            self.seen.append(str(func))
+        return result
+
+
+class NumbersOfTheHost(TorchFunctionMode):
+    """Calls that make a device's tensor of numbers that Python holds, which no dispatched op shows."""
+
+    def __init__(self, seen):
+        super().__init__()
+        self.seen = seen
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        indexed = func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__)
+        index = args[1] if indexed else ()
+        parts = index if isinstance(index, tuple) else (index,)
+        if any(isinstance(part, (list, tuple)) for part in parts) or func in (torch.tensor, torch.as_tensor):
+            self.seen.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_wavefront_never_waits_for_its_device(backbone, monkeypatch):
+    """On the meta device, whose values nobody can read: an `item`, a `nonzero` or a branch on a tensor raises, and what
+    is copied to or from the host is seen."""
+    transformer, _ = meta_transformer(PIPELINE)
+    meta = FluxBackbone(transformer, backbone._vae, None, 32, 32, 3.5, 32)
+    meta._image_ids = meta._image_ids.to("meta")
+    conditioning = Conditioning(*(tensor.to("meta") for tensor in vars(backbone.encode(CAPTIONS[:2])).values()))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # meta tensors have no addresses to compare
+    chosen = replace(ops.choose("extension"), device_type="meta")
+    plan = e_grpo(make_schedule(6), [4, 2, 3], [1, 1, 2], antithetic=True)
+    made = Wavefront(plan, 2, meta.latent_shape, chosen, "meta", micro_batch=5)
+    key = NoiseKey(5, 0, torch.empty(2, dtype=torch.int64, device="meta"))
+    seen = []
+    with NumbersOfTheHost(seen), Crossings(seen) as crossings:
+        rollout = made.run(lambda x, t, rows: meta.velocity(transformer, x, t, conditioning, rows), key)
+    assert rollout.final_latents.shape == (2, 9, *meta.latent_shape)
+    assert not seen and crossings.count > 1000
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        pytest.param(lambda x: x[[0, 1]], id="index"),
+        pytest.param(lambda x: torch.tensor([1.0], device="meta"), id="tensor"),
+        pytest.param(lambda x: x.cpu(), id="cpu"),
+        pytest.param(lambda x: torch.ones(2).to(x), id="to"),
+        pytest.param(lambda x: x.sum().item(), id="item"),
+        pytest.param(lambda x: x.nonzero(), id="nonzero"),
+        pytest.param(lambda x: 1 if x.all() else 0, id="bool"),
+    ],
+)
+def test_a_wait_is_seen(wait):
+    seen = []
+    with NumbersOfTheHost(seen), Crossings(seen):
+        try:
+            wait(torch.empty(2, device="meta"))
+        except (RuntimeError, NotImplementedError):
+            return
+    assert seen
+
+
+def test_compiled_blocks_are_compiled_once_for_any_number_of_rows(backbone):
+    """And give what the eager model gives. Another engine that lends other weights compiles nothing either."""
+    compiled = CompiledFlux.of(backbone.transformer, backend="aot_eager")
+    conditioning, graphs = backbone.encode(CAPTIONS), torch._dynamo.utils.counters["stats"]
+
+    def run(rows):
+        rows = torch.arange(rows) % 3
+        x = torch.randn(len(rows), *backbone.latent_shape, generator=torch.Generator().manual_seed(0))
+        weights = {name: value.detach().clone() for name, value in backbone.transformer.state_dict().items()}
+        compiled.load_state_dict(weights, assign=True)
+        with torch.no_grad():
+            ours, eager = (backbone.velocity(m, x, 0.7, conditioning, rows) for m in (compiled, backbone.transformer))
+        assert ours.shape == eager.shape and torch.allclose(ours, eager, rtol=0, atol=1e-5)
+        compiled.to("meta")
+        return graphs["unique_graphs"]
+
+    before, first = graphs["unique_graphs"], run(4)
+    assert before < first
+    assert [run(rows) for rows in (1, 13, 24, 25, 64, 2, 1)] == [first] * 7
+    assert isinstance(compiled.transformer_blocks[0], type(backbone.transformer.transformer_blocks[0]))

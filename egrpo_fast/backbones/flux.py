@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from diffusers.models.attention_dispatch import AttentionBackendName, _check_attention_backend_requirements
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from peft import LoraConfig
@@ -22,6 +24,9 @@ LATENT_PATCH = 2
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 FILES = ("model_index.json", "README.md", "LICENSE*", *(f"{part}/*" for part in PARTS))
 """Of a hub repository: the pipeline, and what its licence is."""
+
+ATTENTION = {"cudnn": "_native_cudnn", "efficient": "_native_efficient", "flash_3_hub": "_flash_3_hub"}
+"""Names of `model.attention` that diffusers spells otherwise."""
 
 
 def is_hub_id(path: str) -> bool:
@@ -131,6 +136,59 @@ def meta_transformer(
             raise ValueError(f"model.lora.target_modules: {' '.join(str(error).split())}") from None
     shapes = {name: tuple(parameter.shape) for name, parameter in transformer.named_parameters()}
     return transformer, TransformerWeights(WeightFiles(folder / "transformer"), shapes, lora, seed)
+
+
+def check_attention(name: str) -> None:
+    """ValueError where that `model.attention` cannot run here, by what is installed."""
+    if name == "native":
+        return
+    try:
+        _check_attention_backend_requirements(AttentionBackendName(ATTENTION.get(name, name)))
+    except RuntimeError as error:
+        raise ValueError(f"model.attention: {name} is not installed: {' '.join(str(error).split())}") from None
+    if not torch.cuda.is_available():
+        raise ValueError(f"model.attention: {name} needs a CUDA device; allowed here: native")
+
+
+def use_attention(transformer: FluxTransformer2DModel, name: str) -> None:
+    """Have every attention layer computed by that `model.attention`."""
+    if name != "native":
+        transformer.set_attention_backend(ATTENTION.get(name, name))
+
+
+class CompiledFlux(FluxTransformer2DModel):
+    """A transformer whose repeated blocks are compiled, once for any number of rows; for forwards without gradient."""
+
+    @classmethod
+    def of(cls, transformer: FluxTransformer2DModel, backend: str = "inductor") -> "CompiledFlux":
+        """One of the same parameters, adapters and attention, on the meta device: weights are lent to it.
+
+        backend: torch.compile's.
+        """
+        with torch.device("meta"):
+            made = cls.from_config(transformer.config)
+        for adapter in getattr(transformer, "peft_config", {}).values():
+            made.add_adapter(adapter)
+        for ours, theirs in zip(made.attn_processors.values(), transformer.attn_processors.values()):
+            ours._attention_backend = theirs._attention_backend
+        for block in (*made.transformer_blocks, *made.single_transformer_blocks):
+            block._compiled_call_impl = partial(_any_rows, torch.compile(block._call_impl, backend=backend))
+        return made.requires_grad_(False).eval()
+
+    def forward(self, **inputs: Any) -> tuple[Tensor]:
+        """A lone row is computed twice: the compiler takes 1 for a number of its own, and would compile for it."""
+        rows = len(inputs["hidden_states"])
+        if rows == 1:
+            alike = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "guidance")
+            inputs |= {k: inputs[k].expand(2, *inputs[k].shape[1:]) for k in alike if inputs[k] is not None}
+        return (super().forward(**inputs)[0][:rows],)
+
+
+def _any_rows(block: Callable[..., Any], **inputs: Any) -> Any:
+    """One call of a compiled block, whose inputs [rows, ...] may have another number of rows next time."""
+    for name in ("hidden_states", "encoder_hidden_states", "temb"):
+        torch._dynamo.mark_dynamic(inputs[name], 0)
+    return block(**inputs)
 
 
 def _adapter_key(name: str) -> str:

@@ -25,12 +25,16 @@ SIZES = {
         "num_layers": 2, "num_single_layers": 4,
         "num_attention_heads": 6, "attention_head_dim": 32, "axes_dims_rope": (8, 12, 12),
     },
+    "30m": {
+        "num_layers": 2, "num_single_layers": 3,
+        "num_attention_heads": 8, "attention_head_dim": 64, "axes_dims_rope": (16, 24, 24),
+    },
     "medium": {
         "num_layers": 4, "num_single_layers": 10,
         "num_attention_heads": 10, "attention_head_dim": 128, "axes_dims_rope": (16, 56, 56),
     },
 }  # fmt: skip
-"""Transformers of 0.3, 5 and 491 million parameters."""
+"""Transformers of 0.3, 5, 30 and 491 million parameters."""
 
 
 def make_pipeline(size: str, seed: int = 0, guidance_embeds: bool = True) -> FluxPipeline:
