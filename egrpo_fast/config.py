@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from egrpo_fast.schedule import Schedule, SdeForm, make_schedule
+from egrpo_fast.schedule import Schedule, SdeForm, Solver, make_schedule
 
 CONFIG_FILE, RUN_FILE, CHECKPOINTS = "config.yaml", "run.json", "checkpoints"
 """In a run's folder: its settings, what made it, its checkpoints."""
@@ -107,7 +107,7 @@ class ScheduleSection(_Section):
 
 
 MERGING = ("schedule.entropy_threshold", "schedule.merge_lengths", "schedule.max_merge")
-OPTIONAL = {*MERGING, "schedule.active_steps", "rollout.group_size", "rollout.tail_stride"}
+OPTIONAL = {*MERGING, "schedule.active_steps", "rollout.group_size", "tail.stride", "tail.solver"}
 """Settings outside of `method` that not every method uses."""
 OWN_FORM = {"dance_grpo": "dance_grpo", "branch_grpo": "dance_grpo"}
 OWN_ETA = {"flow_grpo": 0.7, "dance_grpo": 0.3, "cps": 0.8}
@@ -139,7 +139,7 @@ class FlowGrpo(_Section):
 
     @property
     def uses(self) -> set[str]:
-        return {"rollout.group_size", "rollout.tail_stride"} if self.window else {"rollout.group_size"}
+        return {"rollout.group_size", "tail.stride", "tail.solver"} if self.window else {"rollout.group_size"}
 
 
 class DanceGrpo(_Section):
@@ -169,7 +169,7 @@ class MixGrpo(_Section):
 
     @property
     def uses(self) -> set[str]:
-        return {"rollout.group_size", "rollout.tail_stride"}
+        return {"rollout.group_size", "tail.stride", "tail.solver"}
 
 
 class BranchGrpo(_Section):
@@ -199,7 +199,7 @@ class GranularGrpo(_Section):
 
     @property
     def uses(self) -> set[str]:
-        return {"schedule.active_steps", "rollout.group_size"}
+        return {"schedule.active_steps", "rollout.group_size", "tail.solver"}
 
 
 class TempFlowGrpo(_Section):
@@ -210,7 +210,7 @@ class TempFlowGrpo(_Section):
 
     @property
     def uses(self) -> set[str]:
-        return {"rollout.group_size", "rollout.tail_stride"}
+        return {"rollout.group_size", "tail.stride", "tail.solver"}
 
 
 Method = EGrpo | FlowGrpo | DanceGrpo | MixGrpo | BranchGrpo | GranularGrpo | TempFlowGrpo
@@ -219,8 +219,6 @@ Method = EGrpo | FlowGrpo | DanceGrpo | MixGrpo | BranchGrpo | GranularGrpo | Te
 class Rollout(_Section):
     group_size: Annotated[int, Field(ge=2, le=65536)] | list[Annotated[int, Field(ge=2, le=65536)]] = 12
     """G, samples per active step: one number, or one per active step."""
-    tail_stride: Positive | list[Positive] = 1
-    """Grid steps per ODE step after the SDE step: one number, or one per active step."""
     prompts_per_call: Positive = 1
     """Prompts of one rank that share a wavefront."""
     micro_batch: Positive | None = None
@@ -229,6 +227,15 @@ class Rollout(_Section):
     """Under ZeRO-3, gather the weights at every layer of every call, or once per rollout."""
     backend: Literal["auto", "reference", "triton", "extension"] = "auto"
     """Who runs the ops between model calls."""
+
+
+class Tail(_Section):
+    """The ODE after the last stochastic step: no policy acts there, so it may be approximated (docs/tails.md)."""
+
+    stride: Positive | list[Positive] = 1
+    """Grid steps per ODE step: one number, or one per active step."""
+    solver: Solver = "euler"
+    """How its steps follow each other: one at a time, or of second order by the velocity before (`ab2`, `dpm2m`)."""
 
 
 class Reward(_Section):
@@ -378,6 +385,7 @@ class Config(_Section):
     """The method; its name alone will do where it keeps its defaults."""
     schedule: ScheduleSection = ScheduleSection()
     rollout: Rollout = Rollout()
+    tail: Tail = Tail()
     rewards: list[Reward] = Field(min_length=1)
     """Rewards; those of weight 0 are scored in evaluations only."""
     objective: Objective = Objective()
@@ -409,8 +417,8 @@ class Config(_Section):
             raise ValueError(f"{', '.join(unused)}: not used by method {method.name}; leave it out")
         if isinstance(self.rollout.group_size, list) and "schedule.active_steps" not in method.uses:
             raise ValueError(f"rollout.group_size: one number for all steps with method {method.name}")
-        if isinstance(self.rollout.tail_stride, list) and not isinstance(method, EGrpo):
-            raise ValueError(f"rollout.tail_stride: one number for all steps with method {method.name}")
+        if isinstance(self.tail.stride, list) and not isinstance(method, EGrpo):
+            raise ValueError(f"tail.stride: one number for all steps with method {method.name}")
         if isinstance(method, FlowGrpo):
             first, end = method.window_range or (0, self.schedule.num_steps // 2)
             if method.window is None and method.window_range is not None:
@@ -448,7 +456,7 @@ class Config(_Section):
         names = sorted(OPTIONAL - self.method.uses)
         if not given:
             return names
-        sections = {"schedule": self.schedule, "rollout": self.rollout}
+        sections = {"schedule": self.schedule, "rollout": self.rollout, "tail": self.tail}
         return [n for n in names if n.partition(".")[2] in sections[n.partition(".")[0]].model_fields_set]
 
     @model_validator(mode="after")
@@ -487,10 +495,9 @@ class Config(_Section):
         if merges is not None and schedule.max_merge is not None:
             raise ValueError("schedule.max_merge: caps the threshold's merges; not allowed beside merge_lengths")
         num_active = len(active) if active is not None else steps // 2
-        for field in ("group_size", "tail_stride"):
-            value = getattr(self.rollout, field)
+        for field, value in (("rollout.group_size", self.rollout.group_size), ("tail.stride", self.tail.stride)):
             if isinstance(value, list) and len(value) != num_active:
-                raise ValueError(f"rollout.{field}: {len(value)} numbers, one per active step needed ({num_active})")
+                raise ValueError(f"{field}: {len(value)} numbers, one per active step needed ({num_active})")
         if not any(reward.weight for reward in self.rewards):
             raise ValueError("rewards: at least one needs a weight other than 0")
         names = [reward.name for reward in self.rewards]

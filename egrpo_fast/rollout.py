@@ -79,19 +79,46 @@ class Wavefront:
             self._waves, self.tables = plan.waves, plan.tables(self.num_prompts, self._device, self._dtype)
         if len(self._latents) != self.num_prompts * plan.num_rows:
             self._latents = self._latents.new_empty(self.num_prompts * plan.num_rows, *self.shape)
+            self._before: Tensor | None = None
             # Where the model reads the state's own dtype there is nothing to copy.
             same = self._model_dtype == self._dtype
             self._copy = None if same else torch.empty_like(self._latents, dtype=self._model_dtype)
+        if self._before is None and any(table.kept is not None for table in self.tables):
+            self._before = torch.empty_like(self._latents, dtype=self._model_dtype)
         self._picture_rows = torch.tensor(plan.picture_rows, dtype=torch.int64, device=self._device)
 
-    def _velocity(self, velocity: Velocity, table: WaveTable) -> Tensor:
+    def _velocity(self, velocity: Velocity, tail_velocity: Velocity | None, table: WaveTable) -> Tensor:
+        """[S, L, C] at the wave's sources; of rows in their tail by `tail_velocity`, where there is one."""
+        if tail_velocity is None or table.tail is None:
+            return self._call(velocity, table.time, table.sources, table.source_slots)
+        tail = self._call(tail_velocity, table.time, table.sources[table.tail], table.source_slots[table.tail])
+        if table.exact is None:
+            return tail
+        exact = self._call(velocity, table.time, table.sources[table.exact], table.source_slots[table.exact])
+        v = exact.new_empty(len(table.sources), *self.shape)
+        v[table.exact], v[table.tail] = exact, tail.to(exact.dtype)
+        return v
+
+    def _call(self, velocity: Velocity, time: float, sources: Tensor, slots: Tensor) -> Tensor:
         readable = self._latents if self._copy is None else self._copy
-        size = self.micro_batch or len(table.sources)
+        size = self.micro_batch or len(sources)
         chunks = [
-            velocity(readable[sources], table.time, rows)
-            for sources, rows in zip(table.sources.split(size), table.source_slots.split(size))
+            velocity(readable[some], time, rows) for some, rows in zip(sources.split(size), slots.split(size))
         ]
         return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
+
+    def _extrapolate(self, v: Tensor, table: WaveTable) -> Tensor:
+        """Multistep tails: `v + h (v - v_before)` where a source has history; v is kept for the steps that need it."""
+        used = v
+        if table.multistep is not None:
+            assert self._before is not None and table.history is not None
+            now = v[table.multistep].to(self._latents.dtype)
+            used = v.clone()
+            used[table.multistep] = (now + table.history * (now - self._before[table.multistep_rows])).to(v.dtype)
+        if table.kept is not None:
+            assert self._before is not None
+            self._before[table.kept_for] = v[table.kept].to(self._before.dtype)
+        return used
 
     def _mirror(self, table: WaveTable) -> None:
         """Antithetic samples: `mean - s eps = 2 mean - (mean + s eps)`, where `branch_rows` has left the mean."""
@@ -102,8 +129,17 @@ class Wavefront:
                 self._copy[table.mirrors] = mirrored.to(self._copy.dtype)
 
     @torch.no_grad()
-    def run(self, velocity: Velocity, key: NoiseKey, noise_step: int = noise.INITIAL) -> Rollout:
-        """Roll the plan out from the prompts' initial noise (stream word `noise_step`) to the pictures."""
+    def run(
+        self,
+        velocity: Velocity,
+        key: NoiseKey,
+        noise_step: int = noise.INITIAL,
+        tail_velocity: Velocity | None = None,
+    ) -> Rollout:
+        """Roll the plan out from the prompts' initial noise (stream word `noise_step`) to the pictures.
+
+        tail_velocity: another model for rows in their tail (`Plan.tails`), in calls of its own; None: the same.
+        """
         plan, num_prompts = self.plan, self.num_prompts
         assert len(key.prompts) == num_prompts
         by_prompt = self._latents.unflatten(0, (num_prompts, plan.num_rows))
@@ -117,11 +153,12 @@ class Wavefront:
         groups = {group.index: group for group in plan.groups}
         states, velocities = [], []
         for wave, table in zip(plan.waves, self.tables):
-            v = self._velocity(velocity, table)
+            v = self._velocity(velocity, tail_velocity, table)
             if group := groups.get(wave.index):
                 places = [wave.sources.index(source) for source in group.sources]
                 states.append(by_prompt[:, group.sources].flatten(0, 1))
                 velocities.append(v.unflatten(0, (num_prompts, -1))[:, places].flatten(0, 1))
+            v = self._extrapolate(v, table)
             self.ops.branch_rows(
                 self._latents, self._copy, v, table.sources, table.offsets, table.destinations, table.coefficients,
                 table.draws, table.slots, key.prompts, key.iteration, key.seed,

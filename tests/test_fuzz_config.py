@@ -251,7 +251,7 @@ def across(draw):
     merges = [1] * steps
     merges[index] = steps - index + draw(st.integers(1, 9))
     repeated = draw(st.integers(0, steps - 1))
-    one = draw(st.sampled_from(["rollout.group_size", "rollout.tail_stride"]))
+    one = draw(st.sampled_from(["rollout.group_size", "tail.stride"]))
     rank = draw(st.sampled_from([1, 2]))
     unknown = draw(st.text("xyz", min_size=1, max_size=9))
     return draw(
