@@ -229,6 +229,10 @@ class Rollout(_Section):
     """Who runs the ops between model calls."""
 
 
+APPROXIMATIONS = ("stride", "solver")
+"""Settings of `tail` that change its pictures."""
+
+
 class Tail(_Section):
     """The ODE after the last stochastic step: no policy acts there, so it may be approximated (docs/tails.md)."""
 
@@ -236,6 +240,15 @@ class Tail(_Section):
     """Grid steps per ODE step: one number, or one per active step."""
     solver: Solver = "euler"
     """How its steps follow each other: one at a time, or of second order by the velocity before (`ab2`, `dpm2m`)."""
+    check_every: Annotated[int, Field(ge=0)] = 25
+    """Iterations between comparisons of an approximated tail with the exact one; 0: never."""
+    target: float = Field(0.95, gt=0.0, lt=1.0)
+    """Rank correlation within groups below which the run goes on with the exact tail."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing is approximated."""
+        return all(getattr(self, name) == Tail.model_fields[name].default for name in APPROXIMATIONS)
 
 
 class Reward(_Section):
@@ -546,6 +559,10 @@ class Config(_Section):
         if not self.method.uses.issuperset(MERGING):
             settings["entropy_threshold"] = 0.0
         return make_schedule(**settings)
+
+    def with_tail(self, **settings: Any) -> "Config":
+        """The same with these settings of `tail`, the others at their defaults: none given, the exact one."""
+        return self.model_copy(update={"tail": Tail(**settings)})
 
     def per_active_step(self, value: int | list[int]) -> list[int]:
         """A setting that is one number or one per active step, as a list."""

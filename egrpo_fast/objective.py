@@ -54,7 +54,13 @@ class Objective:
         The ratio compares the new velocity with `old_velocity` under the rollout's own noise, replayed from its key:
         with equal velocities it is exactly 1.
         """
-        log_ratio = self._log_ratio(group, key, velocity, old_velocity)
+        return self._loss(group, self._log_ratio(group, key, velocity, old_velocity), rewards)
+
+    def advantages(self, group: Group, rewards: Tensor) -> Tensor:
+        """[P, G] of rewards [K V, P, G]: what the loss weighs each sample by."""
+        return self._loss(group, rewards.new_zeros(rewards.shape[1:]), rewards).advantages
+
+    def _loss(self, group: Group, log_ratio: Tensor, rewards: Tensor) -> GroupLoss:
         rewards, weights, mix = self._mixed(rewards.to(log_ratio.dtype), len(group.views))
         # What scales a whole group's advantages scales its loss: the op standardises, the rest is a factor.
         factor = group.weight * (group.size / (group.size - 1) if self.baseline == "leave_one_out" else 1.0)
