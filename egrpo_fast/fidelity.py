@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from egrpo_fast.config import Tail
 from egrpo_fast.objective import Objective
 from egrpo_fast.plan import Plan
 
@@ -65,3 +66,39 @@ def compare(plan: Plan, objective: Objective, exact: Tensor, tail: Tensor) -> Co
     weights = torch.tensor(objective.weights, dtype=torch.float64, device=exact.device)
     bias = torch.einsum("k,kpn->pn", weights, (tail - exact).double()).mean().item()
     return Comparison(torch.stack(correlations), torch.stack(flips), bias)
+
+
+class TailGuard:
+    """Judges a run's tail by its last checks. Its `state` goes into checkpoints: a tail once given up stays so."""
+
+    def __init__(self, settings: Tail) -> None:
+        self._settings = settings
+        self.fallen = False
+        self._checks: list[list[float]] = []
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return {"fallen": self.fallen, "checks": self._checks}
+
+    @state.setter
+    def state(self, state: Mapping[str, Any]) -> None:
+        self.fallen, self._checks = state["fallen"], [list(check) for check in state["checks"]]
+
+    def due(self, iteration: int) -> bool:
+        every = self._settings.check_every
+        return bool(every) and not self.fallen and not self._settings.exact and iteration % every == 0
+
+    def judge(self, correlations: Sequence[float]) -> str | None:
+        """correlations: of a check's groups, the same on every rank. Returns why the tail is given up, or None.
+
+        It is where the mean of the last WINDOW checks is below the target by more than its standard error.
+        """
+        self._checks = [*self._checks, [value for value in correlations if not math.isnan(value)]][-WINDOW:]
+        pooled = torch.tensor([value for check in self._checks for value in check], dtype=torch.float64)
+        if len(pooled) < 2 or pooled.mean() + pooled.std() / math.sqrt(len(pooled)) >= self._settings.target:
+            return None
+        self.fallen = True
+        return (
+            f"rewards of the approximated tail rank samples as the exact one's do with a correlation of "
+            f"{pooled.mean():.3f} (tail.target {self._settings.target:g}): the exact tail from now on"
+        )

@@ -21,6 +21,7 @@ from egrpo_fast.checkpoint import CheckpointError, CheckpointReader, Checkpoints
 from egrpo_fast.config import CHECKPOINTS, Config
 from egrpo_fast.engine import Engine, World
 from egrpo_fast.export import export
+from egrpo_fast.fidelity import TailGuard, compare
 from egrpo_fast.guards import BadSteps, Guard
 from egrpo_fast.heartbeat import Heartbeat
 from egrpo_fast.interruption import Interruption
@@ -112,7 +113,7 @@ class Trainer:
             ode_plan(evaluation_schedule), min(config.evaluation.prompts_per_call, per_rank), **buffers
         )
         self.watch = metrics.Stopwatch(world.device)
-        self.guard = Guard(config.guards)
+        self.guard, self.tail_guard = Guard(config.guards), TailGuard(config.tail)
         self.interruption = interruption
         self.log: metrics.RunLog | None = None
         self.checkpoints = Checkpoints(
@@ -177,16 +178,17 @@ class Trainer:
             batch = self.sample(prompts)
             # A latent or reward that is not finite, on whichever rank: nothing is changed on any.
             skipped = self.world.agree(not all(experience.finite for experience in batch))
+            checked = {} if skipped else self._check_tail(batch[0])
             with self._phase("update"):
                 values = {"lr": self.engine.rate, "skipped_steps": 1} if skipped else self.update(batch)
             self.iteration += 1
             self._stepped = False
-            values |= self._reward_statistics(batch) | self.watch.read()
+            values |= checked | self._reward_statistics(batch) | self.watch.read()
             self._log_iteration(values, batch)
 
     def sample(self, prompts: Sequence[Prompt]) -> list[Experience]:
         """Roll out and score this rank's prompts: the current policy's experience."""
-        self.plan = plan_of(self.config, self.iteration)
+        self.plan = plan_of(self.config.with_tail() if self.tail_guard.fallen else self.config, self.iteration)
         self.wavefront.use(self.plan)
         names = [reward.name for reward in self.trained]
         chunks = list(_chunks([prompt.text for prompt in prompts], self.config.rollout.prompts_per_call))
@@ -294,6 +296,7 @@ class Trainer:
             "optimizer_steps": self.engine.steps,
             "held_out": self.history,
             "guard": self.guard.state,
+            "tail": self.tail_guard.state,
         }
         if self._saved != (self.iteration, len(self.history)):
             self._saved = self.iteration, len(self.history)
@@ -336,6 +339,7 @@ class Trainer:
                 with self._phase("restoring"):
                     self.engine.restore(reader, reader.state["optimizer_steps"])
                 self.iteration, self.guard.state = reader.state["iteration"], reader.state["guard"]
+                self.tail_guard.state = reader.state["tail"]
                 self.history = [(iteration, rewards) for iteration, rewards in reader.state["held_out"]]
                 self._saved = self.iteration, len(self.history)
                 return
@@ -353,6 +357,34 @@ class Trainer:
             return problems(path, CheckpointReader(path).files[self.world.rank :: self.world.size])
         except ValueError as error:
             return [str(error)]
+
+    def _check_tail(self, experience: Experience) -> dict[str, float]:
+        """Every `tail.check_every` iterations: the same samples finished by the exact tail, and what both rewards say.
+
+        A small sample, one wavefront of every rank; all come to the same verdict.
+        """
+        if not self.tail_guard.due(self.iteration):
+            return {}
+        with self._phase("tail check"):
+            plan = plan_of(self.config.with_tail(), self.iteration)
+            self.wavefront.use(plan)
+            with self.engine.inference(self.config.rollout.weights == "gathered") as module:
+                rollout = self.wavefront.run(
+                    self._velocity(module, experience.conditioning), experience.rollout.key
+                )
+            names = [reward.name for reward in self.trained]
+            exact, _ = self._score(rollout.final_latents, experience.prompts, names)
+            if self.world.agree(not exact.isfinite().all()):
+                return {}
+            found = compare(plan, self.objective, exact, experience.rewards)
+            correlations = [value for rank in self.world.gather(found.correlations.flatten().tolist()) for value in rank]
+            flips, bias = self.world.mean(torch.stack((found.flips.mean(), torch.tensor(found.bias)))).tolist()
+        told = self.tail_guard.judge(correlations)
+        if told and self.log:
+            self.log.say(f"WARNING: iteration {self.iteration + 1}: {told}")
+        known = [value for value in correlations if not math.isnan(value)]
+        values = {"tail/sign_flips": flips, "tail/reward_bias": bias, "tail/exact": float(self.tail_guard.fallen)}
+        return values | ({"tail/rank_correlation": sum(known) / len(known)} if known else {})
 
     def _evaluation_due(self) -> bool:
         """At the start, every so often and at the end; not again where a resumed run has its result."""

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = [  # from the top; a room imports from rooms below it and from itself, never from its own floor or above
     ("train", "cli"),
     ("trainer", "evaluation", "reward_server", "encoding", "cost", "doctor"),
+    ("fidelity",),
     ("export",),
     ("engine", "metrics", "figures", "page", "watch", "guards", "rewards", "backbones", "objective"),
     ("rollout", "checkpoint", "heartbeat", "interruption"),
