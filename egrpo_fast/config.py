@@ -229,7 +229,7 @@ class Rollout(_Section):
     """Who runs the ops between model calls."""
 
 
-APPROXIMATIONS = ("stride", "solver")
+APPROXIMATIONS = ("stride", "solver", "path", "lora", "weights", "decoder")
 """Settings of `tail` that change its pictures."""
 
 
@@ -240,10 +240,24 @@ class Tail(_Section):
     """Grid steps per ODE step: one number, or one per active step."""
     solver: Solver = "euler"
     """How its steps follow each other: one at a time, or of second order by the velocity before (`ab2`, `dpm2m`)."""
+    path: str | None = None
+    """Folder or hub id of another FLUX pipeline whose transformer makes its calls; none given: the policy's."""
+    lora: str | None = None
+    """LoRA file or folder, in diffusers' layout, on that transformer for its calls alone."""
+    weights: Literal["exact", "int8", "float8"] = "exact"
+    """What its calls compute in: as the policy, or weights and activations in 8 bits (torchao); float8 wants a GPU of
+    compute capability 8.9."""
+    decoder: str | None = None
+    """Folder of a tiny decoder (diffusers' AutoencoderTiny, such as TAEF1) of the pictures that training rewards."""
     check_every: Annotated[int, Field(ge=0)] = 25
     """Iterations between comparisons of an approximated tail with the exact one; 0: never."""
     target: float = Field(0.95, gt=0.0, lt=1.0)
     """Rank correlation within groups below which the run goes on with the exact tail."""
+
+    @property
+    def has_model(self) -> bool:
+        """Whether its calls have a transformer of their own."""
+        return self.path is not None or self.lora is not None or self.weights != "exact"
 
     @property
     def exact(self) -> bool:
@@ -537,6 +551,10 @@ class Config(_Section):
             raise ValueError("deepspeed.offload_optimizer: bitsandbytes' 8-bit AdamW stays on the device; use adamw")
         if zero.offload_optimizer == "nvme" and self.optimizer.ema_decay is not None:
             raise ValueError("optimizer.ema_decay: the average cannot be kept on nvme; use offload_optimizer cpu")
+        follows = self.tail.has_model and self.tail.path is None
+        if follows and zero.zero_stage == 3 and self.rollout.weights == "sharded":
+            name = "tail.lora" if self.tail.lora is not None else "tail.weights"
+            raise ValueError(f"{name}: copies the whole policy before a rollout; needs rollout.weights gathered")
         if schedule.sde_form == "cps" and schedule.eta > 1.0:
             raise ValueError(f"schedule.eta: {schedule.eta:g}; with sde_form cps at most 1")
         try:

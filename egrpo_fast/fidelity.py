@@ -37,13 +37,13 @@ def rank_correlation(exact: Tensor, tail: Tensor) -> Tensor:
 class Comparison:
     """Of P prompts' groups. correlations [N, P]: rank correlation of the advantages of every group, NaN where none is.
 
-    flips [N, P]: share of a group's advantages whose sign is the opposite one. bias: mean of the tail's reward (the
+    flips [N, P]: share of a group's advantages whose sign is the opposite one. bias []: mean of the tail's reward (the
     weighted sum) less the exact one's.
     """
 
     correlations: Tensor
     flips: Tensor
-    bias: float
+    bias: Tensor
 
     @property
     def correlation(self) -> float:
@@ -64,7 +64,7 @@ def compare(plan: Plan, objective: Objective, exact: Tensor, tail: Tensor) -> Co
         correlations.append(rank_correlation(ours, theirs))
         flips.append((ours * theirs < 0).double().mean(-1))
     weights = torch.tensor(objective.weights, dtype=torch.float64, device=exact.device)
-    bias = torch.einsum("k,kpn->pn", weights, (tail - exact).double()).mean().item()
+    bias = torch.einsum("k,kpn->pn", weights, (tail - exact).double()).mean()
     return Comparison(torch.stack(correlations), torch.stack(flips), bias)
 
 

@@ -102,9 +102,7 @@ class Wavefront:
     def _call(self, velocity: Velocity, time: float, sources: Tensor, slots: Tensor) -> Tensor:
         readable = self._latents if self._copy is None else self._copy
         size = self.micro_batch or len(sources)
-        chunks = [
-            velocity(readable[some], time, rows) for some, rows in zip(sources.split(size), slots.split(size))
-        ]
+        chunks = [velocity(readable[some], time, rows) for some, rows in zip(sources.split(size), slots.split(size))]
         return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
 
     def _extrapolate(self, v: Tensor, table: WaveTable) -> Tensor:

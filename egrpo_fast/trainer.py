@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from egrpo_fast import figures, metrics, noise, ops
 from egrpo_fast.backbones.flux import FluxBackbone
 from egrpo_fast.backbones.flux_text import Conditioning
+from egrpo_fast.backbones.tail import TailModel
 from egrpo_fast.checkpoint import CheckpointError, CheckpointReader, Checkpoints, problems
 from egrpo_fast.config import CHECKPOINTS, Config
 from egrpo_fast.engine import Engine, World
@@ -81,7 +82,9 @@ class Trainer:
         interruption: Interruption,
         train_prompts: Sequence[str],
         held_out_prompts: Sequence[str],
+        tail_model: TailModel | None = None,
     ) -> None:
+        self.tail_model = tail_model
         self.config, self.world, self.heart, self.backbone, self.rewards = config, world, heart, backbone, rewards
         self.order = PromptOrder(train_prompts, config.seed, config.prompts.shuffle)
         self.held_out = list(held_out_prompts[: config.evaluation.num_prompts])
@@ -188,7 +191,8 @@ class Trainer:
 
     def sample(self, prompts: Sequence[Prompt]) -> list[Experience]:
         """Roll out and score this rank's prompts: the current policy's experience."""
-        self.plan = plan_of(self.config.with_tail() if self.tail_guard.fallen else self.config, self.iteration)
+        exact = self.tail_guard.fallen
+        self.plan = plan_of(self.config.with_tail() if exact else self.config, self.iteration)
         self.wavefront.use(self.plan)
         names = [reward.name for reward in self.trained]
         chunks = list(_chunks([prompt.text for prompt in prompts], self.config.rollout.prompts_per_call))
@@ -196,9 +200,13 @@ class Trainer:
         with self._phase("rollout"):
             conditionings = [self.backbone.encode(chunk) for chunk in chunks]
             with self.engine.inference(self.config.rollout.weights == "gathered") as module:
+                if self.tail_model and not exact:
+                    self.tail_model.refresh(module)
                 rollouts = [
                     self.wavefront.run(
-                        self._velocity(module, conditioning), NoiseKey(self.config.seed, self.iteration, some)
+                        self._velocity(module, conditioning),
+                        NoiseKey(self.config.seed, self.iteration, some),
+                        tail_velocity=None if exact else self._tail_velocity(conditioning),
                     )
                     for conditioning, some in zip(conditionings, numbers.split(self.config.rollout.prompts_per_call))
                 ]
@@ -206,7 +214,7 @@ class Trainer:
         with self._phase("rewards"):
             batch = []
             for rollout, conditioning, chunk in zip(rollouts, conditionings, chunks):
-                rewards, dropped = self._score(rollout.final_latents, chunk, names)
+                rewards, dropped = self._score(rollout.final_latents, chunk, names, tiny=not exact)
                 finite = rollout.final_latents.isfinite().all() & rewards.isfinite().all()
                 batch.append(Experience(tuple(chunk), rollout, conditioning, rewards, dropped, finite))
             return batch
@@ -369,16 +377,14 @@ class Trainer:
             plan = plan_of(self.config.with_tail(), self.iteration)
             self.wavefront.use(plan)
             with self.engine.inference(self.config.rollout.weights == "gathered") as module:
-                rollout = self.wavefront.run(
-                    self._velocity(module, experience.conditioning), experience.rollout.key
-                )
+                rollout = self.wavefront.run(self._velocity(module, experience.conditioning), experience.rollout.key)
             names = [reward.name for reward in self.trained]
             exact, _ = self._score(rollout.final_latents, experience.prompts, names)
             if self.world.agree(not exact.isfinite().all()):
                 return {}
             found = compare(plan, self.objective, exact, experience.rewards)
-            correlations = [value for rank in self.world.gather(found.correlations.flatten().tolist()) for value in rank]
-            flips, bias = self.world.mean(torch.stack((found.flips.mean(), torch.tensor(found.bias)))).tolist()
+            correlations = [one for rank in self.world.gather(found.correlations.flatten().tolist()) for one in rank]
+            flips, bias = self.world.mean(torch.stack((found.flips.mean(), found.bias))).tolist()
         told = self.tail_guard.judge(correlations)
         if told and self.log:
             self.log.say(f"WARNING: iteration {self.iteration + 1}: {told}")
@@ -405,11 +411,24 @@ class Trainer:
 
     def _velocity(self, module: nn.Module, conditioning: Conditioning) -> Velocity:
         def velocity(latents: Tensor, t: float, rows: Tensor) -> Tensor:
-            self.heart.at("model call", f"(iteration {self.iteration + 1}, t = {t:.3f})")
-            self._may_end()  # every rank makes the same calls
+            self._at_model_call(t)
             return self.backbone.velocity(module, latents, t, conditioning, rows)
 
         return velocity
+
+    def _tail_velocity(self, conditioning: Conditioning) -> Velocity | None:
+        if (model := self.tail_model) is None:
+            return None
+
+        def velocity(latents: Tensor, t: float, rows: Tensor) -> Tensor:
+            self._at_model_call(t)
+            return model.velocity(latents, t, conditioning, rows)
+
+        return velocity
+
+    def _at_model_call(self, t: float) -> None:
+        self.heart.at("model call", f"(iteration {self.iteration + 1}, t = {t:.3f})")
+        self._may_end()  # every rank makes the same calls
 
     def _at_group(self, experience: Experience, n: int, gradient: bool = False) -> Tensor:
         """The training forward at the states of a group: [P * S, L, C]."""
@@ -418,16 +437,18 @@ class Trainer:
         with torch.set_grad_enabled(gradient):
             return self._velocity(self.engine.module, experience.conditioning)(state, group.time, rows)
 
-    def _score(self, latents: Tensor, prompts: Sequence[str], names: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def _score(
+        self, latents: Tensor, prompts: Sequence[str], names: Sequence[str], tiny: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """latents [P, pictures, L, C] -> rewards [K, P, pictures] and the share [] of them that was dropped.
 
-        `model.decode_batch` pictures are in memory at a time.
+        `model.decode_batch` pictures are in memory at a time. tiny: decoded as `tail.decoder` says.
         """
         self.heart.at("rewards", f"(iteration {self.iteration + 1})")
         repeated = [prompt for prompt in prompts for _ in range(latents.shape[1])]
         size, scores = self.config.model.decode_batch, []
         for some, of_prompts in zip(latents.flatten(0, 1).split(size), _chunks(repeated, size)):
-            images = self.backbone.decode(some)
+            images = self.backbone.decode(some, tiny)
             scores.append(torch.stack([self._call(name, images, of_prompts) for name in names]))
         rewards = torch.cat(scores, dim=1).unflatten(1, latents.shape[:2])
         if self.config.objective.on_error == "drop":

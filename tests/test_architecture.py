@@ -26,6 +26,7 @@ KNOWN_TO = {
     "deepspeed": {"egrpo_fast.engine"},
     # The scripts that make pipelines build them from its parts; no module imports them.
     "diffusers": {"egrpo_fast.backbones.flux", "egrpo_fast.backbones.random_flux", "egrpo_fast.shapes.pretrain"},
+    "torchao": {"egrpo_fast.backbones.tail"},
     "open_clip": {"egrpo_fast.rewards.clip", "egrpo_fast.rewards.hps", "egrpo_fast.shapes.pretrain"},
     "pyarrow": {"egrpo_fast.evaluation", "egrpo_fast.prompts"},
     "httpx2": {"egrpo_fast.rewards.http"},

@@ -134,7 +134,7 @@ def plans(draw):
 @settings(max_examples=60, deadline=None)
 @given(plans())
 def test_no_approximation_of_a_tail_reaches_what_is_trained(both):
-    """Bit-equal under an element-wise velocity: anchor, group states and velocities, samples as their step left them."""
+    """Bitwise, under an element-wise velocity: anchor, group states and velocities, samples as their step left them."""
     seen = []
     for plan, tail in zip(both, (None, lambda prompts: lambda x, t, rows: torch.full_like(x, torch.nan))):
         watched = Watched()
