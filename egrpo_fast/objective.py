@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from egrpo_fast.config import Config
 from egrpo_fast.ops import Ops
 from egrpo_fast.plan import Group
 from egrpo_fast.rollout import NoiseKey
@@ -45,6 +46,16 @@ class Objective:
     advantage_clip: float = 5.0
     baseline: Literal["mean", "leave_one_out"] = "mean"
     normalise: Literal["std", "none"] = "std"
+
+    @classmethod
+    def of(cls, config: Config, ops: Ops) -> "Objective":
+        """A run's own."""
+        settings = config.objective
+        weights = tuple(reward.weight for reward in config.rewards if reward.weight)
+        return cls(
+            ops, weights, settings.mix, settings.clip_range, settings.advantage_clip, settings.baseline,
+            settings.normalise,
+        )  # fmt: skip
 
     def __call__(
         self, group: Group, key: NoiseKey, velocity: Tensor, old_velocity: Tensor, rewards: Tensor

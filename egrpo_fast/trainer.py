@@ -91,15 +91,7 @@ class Trainer:
         self.trained = [reward for reward in config.rewards if reward.weight]
         self.engine = Engine(backbone.transformer, config)
         self.ops = ops.choose(config.rollout.backend, world.device)
-        self.objective = Objective(
-            self.ops,
-            tuple(reward.weight for reward in self.trained),
-            config.objective.mix,
-            config.objective.clip_range,
-            config.objective.advantage_clip,
-            config.objective.baseline,
-            config.objective.normalise,
-        )
+        self.objective = Objective.of(config, self.ops)
 
         self.plan = plan_of(config, 0)
         buffers: dict[str, Any] = {
