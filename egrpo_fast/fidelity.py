@@ -290,7 +290,9 @@ class _Search:
         correlations = [{1: 1.0} | {n: values[step] for n, values in found.items()} for step in range(len(starts))]
         known = [{n: value for n, value in step.items() if not math.isnan(value)} for step in correlations]
         chosen = cheapest_strides(costs, known, aim)
-        return None if chosen is None or max(chosen) == 1 else f"tail.stride=[{','.join(map(str, chosen))}] tail.solver={solver}"
+        if chosen is None or max(chosen) == 1:
+            return None
+        return f"tail.stride=[{','.join(map(str, chosen))}] tail.solver={solver}"
 
     def _cost(self, settings: str) -> int:
         return plan_of(self.config(settings), 0).tail_evaluations
