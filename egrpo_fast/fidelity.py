@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from egrpo_fast import ops
 from egrpo_fast.backbones.flux import FluxBackbone, check_folder, load_vae, meta_transformer, resolve
@@ -191,7 +192,7 @@ class _Sampler:
         self._judges = {reward.name: make_reward(reward.name, reward.options, device) for reward in self._trained}
         self.objective = Objective.of(config, self._ops)
 
-    def __call__(self, config: Config, prompts: Sequence[Prompt]) -> tuple[Tensor, float]:
+    def __call__(self, config: Config, prompts: Sequence[Prompt], told: str) -> tuple[Tensor, float]:
         """Rewards [K, P, pictures] of iteration 0's samples of the prompts, and the seconds of the rollouts alone."""
         plan = plan_of(config, 0)
         wavefront = Wavefront(
@@ -204,7 +205,7 @@ class _Sampler:
         if config.tail.decoder is not None:
             self.backbone.use_tiny_decoder(config.tail.decoder)
         watch, rewards = Stopwatch(self.device), []
-        for prompt in prompts:
+        for prompt in tqdm(prompts, desc=told, unit=" prompts", leave=False, dynamic_ncols=True):
             text = self.backbone.encode([prompt.text])
 
             def velocity(latents: Tensor, t: float, rows: Tensor, text: Any = text) -> Tensor:
@@ -267,9 +268,10 @@ class _Search:
         config = self.config(settings)
         exact, prompts = config.with_tail(), self._prompts.iteration(part, self._count)
         if part not in self._exact:
-            self._sampler(exact, prompts[:1])  # what only a first call does is not the exact tail's
-            self._exact[part] = self._sampler(exact, prompts)
-        rewards, seconds = self._sampler(config, prompts)
+            if not self._exact:
+                self._sampler(exact, prompts[:1], "warming up")
+            self._exact[part] = self._sampler(exact, prompts, "exact tail")
+        rewards, seconds = self._sampler(config, prompts, settings)
         expected, whole = self._exact[part]
         plans = plan_of(exact, 0), plan_of(config, 0)
         return Measured(

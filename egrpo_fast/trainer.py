@@ -183,7 +183,8 @@ class Trainer:
 
     def sample(self, prompts: Sequence[Prompt]) -> list[Experience]:
         """Roll out and score this rank's prompts: the current policy's experience."""
-        exact = self.tail_guard.fallen
+        if exact := self.tail_guard.fallen:
+            self.tail_model = None
         self.plan = plan_of(self.config.with_tail() if exact else self.config, self.iteration)
         self.wavefront.use(self.plan)
         names = [reward.name for reward in self.trained]
@@ -192,13 +193,13 @@ class Trainer:
         with self._phase("rollout"):
             conditionings = [self.backbone.encode(chunk) for chunk in chunks]
             with self.engine.inference(self.config.rollout.weights == "gathered") as module:
-                if self.tail_model and not exact:
+                if self.tail_model:
                     self.tail_model.refresh(module)
                 rollouts = [
                     self.wavefront.run(
                         self._velocity(module, conditioning),
                         NoiseKey(self.config.seed, self.iteration, some),
-                        tail_velocity=None if exact else self._tail_velocity(conditioning),
+                        tail_velocity=self._tail_velocity(conditioning),
                     )
                     for conditioning, some in zip(conditionings, numbers.split(self.config.rollout.prompts_per_call))
                 ]

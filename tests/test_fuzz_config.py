@@ -19,7 +19,8 @@ SECTIONS = {  # a whole tree in which every optional section is there, so that e
     "output_dir": "runs/fuzz",
     "model": {"path": "shapes", "lora": {}},
     "prompts": {"train": "shapes", "held_out": "shapes"},
-    "schedule": {}, "rollout": {}, "tail": {}, "objective": {}, "optimizer": {}, "deepspeed": {}, "checkpoint": {}, "guards": {},
+    "schedule": {}, "rollout": {}, "tail": {}, "objective": {}, "optimizer": {}, "deepspeed": {}, "checkpoint": {},
+    "guards": {},
     "rewards": [{"name": "shapes_soft"}, {"name": "clip", "weight": 0, "options": {"model": "shapes"}}],
     "evaluation": {"stop_when": {"reward": "clip"}},
 }  # fmt: skip
