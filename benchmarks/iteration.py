@@ -10,7 +10,7 @@
 - batched:    the same for a group of pictures at a time: nothing is shared across active steps
 - exact:      the trainer's own: one prefix, one wavefront, one update forward per active step
 - compiled:   the same through `rollout.compile`
-- fast:       compiled, with two thirds of the tail's steps left out (`rollout.tail_stride`)
+- fast:       compiled, with two thirds of the tail's steps left out (`tail.stride`)
 
 Variants take turns, round by round. All but the last do the same work: their pictures, rewards and the norm of their
 gradient are compared. Written to `benchmarks/results/iteration-<device>.json`, one entry per model.
@@ -394,8 +394,7 @@ def main():
         whole = max(group.size for group in trainer.plan.groups)
         most = min(whole, config.rollout.most_rows or (whole if arguments.model != "flux" else 4))
         compiled = CompiledFlux.of(backbone.transformer)
-        stride = config.rollout.model_copy(update={"tail_stride": 3})
-        fast = config.model_copy(update={"rollout": stride})
+        fast = config.with_tail(stride=3)
         variants = {
             "naive": (lambda: unshared(trainer, meter, prompt, 1), None, config),
             "batched": (lambda: unshared(trainer, meter, prompt, most), None, config),

@@ -203,6 +203,16 @@ def _export(arguments: argparse.Namespace) -> None:
     print(f"{arguments.out}: {arguments.weights} weights of {checkpoint}; README.md says how to load them")
 
 
+def _fidelity(arguments: argparse.Namespace) -> None:
+    from egrpo_fast.fidelity import fidelity
+
+    told = fidelity(
+        arguments.recipe, arguments.overrides, arguments.tails or (), arguments.target, arguments.num_prompts,
+        arguments.checkpoint, _device(arguments.device), arguments.json,
+    )  # fmt: skip
+    print(f"\n{told}", end="")
+
+
 def _number(least: float, most: float = 2**63 - 1, kind: type = int) -> Any:
     """For argparse: a number from `least` to `most`."""
 
@@ -302,6 +312,21 @@ def _parser() -> argparse.ArgumentParser:
     add("out", type=Path, metavar="OUT", help="folder to write; must not exist, or be empty")
     add("--weights", choices=("model", "ema"), default="model", help="as trained, or their average (%(default)s)")
     add("--checkpoint", default="newest", metavar="WHICH", help="newest, best, or an iteration (%(default)s)")
+
+    about = "compare fast ODE tails with the exact one, by how they rank the samples of a group, and suggest one"
+    fidelity = commands.add_parser("fidelity", help=about, description=about)
+    fidelity.set_defaults(run=_fidelity)
+    add = fidelity.add_argument
+    add("recipe", metavar="RUN_OR_RECIPE", help="a run's folder, whose checkpoint is measured, or a recipe")
+    add("overrides", nargs="*", metavar="key.path=value", help="settings of it to change")
+    add("--tails", nargs="+", action="extend", metavar="'SETTING ...'",
+        help="to compare, such as 'tail.stride=3 tail.solver=dpm2m' (strides 2 to 6 with every solver)")  # fmt: skip
+    add("--target", type=_number(0.01, 0.9999, float), default=0.95, metavar="RHO",
+        help="rank correlation within groups (%(default)s)")  # fmt: skip
+    add("--num-prompts", type=_number(1), default=8, metavar="N", help="from the run's order (%(default)s)")
+    add("--checkpoint", default="newest", metavar="WHICH", help="newest, best, or an iteration (%(default)s)")
+    add("--device", help="(cuda where there is one, else cpu)")
+    add("--json", type=Path, metavar="FILE", help="write the figures there as well")
 
     about = "score pictures for trainers elsewhere, over HTTP (the reward `http`)"
     serve = commands.add_parser("serve-rewards", help=about, description=about)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from egrpo_fast.schedule import Schedule, SdeForm, make_schedule
+from egrpo_fast.schedule import Schedule, SdeForm, Solver, make_schedule
 
 CONFIG_FILE, RUN_FILE, CHECKPOINTS = "config.yaml", "run.json", "checkpoints"
 """In a run's folder: its settings, what made it, its checkpoints."""
@@ -113,7 +113,7 @@ class ScheduleSection(_Section):
 
 
 MERGING = ("schedule.entropy_threshold", "schedule.merge_lengths", "schedule.max_merge")
-OPTIONAL = {*MERGING, "schedule.active_steps", "rollout.group_size", "rollout.tail_stride"}
+OPTIONAL = {*MERGING, "schedule.active_steps", "rollout.group_size", "tail.stride", "tail.solver"}
 """Settings outside of `method` that not every method uses."""
 OWN_FORM = {"dance_grpo": "dance_grpo", "branch_grpo": "dance_grpo"}
 OWN_ETA = {"flow_grpo": 0.7, "dance_grpo": 0.3, "cps": 0.8}
@@ -145,7 +145,7 @@ class FlowGrpo(_Section):
 
     @property
     def uses(self) -> set[str]:
-        return {"rollout.group_size", "rollout.tail_stride"} if self.window else {"rollout.group_size"}
+        return {"rollout.group_size", "tail.stride", "tail.solver"} if self.window else {"rollout.group_size"}
 
 
 class DanceGrpo(_Section):
@@ -175,7 +175,7 @@ class MixGrpo(_Section):
 
     @property
     def uses(self) -> set[str]:
-        return {"rollout.group_size", "rollout.tail_stride"}
+        return {"rollout.group_size", "tail.stride", "tail.solver"}
 
 
 class BranchGrpo(_Section):
@@ -207,7 +207,7 @@ class GranularGrpo(_Section):
 
     @property
     def uses(self) -> set[str]:
-        return {"schedule.active_steps", "rollout.group_size"}
+        return {"schedule.active_steps", "rollout.group_size", "tail.solver"}
 
 
 class TempFlowGrpo(_Section):
@@ -218,7 +218,7 @@ class TempFlowGrpo(_Section):
 
     @property
     def uses(self) -> set[str]:
-        return {"rollout.group_size", "rollout.tail_stride"}
+        return {"rollout.group_size", "tail.stride", "tail.solver"}
 
 
 Method = EGrpo | FlowGrpo | DanceGrpo | MixGrpo | BranchGrpo | GranularGrpo | TempFlowGrpo
@@ -227,8 +227,6 @@ Method = EGrpo | FlowGrpo | DanceGrpo | MixGrpo | BranchGrpo | GranularGrpo | Te
 class Rollout(_Section):
     group_size: Annotated[int, Field(ge=2, le=65536)] | list[Annotated[int, Field(ge=2, le=65536)]] = 12
     """G, samples per active step: one number, or one per active step."""
-    tail_stride: Positive | list[Positive] = 1
-    """Grid steps per ODE step after the SDE step: one number, or one per active step."""
     prompts_per_call: Positive = 1
     """Prompts of one rank that share a wavefront."""
     micro_batch: Positive | Literal["auto"] | None = None
@@ -247,6 +245,42 @@ class Rollout(_Section):
     def most_rows(self) -> int | None:
         """`micro_batch` where it is a number. None: all live rows, or what a trial will find."""
         return self.micro_batch if isinstance(self.micro_batch, int) else None
+
+
+APPROXIMATIONS = ("stride", "solver", "path", "lora", "weights", "decoder")
+"""Settings of `tail` that change its pictures."""
+
+
+class Tail(_Section):
+    """The ODE after the last stochastic step: no policy acts there, so it may be approximated (docs/tails.md)."""
+
+    stride: Positive | list[Positive] = 1
+    """Grid steps per ODE step: one number, or one per active step."""
+    solver: Solver = "euler"
+    """How its steps follow each other: one at a time, or of second order by the velocity before (`ab2`, `dpm2m`)."""
+    path: str | None = None
+    """Folder or hub id of another FLUX pipeline whose transformer makes its calls; none given: the policy's."""
+    lora: str | None = None
+    """LoRA file or folder, in diffusers' layout, on that transformer for its calls alone."""
+    weights: Literal["exact", "int8", "float8"] = "exact"
+    """What its calls compute in: as the policy, or weights and activations in 8 bits (torchao); float8 wants a GPU of
+    compute capability 8.9."""
+    decoder: str | None = None
+    """Folder of a tiny decoder (diffusers' AutoencoderTiny, such as TAEF1) of the pictures that training rewards."""
+    check_every: Annotated[int, Field(ge=0)] = 25
+    """Iterations between comparisons of an approximated tail with the exact one; 0: never."""
+    target: float = Field(0.95, gt=0.0, lt=1.0)
+    """Rank correlation within groups below which the run goes on with the exact tail."""
+
+    @property
+    def has_model(self) -> bool:
+        """Whether its calls have a transformer of their own."""
+        return self.path is not None or self.lora is not None or self.weights != "exact"
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing is approximated."""
+        return all(getattr(self, name) == Tail.model_fields[name].default for name in APPROXIMATIONS)
 
 
 class Reward(_Section):
@@ -396,6 +430,7 @@ class Config(_Section):
     """The method; its name alone will do where it keeps its defaults."""
     schedule: ScheduleSection = ScheduleSection()
     rollout: Rollout = Rollout()
+    tail: Tail = Tail()
     rewards: list[Reward] = Field(min_length=1)
     """Rewards; those of weight 0 are scored in evaluations only."""
     objective: Objective = Objective()
@@ -427,8 +462,8 @@ class Config(_Section):
             raise ValueError(f"{', '.join(unused)}: not used by method {method.name}; leave it out")
         if isinstance(self.rollout.group_size, list) and "schedule.active_steps" not in method.uses:
             raise ValueError(f"rollout.group_size: one number for all steps with method {method.name}")
-        if isinstance(self.rollout.tail_stride, list) and not isinstance(method, EGrpo):
-            raise ValueError(f"rollout.tail_stride: one number for all steps with method {method.name}")
+        if isinstance(self.tail.stride, list) and not isinstance(method, EGrpo):
+            raise ValueError(f"tail.stride: one number for all steps with method {method.name}")
         if isinstance(method, FlowGrpo):
             first, end = method.window_range or (0, self.schedule.num_steps // 2)
             if method.window is None and method.window_range is not None:
@@ -470,7 +505,7 @@ class Config(_Section):
         names = sorted(OPTIONAL - self.method.uses)
         if not given:
             return names
-        sections = {"schedule": self.schedule, "rollout": self.rollout}
+        sections = {"schedule": self.schedule, "rollout": self.rollout, "tail": self.tail}
         return [n for n in names if n.partition(".")[2] in sections[n.partition(".")[0]].model_fields_set]
 
     @model_validator(mode="after")
@@ -509,10 +544,9 @@ class Config(_Section):
         if merges is not None and schedule.max_merge is not None:
             raise ValueError("schedule.max_merge: caps the threshold's merges; not allowed beside merge_lengths")
         num_active = len(active) if active is not None else steps // 2
-        for field in ("group_size", "tail_stride"):
-            value = getattr(self.rollout, field)
+        for field, value in (("rollout.group_size", self.rollout.group_size), ("tail.stride", self.tail.stride)):
             if isinstance(value, list) and len(value) != num_active:
-                raise ValueError(f"rollout.{field}: {len(value)} numbers, one per active step needed ({num_active})")
+                raise ValueError(f"{field}: {len(value)} numbers, one per active step needed ({num_active})")
         if not any(reward.weight for reward in self.rewards):
             raise ValueError("rewards: at least one needs a weight other than 0")
         names = [reward.name for reward in self.rewards]
@@ -547,6 +581,10 @@ class Config(_Section):
             raise ValueError("deepspeed.offload_optimizer: bitsandbytes' 8-bit AdamW stays on the device; use adamw")
         if zero.offload_optimizer == "nvme" and self.optimizer.ema_decay is not None:
             raise ValueError("optimizer.ema_decay: the average cannot be kept on nvme; use offload_optimizer cpu")
+        follows = self.tail.has_model and self.tail.path is None
+        if follows and zero.zero_stage == 3 and self.rollout.weights == "sharded":
+            name = "tail.lora" if self.tail.lora is not None else "tail.weights"
+            raise ValueError(f"{name}: copies the whole policy before a rollout; needs rollout.weights gathered")
         if schedule.sde_form == "cps" and schedule.eta > 1.0:
             raise ValueError(f"schedule.eta: {schedule.eta:g}; with sde_form cps at most 1")
         try:
@@ -569,6 +607,10 @@ class Config(_Section):
         if not self.method.uses.issuperset(MERGING):
             settings["entropy_threshold"] = 0.0
         return make_schedule(**settings)
+
+    def with_tail(self, **settings: Any) -> "Config":
+        """The same with these settings of `tail`, the others at their defaults: none given, the exact one."""
+        return self.model_copy(update={"tail": Tail(**settings)})
 
     def per_active_step(self, value: int | list[int]) -> list[int]:
         """A setting that is one number or one per active step, as a list."""

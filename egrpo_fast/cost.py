@@ -409,6 +409,8 @@ class Cost:
             put("average of the weights", 4.0 * share, on_host)
         always["reduction bucket"] = float(self.bucket * size)
         always["VAE"] = self.pipeline.frozen["vae"] * size
+        if config.tail.has_model:
+            always["the tail's model"] = float(self.parameters * (size if config.tail.weights == "exact" else 1))
         if config.prompts.embeddings is None:
             always["text encoders"] = self._text_encoders()
         rewards = {reward.name: self._reward(reward.name, reward.options) for reward in config.rewards}

@@ -251,9 +251,7 @@ class Engine:
     pieces of named tensors, each rank its own, and taken back from them by any number of ranks.
     """
 
-    def __init__(
-        self, module: nn.Module, config: Config, total_steps: int, stand_in: nn.Module | None = None
-    ) -> None:
+    def __init__(self, module: nn.Module, config: Config, total_steps: int, stand_in: nn.Module | None = None) -> None:
         """stand_in: a module of the same parameters, on the meta device, that `inference` lends the weights to."""
         settings, self._stand_in = config.optimizer, stand_in
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]

@@ -11,11 +11,15 @@ from collections.abc import Container, Mapping, Sequence
 
 from egrpo_fast.config import BranchGrpo, Config, DanceGrpo, FlowGrpo, GranularGrpo, MixGrpo, TempFlowGrpo
 from egrpo_fast.plan import Draft, Plan, singly
-from egrpo_fast.schedule import Schedule
+from egrpo_fast.schedule import Schedule, Solver
 
 
 def e_grpo(
-    schedule: Schedule, group_sizes: Sequence[int], tail_strides: Sequence[int], antithetic: bool = False
+    schedule: Schedule,
+    group_sizes: Sequence[int],
+    tail_strides: Sequence[int],
+    antithetic: bool = False,
+    solver: Solver = "euler",
 ) -> Plan:
     """E-GRPO (its Algorithm 1): at every active step G_n samples leave the anchor by one merged SDE step, then ODE.
 
@@ -27,7 +31,7 @@ def e_grpo(
     for index, size, stride in zip(schedule.active, group_sizes, tail_strides, strict=True):
         length = schedule.merges[index]
         samples = draft.sde([anchor], index, size, length, keep=True)
-        draft.ode(samples.rows, index + length, steps, stride)
+        draft.ode(samples.rows, index + length, steps, stride, solver=solver)
         draft.train(samples, singly(samples.rows))
     return draft.plan()
 
@@ -41,6 +45,7 @@ def _trajectories(
     tail_stride: int = 1,
     antithetic: bool = False,
     extremes: int = 0,
+    solver: Solver = "euler",
 ) -> Plan:
     """Trajectories from `num_starts` noises: SDE at the steps `stochastic`, ODE before and after.
 
@@ -55,7 +60,7 @@ def _trajectories(
         samples = draft.sde(rows, index, branching.get(index, 1))
         rows = samples.rows
         steps.append(samples)
-    draft.ode(rows, stochastic.stop, schedule.num_steps, tail_stride)
+    draft.ode(rows, stochastic.stop, schedule.num_steps, tail_stride, solver=solver)
     for samples in steps:
         if samples.index in trained and len(samples.rows) > 1:
             share = len(rows) // len(samples.rows)
@@ -82,10 +87,11 @@ def mix_grpo(
     same_noise: bool = True,
     tail_stride: int = 1,
     antithetic: bool = False,
+    solver: Solver = "euler",
 ) -> Plan:
     """MixGRPO (arXiv 2507.21802), Flow-GRPO-Fast: the steps of `window` are stochastic and trained, the others ODE."""
     branching, num_starts = ({window.start: group_size}, 1) if same_noise else ({}, group_size)
-    return _trajectories(schedule, window, window, branching, num_starts, tail_stride, antithetic)
+    return _trajectories(schedule, window, window, branching, num_starts, tail_stride, antithetic, solver=solver)
 
 
 def branch_grpo(
@@ -106,7 +112,11 @@ def branch_grpo(
 
 
 def granular_grpo(
-    schedule: Schedule, group_sizes: Sequence[int], strides: Sequence[int], antithetic: bool = False
+    schedule: Schedule,
+    group_sizes: Sequence[int],
+    strides: Sequence[int],
+    antithetic: bool = False,
+    solver: Solver = "euler",
 ) -> Plan:
     """Granular-GRPO (arXiv 2510.01982): one plain SDE step per active step, ODE tails of several strides per sample.
 
@@ -118,14 +128,19 @@ def granular_grpo(
     for index, size in zip(schedule.active, group_sizes, strict=True):
         samples = draft.sde([anchor], index, size, keep=True)
         tails = [
-            draft.ode(samples.rows, index + 1, steps, stride, fork=place > 0) for place, stride in enumerate(strides)
+            draft.ode(samples.rows, index + 1, steps, stride, place > 0, solver) for place, stride in enumerate(strides)
         ]
         draft.train(samples, *map(singly, tails))
     return draft.plan()
 
 
 def tempflow_grpo(
-    schedule: Schedule, group_size: int, trained: Sequence[int], tail_stride: int = 1, antithetic: bool = False
+    schedule: Schedule,
+    group_size: int,
+    trained: Sequence[int],
+    tail_stride: int = 1,
+    antithetic: bool = False,
+    solver: Solver = "euler",
 ) -> Plan:
     """TempFlow-GRPO (arXiv 2508.04324): at every trained step samples leave the ODE by one plain SDE step, then ODE.
 
@@ -137,7 +152,7 @@ def tempflow_grpo(
     mean = math.fsum(schedule.sde(index, 1).s for index in trained) / len(trained)
     for index in trained:
         samples = draft.sde([anchor], index, group_size, keep=True)
-        draft.ode(samples.rows, index + 1, steps, tail_stride)
+        draft.ode(samples.rows, index + 1, steps, tail_stride, solver=solver)
         draft.train(samples, singly(samples.rows), weight=samples.step.s / mean)
     return draft.plan()
 
@@ -177,27 +192,27 @@ def group_sizes_by_spread(spreads: Sequence[float], total: int, least: int = 2) 
 
 def plan_of(config: Config, iteration: int) -> Plan:
     """The plan of one training iteration, from 0: the same on every rank."""
-    schedule, method, rollout = config.build_schedule(), config.method, config.rollout
-    sizes, strides = config.per_active_step(rollout.group_size), config.per_active_step(rollout.tail_stride)
+    schedule, method, solver = config.build_schedule(), config.method, config.tail.solver
+    sizes, strides = config.per_active_step(config.rollout.group_size), config.per_active_step(config.tail.stride)
     size, stride, pairs, count = sizes[0], strides[0], config.objective.antithetic, schedule.num_steps - 1
     match method:
         case FlowGrpo(window=int(length)):
             first, end = method.window_range or (0, schedule.num_steps // 2)
             start = first + random.Random(f"{config.seed} {iteration}").randrange(end - first - length + 1)
             window = range(start, start + length)
-            return mix_grpo(schedule, size, window, method.same_noise, stride, pairs)
+            return mix_grpo(schedule, size, window, method.same_noise, stride, pairs, solver)
         case FlowGrpo() | DanceGrpo():
             trained = chosen_steps(count, method.fraction, config.seed, iteration)
             return flow_grpo(schedule, size, trained, method.same_noise, pairs)
         case MixGrpo():
             window = sliding_window(method.window, method.stride, method.every, count, iteration)
-            return mix_grpo(schedule, size, window, method.same_noise, stride, pairs)
+            return mix_grpo(schedule, size, window, method.same_noise, stride, pairs, solver)
         case BranchGrpo():
             left = unpruned_steps(count, method.pruned_steps, method.slide_every, max(method.splits), iteration)
             return branch_grpo(schedule, method.splits, method.branching, left, method.extremes, pairs)
         case GranularGrpo():
-            return granular_grpo(schedule, sizes, method.strides, pairs)
+            return granular_grpo(schedule, sizes, method.strides, pairs, solver)
         case TempFlowGrpo():
-            return tempflow_grpo(schedule, size, method.steps or range(count), stride, pairs)
+            return tempflow_grpo(schedule, size, method.steps or range(count), stride, pairs, solver)
         case _:
-            return e_grpo(schedule, sizes, strides, antithetic=pairs)
+            return e_grpo(schedule, sizes, strides, antithetic=pairs, solver=solver)

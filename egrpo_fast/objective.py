@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from egrpo_fast.config import Config
 from egrpo_fast.ops import Ops
 from egrpo_fast.plan import Group
 from egrpo_fast.rollout import NoiseKey
@@ -46,6 +47,16 @@ class Objective:
     baseline: Literal["mean", "leave_one_out"] = "mean"
     normalise: Literal["std", "none"] = "std"
 
+    @classmethod
+    def of(cls, config: Config, ops: Ops) -> "Objective":
+        """A run's own."""
+        settings = config.objective
+        weights = tuple(reward.weight for reward in config.rewards if reward.weight)
+        return cls(
+            ops, weights, settings.mix, settings.clip_range, settings.advantage_clip, settings.baseline,
+            settings.normalise,
+        )  # fmt: skip
+
     def __call__(
         self,
         group: Group,
@@ -64,6 +75,13 @@ class Objective:
         log_ratio = self._log_ratio(group, key, velocity, old_velocity)
         if kept is not None:
             log_ratio = torch.where(kept, log_ratio, torch.zeros_like(log_ratio))
+        return self._loss(group, log_ratio, rewards)
+
+    def advantages(self, group: Group, rewards: Tensor) -> Tensor:
+        """[P, G] of rewards [K V, P, G]: what the loss weighs each sample by."""
+        return self._loss(group, rewards.new_zeros(rewards.shape[1:]), rewards).advantages
+
+    def _loss(self, group: Group, log_ratio: Tensor, rewards: Tensor) -> GroupLoss:
         rewards, weights, mix = self._mixed(rewards.to(log_ratio.dtype), len(group.views))
         # What scales a whole group's advantages scales its loss: the op standardises, the rest is a factor.
         factor = group.weight * (group.size / (group.size - 1) if self.baseline == "leave_one_out" else 1.0)

@@ -6,7 +6,7 @@ so a step is one batched model call, whatever the number of branches. A method i
 (`methods.py`); `Draft` is what it draws with.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from egrpo_fast.noise import draw_word
-from egrpo_fast.schedule import AffineStep, Schedule
+from egrpo_fast.schedule import AffineStep, Schedule, Solver
 
 ANCHOR = 0
 """The row that a plan's first trajectory lives in."""
@@ -29,6 +29,7 @@ class Edge:
     """One affine step from a source row to a destination row: `c_x x + c_v v + sign s eps`.
 
     draw: the noise stream's last word (s > 0 only). sign -1 mirrors the edge of the same source, step and draw.
+    history: h of a multistep tail, whose v is `v + h (v - v_before)`, v_before that of the step that made the source.
     """
 
     source: int
@@ -36,6 +37,7 @@ class Edge:
     step: AffineStep
     draw: int = 0
     sign: int = 1
+    history: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,10 @@ class WaveTable:
     """A wave's edges for several prompts in compressed rows, as `ops.branch_rows` takes them (see there).
 
     A mirrored edge is without noise there: its row receives the mean, about which it then mirrors its twin's row.
-    mirrors, twins int64: those rows; None where a wave has none.
+    mirrors, twins int64: those rows. exact, tail int64: places in `sources` of rows outside and in their tail.
+    multistep int64 [H], multistep_rows int64 [H], history [H, 1, 1]: places of multistep sources, their rows, their h.
+    kept int64 [K], kept_for int64 [K]: places whose velocity a later wave extrapolates from, and the rows it does so
+    for. Each None where a wave has none.
     """
 
     time: float
@@ -92,6 +97,13 @@ class WaveTable:
     slots: Tensor
     mirrors: Tensor | None
     twins: Tensor | None
+    exact: Tensor | None
+    tail: Tensor | None
+    multistep: Tensor | None
+    multistep_rows: Tensor | None
+    history: Tensor | None
+    kept: Tensor | None
+    kept_for: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -122,6 +134,7 @@ class Plan:
             kept = all(edge.destination == edge.source or edge.destination not in sources for edge in wave.edges)
             assert kept, "a source overwritten before it is read"
             assert all(edge.sign == 1 or _twin(wave, edge) for edge in wave.edges), "a mirror without its twin"
+        self._check_history()
         edges = {wave.index: {(e.source, e.step, e.draw, e.sign) for e in wave.edges} for wave in self.waves}
         for group in self.groups:
             each, rest = divmod(group.size, len(group.sources))
@@ -132,6 +145,41 @@ class Plan:
             assert all(len(view) == group.size for view in group.views), "a view of more or fewer samples"
         pictures = self.picture_rows
         assert len(set(pictures)) == len(pictures), "a picture compared with two different sets of others"
+
+    def _check_history(self) -> None:
+        """Only a tail extrapolates, one velocity per row and from a step of its own: never what a group trains."""
+        stepped: set[int] = set()  # rows that a step of their tail has made
+        for wave, tail in zip(self.waves, self.tails):
+            weights = {(edge.source, edge.history) for edge in wave.edges}
+            assert len(weights) == len(wave.sources), "a source with two velocities"
+            assert all(not history or row in tail & stepped for row, history in weights), "history outside of a tail"
+            stepped -= {edge.destination for edge in wave.edges if edge.source not in tail}
+            stepped |= {edge.destination for edge in wave.edges if edge.source in tail}
+
+    @cached_property
+    def tails(self) -> tuple[frozenset[int], ...]:
+        """Per wave the sources in their tail: a stochastic step is behind them, none is ahead.
+
+        Their velocity is environment, not policy: it may be extrapolated (`Edge.history`) or of another model.
+        """
+        after_noise: set[int] = set()
+        reached = []
+        for wave in self.waves:
+            reached.append(after_noise.intersection(wave.sources))
+            made = {edge.destination for edge in wave.edges if edge.step.s or edge.source in after_noise}
+            after_noise = after_noise - {edge.destination for edge in wave.edges} | made
+        acting: set[int] = set()
+        found = []
+        for wave, rows in zip(reversed(self.waves), reversed(reached)):
+            sources = {edge.source for edge in wave.edges if edge.step.s or edge.destination in acting}
+            acting = acting - {edge.destination for edge in wave.edges} | sources
+            found.append(frozenset(rows - acting))
+        return tuple(reversed(found))
+
+    @property
+    def tail_evaluations(self) -> int:
+        """Those of one prompt's `evaluations` that are of tails."""
+        return sum(map(len, self.tails))
 
     @cached_property
     def _compared(self) -> tuple[tuple[int, ...], ...]:
@@ -197,9 +245,22 @@ class Plan:
         """
         if num_prompts * self.num_rows >= 2**31:
             raise ValueError(f"num_prompts: {num_prompts} prompts of {self.num_rows} rows, allowed: below 2^31 in all")
-        return tuple(self._table(wave, num_prompts, device, dtype) for wave in self.waves)
+        tables = []
+        later: dict[int, float] = {}  # by row the h that its velocity of now is used with when it is read next
+        for wave, tail in zip(reversed(self.waves), reversed(self.tails)):
+            tables.append(self._table(wave, tail, later, num_prompts, device, dtype))
+            later |= {edge.source: edge.history for edge in wave.edges}
+        return tuple(reversed(tables))
 
-    def _table(self, wave: Wave, num_prompts: int, device: torch.device | str, dtype: torch.dtype) -> WaveTable:
+    def _table(
+        self,
+        wave: Wave,
+        tail: Set[int],
+        later: Mapping[int, float],
+        num_prompts: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ) -> WaveTable:
         edges = [(slot, edge) for slot in range(num_prompts) for edge in wave.edges]
         degrees = [sum(edge.source == source for edge in wave.edges) for source in wave.sources]
         mirrored = [
@@ -208,8 +269,27 @@ class Plan:
             if edge.sign < 0 and (twin := _twin(wave, edge))
         ]
 
+        places = [
+            (slot * len(wave.sources) + place, slot * self.num_rows, source)
+            for slot in range(num_prompts)
+            for place, source in enumerate(wave.sources)
+        ]
+        weights = {edge.source: edge.history for edge in wave.edges}
+        multistep = [(place, first + source) for place, first, source in places if weights[source]]
+        history = [weights[source] for *_, source in places if weights[source]]
+        kept = [
+            (place, first + edge.destination)
+            for place, first, source in places
+            for edge in wave.edges
+            if edge.source == source and later.get(edge.destination)
+        ]
+
         def words(values: Sequence[int], dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=device)
+
+        def indices(values: Iterable[int]) -> Tensor | None:
+            found = list(values)
+            return words(found, torch.int64) if found else None
 
         return WaveTable(
             time=wave.time,
@@ -224,8 +304,15 @@ class Plan:
             ),
             draws=words([edge.draw for _, edge in edges], torch.int64),
             slots=words([slot for slot, _ in edges]),
-            mirrors=words([row for row, _ in mirrored], torch.int64) if mirrored else None,
-            twins=words([row for _, row in mirrored], torch.int64) if mirrored else None,
+            mirrors=indices(row for row, _ in mirrored),
+            twins=indices(row for _, row in mirrored),
+            exact=indices(place for place, _, source in places if source not in tail),
+            tail=indices(place for place, _, source in places if source in tail),
+            multistep=indices(place for place, _ in multistep),
+            multistep_rows=indices(row for _, row in multistep),
+            history=torch.tensor(history, dtype=dtype, device=device).reshape(-1, 1, 1) if history else None,
+            kept=indices(place for place, _ in kept),
+            kept_for=indices(row for _, row in kept),
         )
 
 
@@ -279,14 +366,27 @@ class Draft:
         self._starts.append((row, sample))
         return row
 
-    def ode(self, rows: Sequence[int], start: int, end: int, stride: int = 1, fork: bool = False) -> tuple[int, ...]:
-        """Deterministic steps of `rows` from grid index `start` to `end`. Returns their rows: with `fork` new ones."""
-        here = tuple(rows)
+    def ode(
+        self,
+        rows: Sequence[int],
+        start: int,
+        end: int,
+        stride: int = 1,
+        fork: bool = False,
+        solver: Solver = "euler",
+    ) -> tuple[int, ...]:
+        """Deterministic steps of `rows` from grid index `start` to `end`. Returns their rows: with `fork` new ones.
+
+        The first has no history, so it is an Euler step with every solver.
+        """
+        here, before = tuple(rows), start
         for index, following in pairwise(tail_grid(start, end, stride) if start < end else ()):
             there = self._rows(len(here)) if fork and index == start else here
-            step = self._schedule.ode(index, following)
-            self._edges[index] += [Edge(source, row, step) for source, row in zip(here, there)]
-            here = there
+            step, h = self._schedule.ode(index, following), 0.0
+            if index > start:
+                h = self._schedule.extrapolation(solver, before, index, following)
+            self._edges[index] += [Edge(source, row, step, history=h) for source, row in zip(here, there)]
+            here, before = there, index
         return here
 
     def sde(self, sources: Sequence[int], index: int, each: int = 1, length: int = 1, keep: bool = False) -> Samples:

@@ -77,9 +77,12 @@ class Wavefront:
             self._waves, self.tables = plan.waves, plan.tables(self.num_prompts, self._device, self._dtype)
         if len(self._latents) != self.num_prompts * plan.num_rows:
             self._latents = self._latents.new_empty(self.num_prompts * plan.num_rows, *self.shape)
+            self._before: Tensor | None = None
             # Where the model reads the state's own dtype there is nothing to copy.
             same = self._model_dtype == self._dtype
             self._copy = None if same else torch.empty_like(self._latents, dtype=self._model_dtype)
+        if self._before is None and any(table.kept is not None for table in self.tables):
+            self._before = torch.empty_like(self._latents, dtype=self._model_dtype)
         self._picture_rows = self._index(plan.picture_rows)
         waves = {wave.index: wave.sources for wave in plan.waves}
         # By grid index: the rows of a group's states, and their places among their wave's sources.
@@ -99,14 +102,36 @@ class Wavefront:
         live = self.num_prompts * max(len(wave.sources) for wave in self.plan.waves)
         return min(self.micro_batch or live, live)
 
-    def _velocity(self, velocity: Velocity, table: WaveTable) -> Tensor:
+    def _velocity(self, velocity: Velocity, tail_velocity: Velocity | None, table: WaveTable) -> Tensor:
+        """[S, L, C] at the wave's sources; of rows in their tail by `tail_velocity`, where there is one."""
+        if tail_velocity is None or table.tail is None:
+            return self._call(velocity, table.time, table.sources, table.source_slots)
+        tail = self._call(tail_velocity, table.time, table.sources[table.tail], table.source_slots[table.tail])
+        if table.exact is None:
+            return tail
+        exact = self._call(velocity, table.time, table.sources[table.exact], table.source_slots[table.exact])
+        v = exact.new_empty(len(table.sources), *self.shape)
+        v[table.exact], v[table.tail] = exact, tail.to(exact.dtype)
+        return v
+
+    def _call(self, velocity: Velocity, time: float, sources: Tensor, slots: Tensor) -> Tensor:
         readable = self._latents if self._copy is None else self._copy
-        size = self.micro_batch or len(table.sources)
-        chunks = [
-            velocity(readable[sources], table.time, rows)
-            for sources, rows in zip(table.sources.split(size), table.source_slots.split(size))
-        ]
+        size = self.micro_batch or len(sources)
+        chunks = [velocity(readable[some], time, rows) for some, rows in zip(sources.split(size), slots.split(size))]
         return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
+
+    def _extrapolate(self, v: Tensor, table: WaveTable) -> Tensor:
+        """Multistep tails: `v + h (v - v_before)` where a source has history; v is kept for the steps that need it."""
+        used = v
+        if table.multistep is not None:
+            assert self._before is not None and table.history is not None
+            now = v[table.multistep].to(self._latents.dtype)
+            used = v.clone()
+            used[table.multistep] = (now + table.history * (now - self._before[table.multistep_rows])).to(v.dtype)
+        if table.kept is not None:
+            assert self._before is not None
+            self._before[table.kept_for] = v[table.kept].to(self._before.dtype)
+        return used
 
     def _mirror(self, table: WaveTable) -> None:
         """Antithetic samples: `mean - s eps = 2 mean - (mean + s eps)`, where `branch_rows` has left the mean."""
@@ -117,10 +142,17 @@ class Wavefront:
                 self._copy[table.mirrors] = mirrored.to(self._copy.dtype)
 
     @torch.no_grad()
-    def run(self, velocity: Velocity, key: NoiseKey, noise_step: int = noise.INITIAL) -> Rollout:
+    def run(
+        self,
+        velocity: Velocity,
+        key: NoiseKey,
+        noise_step: int = noise.INITIAL,
+        tail_velocity: Velocity | None = None,
+    ) -> Rollout:
         """Roll the plan out from the prompts' initial noise (stream word `noise_step`) to the pictures.
 
-        Between host and device nothing is copied and nothing is waited for.
+        tail_velocity: another model for rows in their tail (`Plan.tails`), in calls of its own; None: the same. Between
+        host and device nothing is copied and nothing is waited for.
         """
         plan, num_prompts = self.plan, self.num_prompts
         assert len(key.prompts) == num_prompts
@@ -134,11 +166,12 @@ class Wavefront:
 
         states, velocities = [], []
         for wave, table in zip(plan.waves, self.tables):
-            v = self._velocity(velocity, table)
+            v = self._velocity(velocity, tail_velocity, table)
             if wave.index in self._left:
                 rows, places = self._left[wave.index]
                 states.append(by_prompt[:, rows].flatten(0, 1))
                 velocities.append(v.unflatten(0, (num_prompts, -1))[:, places].flatten(0, 1))
+            v = self._extrapolate(v, table)
             self.ops.branch_rows(
                 self._latents, self._copy, v, table.sources, table.offsets, table.destinations, table.coefficients,
                 table.draws, table.slots, key.prompts, key.iteration, key.seed,

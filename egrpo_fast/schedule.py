@@ -10,6 +10,8 @@ from typing import Literal
 
 SdeForm = Literal["flow_grpo", "dance_grpo", "cps"]
 """Whose stochastic step it is: see `Schedule.sde`."""
+Solver = Literal["euler", "ab2", "dpm2m"]
+"""How the steps of an ODE tail follow each other: see `Schedule.extrapolation`."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,20 @@ class Schedule:
     def ode(self, index: int, following: int) -> AffineStep:
         """`x' = x - D v` from grid index `index` to `following`, D the time between them."""
         return AffineStep(1.0, -(self.times[index] - self.times[following]), 0.0)
+
+    def extrapolation(self, solver: Solver, before: int, index: int, following: int) -> float:
+        """h of a multistep ODE step `x' = x - D [v + h (v - v_before)]` from `index` to `following`.
+
+        v_before is the velocity at grid index `before`, where the trajectory's last step began. euler: 0. ab2:
+        `D / (2 D_before)`, Adams-Bashforth. dpm2m: the same of log-SNR `log((1 - t) / t)` in place of time, as
+        DPM-Solver++(2M) (arXiv 2211.01095) weighs its predictions; 0 from t = 1 and to t = 0, where that is infinite.
+        """
+        first, here, end = (self.times[place] for place in (before, index, following))
+        if solver == "euler" or (solver == "dpm2m" and (first == 1.0 or end == 0.0)):
+            return 0.0
+        if solver == "dpm2m":
+            first, here, end = (math.log(t / (1.0 - t)) for t in (first, here, end))
+        return (here - end) / (2.0 * (first - here))
 
     def sde(self, index: int, length: int) -> AffineStep:
         """The stochastic step from grid index `index` over `length` grid steps, from time t to t', D = t - t'.

@@ -108,11 +108,13 @@ def check_inputs(config: Config) -> tuple[Sequence[str], Sequence[str]]:
         raise ConfigError("wandb: not installed; pip install 'egrpo_fast[wandb]', or wandb=false")
 
     from egrpo_fast.backbones.flux import check_attention, check_folder
+    from egrpo_fast.backbones.tail import check_tail
     from egrpo_fast.rewards import check_reward
 
     check_attention(config.model.attention)
     model, path = config.model, pipeline_path(config.model.path)
     check_folder(path, model.height, model.width)
+    check_tail(config, path)
     for reward in config.rewards:
         for prompts in (train_prompts, held_out_prompts):
             check_reward(reward.name, reward.options, prompts, model.height, model.width)
@@ -182,6 +184,7 @@ def make_trainer(
         use_attention,
     )
     from egrpo_fast.backbones.flux_text import CachedText, FluxTextEncoder
+    from egrpo_fast.backbones.tail import TailModel, check_tail
     from egrpo_fast.doctor import commit
     from egrpo_fast.engine import materialize
     from egrpo_fast.interruption import Interruption
@@ -196,6 +199,7 @@ def make_trainer(
     heart.at("finding", config.model.path, limit=DOWNLOAD_LIMIT)
     folder = resolve(pipeline_path(model.path))
     check_folder(str(folder), model.height, model.width)
+    check_tail(config, str(folder))
     transformer, weights = meta_transformer(folder, model.lora, config.seed)
     use_attention(transformer, model.attention)
     compiled = CompiledFlux.of(transformer) if config.rollout.compile else None
@@ -220,6 +224,9 @@ def make_trainer(
     )  # fmt: skip
     if model.vae_tiling:
         backbone.tile_decoding()
+    tail_model = TailModel.of(config.tail, folder, backbone, dtype, world.device)
+    if config.tail.decoder is not None:
+        backbone.use_tiny_decoder(config.tail.decoder)
     if model.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if world.is_main and not config.resume:
@@ -230,7 +237,7 @@ def make_trainer(
             beside.write_text(content)
             beside.replace(config.output_dir / name)
     return Trainer(
-        config, world, heart, backbone, rewards, interruption, train_prompts, held_out_prompts, compiled
+        config, world, heart, backbone, rewards, interruption, train_prompts, held_out_prompts, compiled, tail_model
     )  # fmt: skip
 
 

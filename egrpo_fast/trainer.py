@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from egrpo_fast import figures, metrics, noise, ops
 from egrpo_fast.backbones.flux import FluxBackbone
 from egrpo_fast.backbones.flux_text import Conditioning
+from egrpo_fast.backbones.tail import TailModel
 from egrpo_fast.beside import Beside
 from egrpo_fast.checkpoint import CheckpointError, CheckpointReader, Checkpoints, problems
 from egrpo_fast.config import CHECKPOINTS, Config
 from egrpo_fast.engine import Engine, World
 from egrpo_fast.export import export
+from egrpo_fast.fidelity import TailGuard, compare
 from egrpo_fast.guards import BadSteps, Guard, verdict
 from egrpo_fast.heartbeat import Heartbeat
 from egrpo_fast.interruption import Interruption
@@ -91,7 +93,9 @@ class Trainer:
         train_prompts: Sequence[str],
         held_out_prompts: Sequence[str],
         rollout_transformer: nn.Module | None = None,
+        tail_model: TailModel | None = None,
     ) -> None:
+        self.tail_model = tail_model
         self.config, self.world, self.heart, self.backbone, self.rewards = config, world, heart, backbone, rewards
         self.order = PromptOrder(train_prompts, config.seed, config.prompts.shuffle)
         self.held_out = list(held_out_prompts[: config.evaluation.num_prompts])
@@ -100,15 +104,7 @@ class Trainer:
         steps = len(self.plan.groups) if config.objective.optimizer_step == "active_step" else 1
         self.engine = Engine(backbone.transformer, config, config.iterations * steps, rollout_transformer)
         self.ops = ops.choose(config.rollout.backend, world.device)
-        self.objective = Objective(
-            self.ops,
-            tuple(reward.weight for reward in self.trained),
-            config.objective.mix,
-            config.objective.clip_range,
-            config.objective.advantage_clip,
-            config.objective.baseline,
-            config.objective.normalise,
-        )
+        self.objective = Objective.of(config, self.ops)
 
         buffers: dict[str, Any] = {
             "shape": backbone.latent_shape,
@@ -125,7 +121,7 @@ class Trainer:
         )
         self.beside = Beside(world.device) if config.rollout.overlap else None
         self.stopwatch = metrics.Stopwatch(world.device)
-        self.guard = Guard(config.guards)
+        self.guard, self.tail_guard = Guard(config.guards), TailGuard(config.tail)
         self.interruption = interruption
         self.log: metrics.RunLog | None = None
         self.checkpoints = Checkpoints(
@@ -192,16 +188,19 @@ class Trainer:
             batch = self.sample(prompts)
             # A latent or reward that is not finite, on whichever rank: nothing is changed on any.
             skipped = self.world.agree(not all(experience.finite for experience in batch))
+            checked = {} if skipped else self._check_tail(batch[0])
             with self._phase("update"):
                 values = {"lr": self.engine.rate, "skipped_steps": 1} if skipped else self.update(batch)
             self.iteration += 1
             self._stepped = False
-            values |= self._reward_statistics(batch) | self.stopwatch.read()
+            values |= checked | self._reward_statistics(batch) | self.stopwatch.read()
             self._log_iteration(values, batch)
 
     def sample(self, prompts: Sequence[Prompt]) -> list[Experience]:
         """Roll out and score this rank's prompts: the current policy's experience."""
-        self.plan = plan_of(self.config, self.iteration)
+        if exact := self.tail_guard.fallen:
+            self.tail_model = None
+        self.plan = plan_of(self.config.with_tail() if exact else self.config, self.iteration)
         self.wavefront.use(self.plan)
         names = [reward.name for reward in self.trained]
         chunks = list(_chunks([prompt.text for prompt in prompts], self.config.rollout.prompts_per_call))
@@ -211,15 +210,22 @@ class Trainer:
             rollouts: list[Rollout] = []
             scored: list[Callable[[], tuple[Tensor, Tensor]]] = []
             with self.engine.inference(self.config.rollout.weights == "gathered") as module:
+                if self.tail_model:
+                    self.tail_model.refresh(module)
                 for chunk, conditioning, some in zip(
                     chunks, conditionings, numbers.split(self.config.rollout.prompts_per_call)
                 ):
                     if self.config.rollout.micro_batch == "auto" and self.wavefront.micro_batch is None:
                         self.wavefront.micro_batch = self._find_micro_batch(module, conditioning)
                     key = NoiseKey(self.config.seed, self.iteration, some)
-                    rollout = self._roll_out(self.wavefront, self._velocity(module, conditioning), key)
+                    rollout = self._roll_out(
+                        self.wavefront,
+                        self._velocity(module, conditioning),
+                        key,
+                        tail_velocity=self._tail_velocity(conditioning),
+                    )
                     rollouts.append(rollout)
-                    scoring = partial(self._score, rollout.final_latents, chunk, names)
+                    scoring = partial(self._score, rollout.final_latents, chunk, names, tiny=not exact)
                     scored.append(self.beside.begin(scoring) if self.beside else scoring)
         # The gathered weights are given back before the pictures need their memory, where they are not scored beside.
         with self._phase("rewards"):
@@ -325,6 +331,7 @@ class Trainer:
             "optimizer_steps": self.engine.steps,
             "held_out": self.history,
             "guard": self.guard.state,
+            "tail": self.tail_guard.state,
         }
         if self._saved != (self.iteration, len(self.history)):
             self._saved = self.iteration, len(self.history)
@@ -367,6 +374,7 @@ class Trainer:
                 with self._phase("restoring"):
                     self.engine.restore(reader, reader.state["optimizer_steps"])
                 self.iteration, self.guard.state = reader.state["iteration"], reader.state["guard"]
+                self.tail_guard.state = reader.state["tail"]
                 self.history = [(iteration, rewards) for iteration, rewards in reader.state["held_out"]]
                 self._saved = self.iteration, len(self.history)
                 return
@@ -384,6 +392,33 @@ class Trainer:
             return problems(path, CheckpointReader(path).files[self.world.rank :: self.world.size])
         except ValueError as error:
             return [str(error)]
+
+    def _check_tail(self, experience: Experience) -> dict[str, float]:
+        """Every `tail.check_every` iterations: the same samples finished by the exact tail, and what both rewards say.
+
+        A small sample, one wavefront of every rank; all come to the same verdict.
+        """
+        if not self.tail_guard.due(self.iteration):
+            return {}
+        with self._phase("tail check"):
+            plan = plan_of(self.config.with_tail(), self.iteration)
+            self.wavefront.use(plan)
+            with self.engine.inference(self.config.rollout.weights == "gathered") as module:
+                velocity = self._velocity(module, experience.conditioning)
+                rollout = self._roll_out(self.wavefront, velocity, experience.rollout.key)
+            names = [reward.name for reward in self.trained]
+            exact, _ = self._score(rollout.final_latents, experience.prompts, names)
+            if self.world.agree(not exact.isfinite().all()):
+                return {}
+            found = compare(plan, self.objective, exact, experience.rewards)
+            correlations = [one for rank in self.world.gather(found.correlations.flatten().tolist()) for one in rank]
+            flips, bias = self.world.mean(torch.stack((found.flips.mean(), found.bias))).tolist()
+        told = self.tail_guard.judge(correlations)
+        if told and self.log:
+            self.log.say(f"WARNING: iteration {self.iteration + 1}: {told}")
+        known = [value for value in correlations if not math.isnan(value)]
+        values = {"tail/sign_flips": flips, "tail/reward_bias": bias, "tail/exact": float(self.tail_guard.fallen)}
+        return values | ({"tail/rank_correlation": sum(known) / len(known)} if known else {})
 
     def _evaluation_due(self) -> bool:
         """At the start, every so often and at the end; not again where a resumed run has its result."""
@@ -405,7 +440,12 @@ class Trainer:
             raise Asked(told)
 
     def _roll_out(
-        self, wavefront: Wavefront, velocity: Velocity, key: NoiseKey, noise_step: int = noise.INITIAL
+        self,
+        wavefront: Wavefront,
+        velocity: Velocity,
+        key: NoiseKey,
+        noise_step: int = noise.INITIAL,
+        tail_velocity: Velocity | None = None,
     ) -> Rollout:
         """A wavefront on every rank. Where one runs out of memory, all begin again with half the rows per model call.
 
@@ -416,7 +456,7 @@ class Trainer:
         while True:
             with contextlib.suppress(OutOfMemory):
                 try:
-                    rollout = wavefront.run(velocity, key, noise_step)
+                    rollout = wavefront.run(velocity, key, noise_step, tail_velocity)
                 except torch.OutOfMemoryError:
                     if not alone or wavefront.rows_per_call == 1:
                         raise
@@ -462,11 +502,24 @@ class Trainer:
 
     def _velocity(self, module: nn.Module, conditioning: Conditioning) -> Velocity:
         def velocity(latents: Tensor, t: float, rows: Tensor) -> Tensor:
-            self.heart.at("model call", f"(iteration {self.iteration + 1}, t = {t:.3f})")
-            self._may_end()  # every rank makes the same calls
+            self._at_model_call(t)
             return self.backbone.velocity(module, latents, t, conditioning, rows)
 
         return velocity
+
+    def _tail_velocity(self, conditioning: Conditioning) -> Velocity | None:
+        if (model := self.tail_model) is None:
+            return None
+
+        def velocity(latents: Tensor, t: float, rows: Tensor) -> Tensor:
+            self._at_model_call(t)
+            return model.velocity(latents, t, conditioning, rows)
+
+        return velocity
+
+    def _at_model_call(self, t: float) -> None:
+        self.heart.at("model call", f"(iteration {self.iteration + 1}, t = {t:.3f})")
+        self._may_end()  # every rank makes the same calls
 
     def _at_group(self, experience: Experience, n: int, gradient: bool = False) -> Tensor:
         """The training forward at the states of a group: [P * S, L, C]."""
@@ -475,16 +528,18 @@ class Trainer:
         with torch.set_grad_enabled(gradient):
             return self._velocity(self.engine.module, experience.conditioning)(state, group.time, rows)
 
-    def _score(self, latents: Tensor, prompts: Sequence[str], names: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def _score(
+        self, latents: Tensor, prompts: Sequence[str], names: Sequence[str], tiny: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """latents [P, pictures, L, C] -> rewards [K, P, pictures] and the share [] of them that was dropped.
 
-        `model.decode_batch` pictures are in memory at a time.
+        `model.decode_batch` pictures are in memory at a time. tiny: decoded as `tail.decoder` says.
         """
         self.heart.at("rewards", f"(iteration {self.iteration + 1})")
         repeated = [prompt for prompt in prompts for _ in range(latents.shape[1])]
         size, scores = self.config.model.decode_batch, []
         for some, of_prompts in zip(latents.flatten(0, 1).split(size), _chunks(repeated, size)):
-            images = self.backbone.decode(some)
+            images = self.backbone.decode(some, tiny)
             scores.append(torch.stack([self._call(name, images, of_prompts) for name in names]))
         rewards = torch.cat(scores, dim=1).unflatten(1, latents.shape[:2])
         if self.config.objective.on_error == "drop":

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = [  # from the top; a room imports from rooms below it and from itself, never from its own floor or above
     ("train", "cli"),
     ("trainer", "evaluation", "reward_server", "encoding", "cost", "doctor"),
+    ("fidelity",),
     ("export",),
     ("engine", "metrics", "figures", "page", "guards", "rewards", "backbones", "objective"),
     ("rollout", "beside", "checkpoint", "heartbeat", "interruption"),
@@ -25,6 +26,7 @@ KNOWN_TO = {
     "deepspeed": {"egrpo_fast.engine"},
     # The scripts that make pipelines build them from its parts; no module imports them.
     "diffusers": {"egrpo_fast.backbones.flux", "egrpo_fast.backbones.random_flux", "egrpo_fast.shapes.pretrain"},
+    "torchao": {"egrpo_fast.backbones.tail"},
     "open_clip": {"egrpo_fast.rewards.clip", "egrpo_fast.rewards.hps", "egrpo_fast.shapes.pretrain"},
     "pyarrow": {"egrpo_fast.evaluation", "egrpo_fast.prompts"},
     "httpx2": {"egrpo_fast.rewards.http"},

@@ -16,7 +16,7 @@ def test_recipes_load_and_survive_a_round_trip(recipe, tmp_path):
 def test_overrides_are_typed_yaml():
     config = load_config("shapes", ["schedule.active_steps=[0, 3]", "rollout.group_size=[4, 6]", "optimizer.lr=3e-5"])
     assert config.schedule.active_steps == [0, 3] and config.rollout.group_size == [4, 6]
-    assert config.optimizer.lr == 3e-5 and config.per_active_step(config.rollout.tail_stride) == [1, 1]
+    assert config.optimizer.lr == 3e-5 and config.per_active_step(config.tail.stride) == [1, 1]
 
 
 BAD = {
@@ -39,7 +39,7 @@ BAD = {
     f"schedule.merge_lengths={[1] * 15 + [2]}": "schedule.merge_lengths: step 15 merged over 2 passes the end",
     "rollout.group_size=1": "rollout.group_size: 1: .*greater than or equal to 2",
     "rollout.group_size=[4, 4]": "rollout.group_size: 2 numbers, one per active step needed .8.",
-    "rollout.tail_stride=0": "rollout.tail_stride: 0: .*greater than or equal to 1",
+    "tail.stride=0": "tail.stride: 0: .*greater than or equal to 1",
     "rollout.backend=cuda": "rollout.backend: 'cuda': .*'auto', 'reference', 'triton' or 'extension'",
     "model.height=tall": "model.height: 'tall': .*valid integer",
     "model.dtype=float8": "model.dtype: 'float8': .*'float32' or 'bfloat16'",

@@ -19,7 +19,8 @@ SECTIONS = {  # a whole tree in which every optional section is there, so that e
     "output_dir": "runs/fuzz",
     "model": {"path": "shapes", "lora": {}},
     "prompts": {"train": "shapes", "held_out": "shapes"},
-    "schedule": {}, "rollout": {}, "objective": {}, "optimizer": {}, "deepspeed": {}, "checkpoint": {}, "guards": {},
+    "schedule": {}, "rollout": {}, "tail": {}, "objective": {}, "optimizer": {}, "deepspeed": {}, "checkpoint": {},
+    "guards": {},
     "rewards": [{"name": "shapes_soft"}, {"name": "clip", "weight": 0, "options": {"model": "shapes"}}],
     "evaluation": {"stop_when": {"reward": "clip"}},
 }  # fmt: skip
@@ -251,7 +252,7 @@ def across(draw):
     merges = [1] * steps
     merges[index] = steps - index + draw(st.integers(1, 9))
     repeated = draw(st.integers(0, steps - 1))
-    one = draw(st.sampled_from(["rollout.group_size", "rollout.tail_stride"]))
+    one = draw(st.sampled_from(["rollout.group_size", "tail.stride"]))
     rank = draw(st.sampled_from([1, 2]))
     unknown = draw(st.text("xyz", min_size=1, max_size=9))
     return draw(
@@ -268,6 +269,8 @@ def across(draw):
                 ({"schedule.shift": 10.0 ** draw(st.integers(25, 300))}, "schedule"),
                 ({"schedule.eta": 10.0 ** draw(st.integers(170, 300))}, "schedule"),
                 ({"deepspeed.overrides": {owned: 1}}, "deepspeed.overrides"),
+                ({"rollout.weights": "sharded", "tail.lora": unknown}, "tail.lora"),
+                ({"rollout.weights": "sharded", "tail.weights": "int8"}, "tail.weights"),
                 ({"rewards": [{"name": unknown, "weight": 0}]}, "rewards"),
                 ({"rewards": [{"name": unknown}] * draw(st.integers(2, 4))}, "rewards"),
                 ({"evaluation.stop_when": {"reward": unknown}}, "evaluation.stop_when.reward"),
@@ -347,7 +350,7 @@ CROSS = {  # fields whose range depends on others
     "schedule.merge_lengths", "schedule.active_steps",
     "schedule.max_merge", "rewards.0.weight", "rewards.0.name", "rewards.1.name", "evaluation.stop_when",
     "evaluation.stop_when.reward", "evaluation.every", "checkpoint.best", "deepspeed.offload_optimizer",
-    "deepspeed.offload_weights", "deepspeed.zero_stage", "model.lora", "rewards",
+    "deepspeed.offload_weights", "deepspeed.zero_stage", "model.lora", "rewards", "tail.lora", "tail.weights",
 }  # fmt: skip
 
 

@@ -442,11 +442,11 @@ def test_what_no_plan_can_be_made_of_is_refused_by_name(override):
     ("method", "override"),
     [
         ("flow_grpo", "schedule.entropy_threshold=2"),
-        ("flow_grpo", "rollout.tail_stride=2"),
+        ("flow_grpo", "tail.stride=2"),
         ("dance_grpo", "schedule.merge_lengths=2"),
         ("mix_grpo", "schedule.active_steps=[0]"),
         ("branch_grpo", "rollout.group_size=8"),
-        ("granular_grpo", "rollout.tail_stride=2"),
+        ("granular_grpo", "tail.stride=2"),
         ("granular_grpo", "schedule.max_merge=2"),
         ("tempflow_grpo", "schedule.active_steps=[0, 1]"),
     ],

@@ -1,17 +1,20 @@
 """The wavefront's rows, edges and calls, counted by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from egrpo_fast.methods import e_grpo
+from egrpo_fast.methods import branch_grpo, e_grpo
 from egrpo_fast.noise import draw_word
 from egrpo_fast.plan import ANCHOR, Edge, Plan, Wave, ode_plan, tail_grid
 from egrpo_fast.schedule import AffineStep, make_schedule
 
 
-def plan_of(group_sizes=12, tail_strides=1, **schedule):
+def plan_of(group_sizes=12, tail_strides=1, solver="euler", **schedule):
     made = make_schedule(**schedule)
-    return e_grpo(made, [group_sizes] * len(made.active), [tail_strides] * len(made.active))
+    sizes, strides = ([each] * len(made.active) for each in (group_sizes, tail_strides))
+    return e_grpo(made, sizes, strides, solver=solver)
 
 
 def test_the_papers_setting():
@@ -51,6 +54,37 @@ def test_tables_of_several_prompts_are_the_one_prompt_table_shifted():
         assert torch.equal(two.draws[half:], one.draws) and torch.equal(two.coefficients[half:], one.coefficients)
         assert two.slots.tolist() == [0] * half + [1] * half
         assert two.offsets[-1] == 2 * half
+
+
+def test_tails_by_hand():
+    """As above: a row is in its tail once its stochastic step is behind it; the anchor never is."""
+    schedule = make_schedule(4, merge_lengths=[1, 1, 2, 1], active_steps=[0, 2])
+    assert [sorted(rows) for rows in e_grpo(schedule, [2, 3], [2, 1]).tails] == [[], [1, 2], [], [1, 2]]
+    assert not any(ode_plan(schedule).tails)
+    tree = branch_grpo(make_schedule(4, entropy_threshold=0), [0, 1], 2, [0, 1])
+    assert [sorted(rows) for rows in tree.tails] == [[], [], [], [0, 1, 2, 3]]
+    assert plan_of().tail_evaluations == plan_of().evaluations - 8
+
+
+def test_a_tails_history_begins_with_its_second_step():
+    plan = plan_of(group_sizes=2, tail_strides=3, num_steps=8, active_steps=[0], merge_lengths=1, solver="ab2")
+    t, steps = plan.schedule.times, [edge for wave in plan.waves for edge in wave.edges if edge.source == 1]
+    assert [edge.history for edge in steps] == [0, (t[4] - t[7]) / (2 * (t[1] - t[4])), t[7] / (2 * (t[4] - t[7]))]
+
+
+def test_history_is_refused_outside_of_a_tail():
+    plan = plan_of(group_sizes=2, num_steps=4, active_steps=[0, 2], merge_lengths=1, solver="ab2")
+
+    def broken(index, row):
+        waves = list(plan.waves)
+        edges = tuple(replace(edge, history=0.5) if edge.source == row else edge for edge in waves[index].edges)
+        waves[index] = replace(waves[index], edges=edges)
+        return replace(plan, waves=tuple(waves))
+
+    broken(2, 1)  # the second step of a tail
+    for index, row in ((1, ANCHOR), (2, ANCHOR), (1, 1), (3, 3)):  # the anchor, SDE steps, first steps of tails
+        with pytest.raises(AssertionError, match="history outside of a tail"):
+            broken(index, row)
 
 
 def test_tail_grid():

@@ -4,10 +4,12 @@ from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from egrpo_fast import noise, ops
 from egrpo_fast.kernels.reference.philox import philox_normal
-from egrpo_fast.methods import e_grpo
+from egrpo_fast.methods import e_grpo, granular_grpo, mix_grpo, tempflow_grpo
 from egrpo_fast.plan import ode_plan, tail_grid
 from egrpo_fast.rollout import NoiseKey, Wavefront
 from egrpo_fast.schedule import make_schedule
@@ -38,7 +40,7 @@ def wavefront(prompts, dtype=torch.float64, model=matrix, plan=PLAN, micro_batch
     return made.run(model(prompts), NoiseKey(7, 3, torch.tensor(prompts)), **options)
 
 
-def alone(prompt, n, sample, dtype=torch.float64):
+def alone(prompt, n, sample, dtype=torch.float64, solver="euler", tail=matrix):
     """One sample by itself, as the paper writes it: ODE from the noise, one merged SDE step, ODE to the end."""
     velocity, rows = matrix([prompt]), torch.tensor([0])
     times, start = SCHEDULE.times, SCHEDULE.active[n]
@@ -49,18 +51,102 @@ def alone(prompt, n, sample, dtype=torch.float64):
     stream = torch.tensor([[3, prompt, start << 16 | sample]])
     x = step.c_x * x + step.c_v * v + step.s * philox_normal(stream, 48, 7, dtype).reshape(1, *SHAPE)
     grid = tail_grid(start + SCHEDULE.merges[start], SCHEDULE.num_steps, STRIDES[n])
-    for here, there in pairwise(grid):
-        x = x - (times[here] - times[there]) * velocity(x, times[here], rows)
+    velocity, before = tail([prompt]), None
+    for place, (here, there) in enumerate(pairwise(grid)):
+        v = velocity(x, times[here], rows)
+        h = SCHEDULE.extrapolation(solver, grid[place - 1], here, there) if place else 0.0
+        x = x - (times[here] - times[there]) * (v + h * (v - before) if place else v)
+        before = v
     return x[0]
 
 
-def test_the_wavefront_equals_every_branch_alone():
-    rollout = wavefront(PROMPTS)
+def assert_alone(rollout, **options):
     for p, prompt in enumerate(PROMPTS):
         pictures = iter(rollout.final_latents[p])
         for n, size in enumerate(SIZES):
             for sample in range(size):
-                assert torch.allclose(next(pictures), alone(prompt, n, sample), rtol=0, atol=1e-10)
+                assert torch.allclose(next(pictures), alone(prompt, n, sample, **options), rtol=0, atol=1e-10)
+
+
+def test_the_wavefront_equals_every_branch_alone():
+    assert_alone(wavefront(PROMPTS))
+
+
+def another(prompts):
+    """A tail's own model."""
+    base = matrix(prompts)
+    return lambda x, t, rows: 0.9 * base(x, t, rows) - 0.2
+
+
+@pytest.mark.parametrize("micro_batch", [4, None])
+@pytest.mark.parametrize("tail", [matrix, another])
+@pytest.mark.parametrize("solver", ["euler", "ab2", "dpm2m"])
+def test_approximated_tails_equal_every_branch_alone(solver, tail, micro_batch):
+    plan = e_grpo(SCHEDULE, SIZES, STRIDES, solver=solver)
+    tails = None if tail is matrix else tail(PROMPTS)
+    rollout = wavefront(PROMPTS, plan=plan, micro_batch=micro_batch, tail_velocity=tails)
+    assert_alone(rollout, solver=solver, tail=tail)
+
+
+def test_forked_tails_have_a_history_each():
+    """Granular-GRPO: a second tail leaves from its sample's row; both are as if they were the only one."""
+    plans = [granular_grpo(SCHEDULE, SIZES, strides, solver="ab2") for strides in ([1, 3], [1], [3])]
+    both, *each = (plan.compared(wavefront(PROMPTS, plan=plan).final_latents.movedim(1, -1)) for plan in plans)
+    expected = [pictures for group in zip(*each) for pictures in group]
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-10) for a, b in zip(both, expected, strict=True))
+
+
+class Watched:
+    """Ops that note the rows of every stochastic step as it leaves them."""
+
+    def __init__(self):
+        self.samples = []
+
+    def branch_rows(self, latents, copy, v, sources, offsets, destinations, coefficients, *rest):
+        ops.choose("reference").branch_rows(latents, copy, v, sources, offsets, destinations, coefficients, *rest)
+        self.samples.append(latents[destinations[coefficients[:, 2] > 0].long()].clone())
+
+
+@st.composite
+def plans(draw):
+    """The same random plan with exact and with approximated tails."""
+    steps = draw(st.integers(3, 9))
+    active = sorted(draw(st.sets(st.integers(0, steps - 2), min_size=1, max_size=3)))
+    schedule = make_schedule(steps, entropy_threshold=draw(st.sampled_from([0, 2.2])), active_steps=active)
+    sizes = [draw(st.integers(2, 3)) for _ in active]
+    strides = [draw(st.integers(1, steps)) for _ in active]
+    solver, pairs = draw(st.sampled_from(["euler", "ab2", "dpm2m"])), draw(st.booleans())
+    window = range(active[0], active[0] + draw(st.integers(1, steps - 1 - active[0])))
+    picture = draw(st.booleans())
+    drawn = draw(
+        st.sampled_from(
+            [
+                lambda strides, solver: e_grpo(schedule, sizes, strides, pairs, solver),
+                lambda strides, solver: mix_grpo(schedule, 3, window, picture, strides[0], pairs, solver),
+                lambda _, solver: granular_grpo(schedule, sizes, [1, 2], pairs, solver),
+                lambda strides, solver: tempflow_grpo(schedule, 2, active, strides[0], pairs, solver),
+            ]
+        )
+    )
+    return drawn([1] * len(active), "euler"), drawn(strides, solver)
+
+
+@settings(max_examples=60, deadline=None)
+@given(plans())
+def test_no_approximation_of_a_tail_reaches_what_is_trained(both):
+    """Bitwise, under an element-wise velocity: anchor, group states and velocities, samples as their step left them."""
+    seen = []
+    for plan, tail in zip(both, (None, lambda prompts: lambda x, t, rows: torch.full_like(x, torch.nan))):
+        watched = Watched()
+        made = Wavefront(plan, 3, SHAPE, watched)
+        key = NoiseKey(7, 3, torch.tensor(PROMPTS))
+        seen.append((made.run(element_wise(PROMPTS), key, tail_velocity=tail and tail(PROMPTS)), watched.samples))
+    (exact, samples), (fast, fast_samples) = seen
+    for ours, theirs in zip((fast.states, fast.velocities), (exact.states, exact.velocities)):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(filter(len, fast_samples), filter(len, samples), strict=True))
+    finished = any(both[1].tails)
+    assert not finished or fast.final_latents.isnan().any(), "the tail's model was not asked"
 
 
 @pytest.mark.parametrize("micro_batch", [1, 4, 7, None])

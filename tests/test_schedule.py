@@ -89,3 +89,44 @@ def test_plan_command(threshold):
         assert told["work"]["evaluations_without_gradient"] == 1004
         assert told["work"]["evaluations_with_gradient"] == 8
         assert told["work"]["evaluations_one_picture_at_a_time"] == 1428
+
+
+def ode_error(num_steps, solver):
+    """Of x(0) for dx/dt = x + cos 3t from x(1) = 1, whose solution is known."""
+    schedule, x, before = make_schedule(num_steps, shift=1.0), 1.0, None
+    for i, t in enumerate(schedule.times[:-1]):
+        v = x + math.cos(3 * t)
+        h = schedule.extrapolation(solver, i - 1, i, i + 1) if i else 0.0
+        x, before = x + schedule.ode(i, i + 1).c_v * (v + h * (v - (before if i else v))), v
+
+    def particular(t):
+        return (3 * math.sin(3 * t) - math.cos(3 * t)) / 10
+
+    return abs(x - (particular(0) + (1 - particular(1)) * math.exp(-1)))
+
+
+@pytest.mark.parametrize(("solver", "least"), [("euler", 1.9), ("ab2", 3.5), ("dpm2m", 3.5)])
+def test_the_order_of_a_solver(solver, least):
+    """Half the step, a quarter of the error; half of it for Euler."""
+    errors = [ode_error(steps, solver) for steps in (16, 32, 64)]
+    assert all(coarse / fine > least for coarse, fine in pairwise(errors))
+    assert solver != "euler" or all(coarse / fine < 2.2 for coarse, fine in pairwise(errors))
+
+
+def test_dpm2m_is_dpm_solver_plus_plus_over_its_first_two_steps():
+    """Written out: `x' = (t'/t) x + (1 - t' - (1 - t) t'/t) [x_0 + r (x_0 - x_0_before)]`, r of the log-SNRs."""
+    schedule = make_schedule(8)
+    (s, t, end), v = schedule.times[2:5], [0.7, -0.4]
+    snr = [math.log((1 - u) / u) for u in (s, t, end)]
+    first = 1.3 - (s - t) * v[0]
+    before, now = 1.3 - s * v[0], first - t * v[1]
+    prediction = now + (snr[2] - snr[1]) / (2 * (snr[1] - snr[0])) * (now - before)
+    expected = end / t * first + (1 - end - end / t * (1 - t)) * prediction
+    h = schedule.extrapolation("dpm2m", 2, 3, 4)
+    assert first - (t - end) * (v[1] + h * (v[1] - v[0])) == pytest.approx(expected, rel=1e-12)
+
+
+def test_no_history_where_the_log_snr_is_infinite():
+    schedule = make_schedule(4)
+    assert schedule.extrapolation("dpm2m", 0, 1, 2) == schedule.extrapolation("dpm2m", 2, 3, 4) == 0.0
+    assert schedule.extrapolation("dpm2m", 1, 2, 3) > 0.0 < schedule.extrapolation("ab2", 0, 1, 2)

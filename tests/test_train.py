@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 TINY = [
     "iterations=4", "schedule.num_steps=4", "rollout.group_size=3", "prompts.per_iteration=2",
     "evaluation.num_prompts=5", "evaluation.prompts_per_call=2", "evaluation.num_steps=4", "optimizer.warmup_steps=1",
-    "checkpoint.every=2",
+    "checkpoint.every=2", "tail.stride=2", "tail.solver=ab2", "tail.check_every=3", "tail.target=0.01",
 ]  # fmt: skip
 LAUNCHER = [sys.executable, "-m", "deepspeed.launcher.runner"]
 
@@ -62,6 +62,7 @@ def test_a_run_leaves_everything_it_promises(uninterrupted):
     assert [line["iteration"] for line in iterations] == [1, 2, 3, 4]
     assert [line["iteration"] for line in evaluations] == [0, 4]
     assert all(line["spread_by_step"]["shapes_soft"].keys() == {"0", "1"} for line in iterations)
+    assert [line.get("tail/exact") for line in iterations] == [0, None, None, 0], "tail.check_every"
     for name in ("curve.png", "before_after.png", "config.yaml", "summary.json", "pictures/iteration-000000.png"):
         assert (uninterrupted / name).stat().st_size > 0
     assert len(list((uninterrupted / "checkpoints").glob("iteration-*"))) == 2, "checkpoint.keep"
@@ -77,9 +78,13 @@ def test_the_ratio_is_one_before_the_first_update(tmp_path):
     """With an optimizer step per active step the reference is a forward of its own: bit-equal to the update's, under
     ZeRO-3 and with rollouts at another batch size. Later steps of the iteration see a policy that has moved."""
     run = launch(
-        tmp_path / "steps", "objective.optimizer_step=active_step", "rollout.micro_batch=5", "iterations=2", port=29614
-    )
-    for line in metrics(run)[0]:
+        tmp_path / "steps", "objective.optimizer_step=active_step", "rollout.micro_batch=5", "iterations=2",
+        "rollout.group_size=6", "tail.stride=4", "tail.check_every=1", "tail.target=0.999", port=29614,
+    )  # fmt: skip
+    approximated, exact = metrics(run)[0]
+    assert approximated["tail/exact"] == 1 and approximated["tail/rank_correlation"] < 0.999, "given up at once"
+    assert not any(name.startswith("tail/") for name in exact), "nothing is left to check"
+    for line in (approximated, exact):
         assert line["log_ratio_before_update"] == 0.0 < line["max_log_ratio"]
         assert line["policy_mismatch"] < 1e-5
 

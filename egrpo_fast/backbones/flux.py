@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from diffusers import AutoencoderKL, AutoencoderTiny, FluxPipeline, FluxTransformer2DModel
 from diffusers.models.attention_dispatch import AttentionBackendName, _check_attention_backend_requirements
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
@@ -225,6 +225,35 @@ def _read_lora(lora: Lora, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, T
     return {name: given[key] for key, name in names.items()}
 
 
+def lora_layers(field: str, path: str, transformer: FluxTransformer2DModel) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """A LoRA of any rank in a layout that diffusers reads: layer -> A [r, in], B [out, r] and scale [], in float32.
+
+    ValueError, which begins with `field`: it cannot be read, or is of another architecture.
+    """
+    if not Path(path).exists():
+        raise ValueError(f"{field}: no file or folder {path}")
+    try:
+        given, alphas, metadata = FluxPipeline.lora_state_dict(
+            path, local_files_only=True, use_safetensors=True, return_alphas=True, return_lora_metadata=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{field}: {path} cannot be read: {' '.join(str(error).split())}") from None
+    shapes = {name: tuple(parameter.shape) for name, parameter in transformer.named_parameters()}
+    found = {}
+    for key, down in given.items():
+        if ".lora_A." not in key:
+            continue
+        layer, up = key.removeprefix("transformer.").partition(".lora_A.")[0], given.get(key.replace("_A.", "_B."))
+        if up is None or shapes.get(f"{layer}.weight") != (len(up), down.shape[-1]):
+            raise ValueError(f"{field}: {path} is for another architecture ({layer})")
+        alpha = (alphas or {}).get(f"transformer.{layer}.alpha", (metadata or {}).get("transformer.lora_alpha"))
+        scale = 1.0 if alpha is None else float(alpha) / len(down)
+        found[layer] = (down.float(), up.float(), torch.tensor(scale))
+    if not found:
+        raise ValueError(f"{field}: {path} holds no adapters of a transformer")
+    return found
+
+
 def save_lora(folder: Path, adapters: Mapping[str, Tensor], lora: Lora) -> None:
     """`pytorch_lora_weights.safetensors`, for `FluxPipeline.load_lora_weights(folder)`. adapters: by parameter name."""
     layers = {_adapter_key(name).removeprefix("transformer."): value for name, value in adapters.items()}
@@ -258,6 +287,7 @@ class FluxBackbone:
     ) -> None:
         self.transformer, self._text = transformer, text
         self._vae = vae.requires_grad_(False).eval()
+        self._tiny: AutoencoderTiny | None = None
         self.guidance, self.height, self.width, self.decode_batch = guidance, height, width, decode_batch
         self._scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self._rows, self._columns = (size // (self._scale_factor * LATENT_PATCH) for size in (height, width))
@@ -327,16 +357,42 @@ class FluxBackbone:
         """Have `decode` work tile by tile where a picture is larger than the VAE's own tile size."""
         self._vae.enable_tiling()
 
+    def use_tiny_decoder(self, folder: str) -> None:
+        """Have `decode` with `tiny` use diffusers' AutoencoderTiny in a folder, such as TAEF1. ValueError."""
+        try:
+            tiny = AutoencoderTiny.from_pretrained(folder, torch_dtype=self._vae.dtype)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise ValueError(f"tail.decoder: {folder} could not be loaded: {' '.join(str(error).split())}") from None
+        self._tiny = tiny.requires_grad_(False).eval().to(self._vae.device)
+
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W], float32 in [0, 1], of packed latents [B, L, C]."""
-        vae = self._vae
+    def decode(self, latents: Tensor, tiny: bool = False) -> Tensor:
+        """Pictures [B, 3, H, W], float32 in [0, 1], of packed latents [B, L, C]; tiny: by that decoder, where given."""
+        vae = self._tiny if tiny and self._tiny is not None else self._vae
         pictures = []
         for chunk in latents.split(self.decode_batch):
             unpacked = FluxPipeline._unpack_latents(chunk, self.height, self.width, self._scale_factor)
             scaled = unpacked / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
             pictures.append(vae.decode(scaled.to(vae.dtype), return_dict=False)[0])
         return torch.cat(pictures).float().div(2).add(0.5).clamp(0, 1)
+
+
+def check_decoder(folder: str, pipeline: Path) -> None:
+    """ValueError, before any weight is read, where this is no tiny decoder of the pipeline's latents."""
+    try:
+        theirs, ours = (json.loads((at / "config.json").read_text()) for at in (Path(folder), pipeline / "vae"))
+        WeightFiles(folder)
+        if theirs["_class_name"] != "AutoencoderTiny":
+            raise ValueError(f"it is a {theirs['_class_name']}; AutoencoderTiny is expected")
+        factor = 2 ** (len(theirs["decoder_block_out_channels"]) - 1)
+        for name, value, wanted in (
+            ("latent channels", theirs["latent_channels"], ours["latent_channels"]),
+            ("picture pixels per latent", factor, 2 ** (len(ours["block_out_channels"]) - 1)),
+        ):
+            if value != wanted:
+                raise ValueError(f"{value} {name}, that of model.path has {wanted}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"tail.decoder: {folder} cannot be used: {' '.join(str(error).split())}") from None
 
 
 def load_vae(folder: Path, dtype: torch.dtype, device: torch.device | str) -> AutoencoderKL:

@@ -1,0 +1,139 @@
+"""The model of the tail where it is not the policy itself: another checkpoint, a LoRA of its own, 8-bit weights."""
+
+import copy
+import importlib.util
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from egrpo_fast.backbones.flux import (
+    FluxBackbone,
+    check_decoder,
+    check_folder,
+    is_hub_id,
+    lora_layers,
+    meta_transformer,
+    resolve,
+)
+from egrpo_fast.backbones.flux_text import Conditioning
+from egrpo_fast.config import Config, Tail
+
+FLOAT8_CAPABILITY = (8, 9)
+"""CUDA compute capability from which on a GPU multiplies float8."""
+
+
+def check_tail(config: Config, policy: str) -> None:
+    """ValueError, before any weight is read, where `tail` names what is not there or cannot be used here.
+
+    policy: the pipeline folder whose transformer is trained. Hub ids are looked at once they are downloaded.
+    """
+    tail, model = config.tail, config.model
+    if tail.weights != "exact" and importlib.util.find_spec("torchao") is None:
+        raise ValueError(f"tail.weights: {tail.weights} needs torchao; pip install 'egrpo_fast[quantized]'")
+    if tail.weights == "float8":
+        found = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+        if found is None or found < FLOAT8_CAPABILITY:
+            told = f"this GPU's is {found[0]}.{found[1]}" if found else "there is no GPU"
+            raise ValueError(f"tail.weights: float8 needs a GPU of compute capability 8.9 (Ada, Hopper); {told}")
+    if tail.path is not None:
+        try:
+            check_folder(tail.path, model.height, model.width)
+        except ValueError as error:
+            raise ValueError(f"tail.path: {str(error).partition(': ')[2]}") from None
+    folder = tail.path or policy
+    if not is_hub_id(folder):
+        transformer, weights = meta_transformer(Path(folder))
+        weights.files.close()
+        if tail.lora is not None:
+            lora_layers("tail.lora", tail.lora, transformer)
+        if not is_hub_id(policy):
+            theirs, ours = transformer.config, meta_transformer(Path(policy))[0].config
+            for name in ("in_channels", "joint_attention_dim", "pooled_projection_dim"):
+                if theirs[name] != ours[name]:
+                    told = f"its {name} is {theirs[name]}, that of model.path {ours[name]}"
+                    raise ValueError(f"tail.path: {folder} is another kind of model: {told}")
+            if tail.decoder is not None:
+                check_decoder(tail.decoder, Path(policy))
+
+
+class TailModel:
+    """A transformer for the tail alone, whole on the device, without gradient.
+
+    Without `tail.path` it is a copy of the policy, with the LoRA and in the precision that `tail` asks for, and is
+    behind it until `refresh`. The Linear layers of the blocks are quantised (torchao), but those of modulation.
+    Memory: 2 bytes a weight in bfloat16, 1 in 8 bits.
+    """
+
+    def __init__(
+        self, settings: Tail, policy: Path, backbone: FluxBackbone, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        transformer, weights = meta_transformer(resolve(settings.path) if settings.path else policy)
+        self._backbone = copy.copy(backbone)
+        self._backbone.transformer = transformer.requires_grad_(False).eval()
+        self._dtype, self._device = dtype, device
+        self._names = [name for name, _ in transformer.named_parameters()]
+        self._lora = lora_layers("tail.lora", settings.lora, transformer) if settings.lora else {}
+        self._quantization = _quantization(settings.weights)
+        self._follows = settings.path is None
+        if not self._follows:
+            self._fill(weights)
+        weights.files.close()
+
+    @classmethod
+    def of(
+        cls, settings: Tail, policy: Path, backbone: FluxBackbone, dtype: torch.dtype, device: torch.device
+    ) -> "TailModel | None":
+        """None where the tail's model is the policy."""
+        return cls(settings, policy, backbone, dtype, device) if settings.has_model else None
+
+    def refresh(self, policy: nn.Module) -> None:
+        """Take the weights of the policy, gathered, where it is what this model follows."""
+        if self._follows:
+            self._fill(partial(_weight, policy))
+
+    def velocity(self, latents: Tensor, t: float, conditioning: Conditioning, rows: Tensor) -> Tensor:
+        """As `FluxBackbone.velocity`."""
+        return self._backbone.velocity(self._backbone.transformer, latents, t, conditioning, rows)
+
+    @torch.no_grad()
+    def _fill(self, read: Callable[[str], Tensor]) -> None:
+        """A layer at a time, so that no more than one is there in both precisions."""
+        for name in self._names:
+            owner, _, leaf = name.rpartition(".")
+            layer = self._backbone.transformer.get_submodule(owner)
+            value = read(name).to(self._device, self._dtype, copy=True)
+            if leaf == "weight" and owner in self._lora:
+                down, up, scale = (part.to(self._device) for part in self._lora[owner])
+                value = (value.float() + scale * (up @ down)).to(self._dtype)
+            setattr(layer, leaf, nn.Parameter(value, requires_grad=False))
+            quantised = "transformer_blocks." in owner and "norm" not in owner and isinstance(layer, nn.Linear)
+            if self._quantization is not None and leaf == "weight" and quantised:
+                self._quantization(nn.ModuleList([layer]))
+
+
+def _weight(policy: nn.Module, name: str) -> Tensor:
+    """A parameter of the policy by its name in the checkpoint, adapters merged."""
+    owner, _, leaf = name.rpartition(".")
+    layer = policy.get_submodule(owner)
+    base = getattr(layer, "base_layer", layer)
+    value = getattr(base, leaf).detach()
+    if base is not layer and leaf == "weight":
+        value = value + layer.get_delta_weight("default").to(value.dtype)  # type: ignore[operator]
+    return value
+
+
+def _quantization(weights: str) -> Callable[[nn.Module], Any] | None:
+    if weights == "exact":
+        return None
+    from torchao.quantization import (
+        Float8DynamicActivationFloat8WeightConfig,
+        Int8DynamicActivationInt8WeightConfig,
+        quantize_,
+    )
+
+    configs = {"int8": Int8DynamicActivationInt8WeightConfig, "float8": Float8DynamicActivationFloat8WeightConfig}
+    return partial(quantize_, config=configs[weights]())

@@ -1,0 +1,395 @@
+"""What an approximated tail costs: the same samples finished exactly and fast, their rewards compared within groups.
+
+`compare` and `TailGuard` serve the trainer; `fidelity` is the command that measures many tails and suggests one.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from egrpo_fast import ops
+from egrpo_fast.backbones.flux import FluxBackbone, check_folder, load_vae, meta_transformer, resolve
+from egrpo_fast.backbones.flux_text import CachedText, FluxTextEncoder
+from egrpo_fast.backbones.tail import TailModel, check_tail
+from egrpo_fast.checkpoint import CheckpointReader, problems
+from egrpo_fast.config import CONFIG_FILE, Config, EGrpo, Tail, load_config
+from egrpo_fast.export import find_checkpoint
+from egrpo_fast.methods import plan_of
+from egrpo_fast.metrics import Stopwatch
+from egrpo_fast.objective import Objective
+from egrpo_fast.page import Table
+from egrpo_fast.plan import Plan, tail_grid
+from egrpo_fast.prompts import Prompt, PromptOrder, read_prompts
+from egrpo_fast.rewards import check_reward, make_reward, score
+from egrpo_fast.rollout import NoiseKey, Wavefront
+from egrpo_fast.shapes import EMBEDDED, PROMPTS, pipeline_path
+
+WINDOW = 8
+"""Checks that a run judges its tail by: those of so many times `tail.check_every` iterations."""
+STRIDES, SOLVERS = (2, 3, 4, 5, 6), ("euler", "ab2", "dpm2m")
+"""What `egrpo fidelity` measures unless it is told."""
+ROUNDS = 4
+"""Suggestions that it tries on further prompts."""
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Ranks from 0 along the last dimension; equal values share the mean of theirs."""
+    ordered = values.sort(-1).values
+    first, last = (torch.searchsorted(ordered, values, right=right) for right in (False, True))
+    return (first + last - 1).double() / 2
+
+
+def rank_correlation(exact: Tensor, tail: Tensor) -> Tensor:
+    """Spearman's within each group, ties by average ranks: [..., G] twice -> [...] float64.
+
+    NaN where the exact values are all equal, for there is nothing to tell apart; 0 where only the tail's are.
+    """
+    a, b = (ranks - ranks.mean(-1, keepdim=True) for ranks in map(_ranks, (exact.contiguous(), tail.contiguous())))
+    size = (a.square().sum(-1) * b.square().sum(-1)).sqrt()
+    return torch.where(a.any(-1), torch.where(size > 0, (a * b).sum(-1) / size, 0.0), torch.nan)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Of P prompts' groups. correlations [N, P]: rank correlation of the advantages of every group, NaN where none is.
+
+    flips [N, P]: share of a group's advantages whose sign is the opposite one. bias []: mean of the tail's reward (the
+    weighted sum) less the exact one's.
+    """
+
+    correlations: Tensor
+    flips: Tensor
+    bias: Tensor
+
+    @property
+    def correlation(self) -> float:
+        return self.correlations.nanmean().item()
+
+    @property
+    def standard_error(self) -> float:
+        """Of `correlation`, over groups."""
+        found = self.correlations[~self.correlations.isnan()]
+        return found.std().item() / math.sqrt(len(found) or 1)
+
+
+def compare(plan: Plan, objective: Objective, exact: Tensor, tail: Tensor) -> Comparison:
+    """exact, tail [K, P, pictures]: rewards of the same samples, finished by the exact tail and by another."""
+    correlations, flips = [], []
+    for group, both in zip(plan.groups, zip(plan.by_group(exact), plan.by_group(tail))):
+        ours, theirs = (objective.advantages(group, rewards) for rewards in both)
+        correlations.append(rank_correlation(ours, theirs))
+        flips.append((ours * theirs < 0).double().mean(-1))
+    weights = torch.tensor(objective.weights, dtype=torch.float64, device=exact.device)
+    bias = torch.einsum("k,kpn->pn", weights, (tail - exact).double()).mean()
+    return Comparison(torch.stack(correlations), torch.stack(flips), bias)
+
+
+class TailGuard:
+    """Judges a run's tail by its last checks. Its `state` goes into checkpoints: a tail once given up stays so."""
+
+    def __init__(self, settings: Tail) -> None:
+        self._settings = settings
+        self.fallen = False
+        self._checks: list[list[float]] = []
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return {"fallen": self.fallen, "checks": self._checks}
+
+    @state.setter
+    def state(self, state: Mapping[str, Any]) -> None:
+        self.fallen, self._checks = state["fallen"], [list(check) for check in state["checks"]]
+
+    def due(self, iteration: int) -> bool:
+        every = self._settings.check_every
+        return bool(every) and not self.fallen and not self._settings.exact and iteration % every == 0
+
+    def judge(self, correlations: Sequence[float]) -> str | None:
+        """correlations: of a check's groups, the same on every rank. Returns why the tail is given up, or None.
+
+        It is where the mean of the last WINDOW checks is below the target by more than its standard error.
+        """
+        self._checks = [*self._checks, [value for value in correlations if not math.isnan(value)]][-WINDOW:]
+        pooled = torch.tensor([value for check in self._checks for value in check], dtype=torch.float64)
+        if len(pooled) < 2 or pooled.mean() + pooled.std() / math.sqrt(len(pooled)) >= self._settings.target:
+            return None
+        self.fallen = True
+        return (
+            f"rewards of the approximated tail rank samples as the exact one's do with a correlation of "
+            f"{pooled.mean():.3f} (tail.target {self._settings.target:g}): the exact tail from now on"
+        )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A tail against the exact one. evaluations: of its tails, as a share; speedup: of the whole rollout's seconds."""
+
+    settings: str
+    comparison: Comparison
+    evaluations: float
+    speedup: float
+
+    def row(self) -> list[str]:
+        found = self.comparison
+        return [
+            self.settings,
+            f"{found.correlation:.3f} ± {found.standard_error:.3f}",
+            f"{100 * found.flips.mean():.1f}%",
+            f"{found.bias:+.4f}",
+            f"{100 * self.evaluations:.1f}%",
+            f"{self.speedup:.2f}x",
+        ]
+
+    def recorded(self) -> dict[str, Any]:
+        found = self.comparison
+        return {
+            "settings": self.settings,
+            "correlation": found.correlation,
+            "standard_error": found.standard_error,
+            "correlation_by_step": found.correlations.nanmean(1).tolist(),
+            "sign_flips": found.flips.mean().item(),
+            "reward_bias": found.bias.item(),
+            "tail_evaluations": self.evaluations,
+            "rollout_speedup": self.speedup,
+        }
+
+
+class _Sampler:
+    """The policy, ready to draw and score an iteration's samples with any tail."""
+
+    def __init__(self, config: Config, reader: CheckpointReader | None, device: torch.device) -> None:
+        model, self._dtype, self.device = config.model, getattr(torch, config.model.dtype), device
+        self._folder = resolve(pipeline_path(model.path))
+        transformer, weights = meta_transformer(self._folder, model.lora, config.seed)
+        trained = set(reader.names()) if reader else set()
+        for name, _ in list(transformer.named_parameters()):
+            value = reader.tensor(name) if reader and name in trained else weights(name)
+            owner, _, leaf = name.rpartition(".")
+            filled = nn.Parameter(value.to(device, self._dtype), requires_grad=False)
+            setattr(transformer.get_submodule(owner), leaf, filled)
+        weights.files.close()
+        encoder = (
+            self._folder, model.max_sequence_length, self._dtype, device, model.text_encoder_quantization
+        )  # fmt: skip
+        cached = config.prompts.embeddings
+        text = CachedText.open(cached, *encoder) if cached else FluxTextEncoder.from_pretrained(*encoder)
+        self.backbone = FluxBackbone(
+            transformer.eval(), load_vae(self._folder, self._dtype, device), text, model.height, model.width,
+            model.guidance, model.decode_batch,
+        )  # fmt: skip
+        if model.vae_tiling:
+            self.backbone.tile_decoding()
+        self._ops = ops.choose(config.rollout.backend, device)
+        self._trained = [reward for reward in config.rewards if reward.weight]
+        self._judges = {reward.name: make_reward(reward.name, reward.options, device) for reward in self._trained}
+        self.objective = Objective.of(config, self._ops)
+
+    def __call__(self, config: Config, prompts: Sequence[Prompt], told: str) -> tuple[Tensor, float]:
+        """Rewards [K, P, pictures] of iteration 0's samples of the prompts, and the seconds of the rollouts alone."""
+        plan = plan_of(config, 0)
+        wavefront = Wavefront(
+            plan, 1, self.backbone.latent_shape, self._ops, self.device, model_dtype=self._dtype,
+            micro_batch=config.rollout.most_rows,
+        )  # fmt: skip
+        model = TailModel.of(config.tail, self._folder, self.backbone, self._dtype, self.device)
+        if model:
+            model.refresh(self.backbone.transformer)
+        if config.tail.decoder is not None:
+            self.backbone.use_tiny_decoder(config.tail.decoder)
+        watch, rewards = Stopwatch(self.device), []
+        for prompt in tqdm(prompts, desc=told, unit=" prompts", leave=False, dynamic_ncols=True):
+            text = self.backbone.encode([prompt.text])
+
+            def velocity(latents: Tensor, t: float, rows: Tensor, text: Any = text) -> Tensor:
+                return self.backbone.velocity(self.backbone.transformer, latents, t, text, rows)
+
+            def tail_velocity(latents: Tensor, t: float, rows: Tensor, text: Any = text) -> Tensor:
+                assert model is not None
+                return model.velocity(latents, t, text, rows)
+
+            key = NoiseKey(config.seed, 0, torch.tensor([prompt.number], device=self.device))
+            with watch.phase("rollout"):
+                latents = wavefront.run(velocity, key, tail_velocity=tail_velocity if model else None).final_latents
+            rewards.append(self._score(latents[0], prompt.text, tiny=config.tail.decoder is not None))
+        return torch.stack(rewards, dim=1), watch.read()["seconds/rollout"]
+
+    def _score(self, latents: Tensor, prompt: str, tiny: bool) -> Tensor:
+        """[pictures, L, C] -> [K, pictures]."""
+        scores = []
+        for some in latents.split(self.backbone.decode_batch):
+            images = self.backbone.decode(some, tiny)
+            scores.append(
+                torch.stack([score(name, judge, images, [prompt] * len(some)) for name, judge in self._judges.items()])
+            )
+        return torch.cat(scores, dim=1)
+
+
+def cheapest_strides(
+    costs: Sequence[Mapping[int, int]], correlations: Sequence[Mapping[int, float]], target: float
+) -> tuple[int, ...] | None:
+    """One stride per active step: fewest evaluations in all whose mean correlation reaches the target; None: none do.
+
+    costs, correlations: of every step by stride; a step's tails do not touch the others', so they add up.
+    """
+    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
+    for cost, correlation in zip(costs, correlations, strict=True):
+        longer: dict[int, tuple[float, tuple[int, ...]]] = {}
+        for spent, (total, strides) in best.items():
+            for stride, value in correlation.items():
+                found = total + value, (*strides, stride)
+                place = spent + cost[stride]
+                longer[place] = max(longer.get(place, found), found)
+        best = longer
+    enough = [spent for spent, (total, _) in best.items() if total >= target * len(costs)]
+    return best[min(enough)][1] if enough else None
+
+
+class _Search:
+    """Measures tails of one policy, and looks for the cheapest that reaches a target."""
+
+    def __init__(self, recipe: str, overrides: Sequence[str], sampler: _Sampler, prompts: PromptOrder, count: int):
+        self._recipe, self._overrides, self._sampler = recipe, overrides, sampler
+        self._prompts, self._count = prompts, count
+        self._exact: dict[int, tuple[Tensor, float]] = {}
+
+    def config(self, settings: str) -> Config:
+        return load_config(self._recipe, [*self._overrides, *settings.split()])
+
+    def measure(self, settings: str, part: int = 0) -> Measured:
+        """The tail on the `part`-th lot of prompts."""
+        config = self.config(settings)
+        exact, prompts = config.with_tail(), self._prompts.iteration(part, self._count)
+        if part not in self._exact:
+            if not self._exact:
+                self._sampler(exact, prompts[:1], "warming up")
+            self._exact[part] = self._sampler(exact, prompts, "exact tail")
+        rewards, seconds = self._sampler(config, prompts, settings)
+        expected, whole = self._exact[part]
+        plans = plan_of(exact, 0), plan_of(config, 0)
+        return Measured(
+            settings,
+            compare(plans[0], self._sampler.objective, expected, rewards),
+            plans[1].tail_evaluations / plans[0].tail_evaluations,
+            whole / seconds,
+        )
+
+    def _by_step(self, solver: str, measured: Mapping[str, Measured], aim: float) -> str | None:
+        """Strides of their own for the active steps, composed of those that were measured for all."""
+        strides = [stride for stride in STRIDES if _grid(stride, solver) in measured]
+        plan = plan_of(self.config(""), 0)
+        starts = [(group.index + plan.schedule.merges[group.index], group.size) for group in plan.groups]
+        end = plan.schedule.num_steps
+        costs = [{n: size * (len(tail_grid(start, end, n)) - 1) for n in (1, *strides)} for start, size in starts]
+        found = {n: measured[_grid(n, solver)].comparison.correlations.nanmean(1).tolist() for n in strides}
+        correlations = [{1: 1.0} | {n: values[step] for n, values in found.items()} for step in range(len(starts))]
+        known = [{n: value for n, value in step.items() if not math.isnan(value)} for step in correlations]
+        chosen = cheapest_strides(costs, known, aim)
+        if chosen is None or max(chosen) == 1:
+            return None
+        return f"tail.stride=[{','.join(map(str, chosen))}] tail.solver={solver}"
+
+    def _cost(self, settings: str) -> int:
+        return plan_of(self.config(settings), 0).tail_evaluations
+
+    def suggest(self, measured: Sequence[Measured], target: float) -> Measured | None:
+        """The cheapest that reaches the target on prompts that it was not chosen by; None: none found does."""
+        by_name, aim = {one.settings: one for one in measured}, target
+        for part in range(1, ROUNDS + 1):
+            found = [one.settings for one in measured if one.comparison.correlation >= aim]
+            if isinstance(self.config("").method, EGrpo):
+                found += [composed for solver in SOLVERS if (composed := self._by_step(solver, by_name, aim))]
+            if not found:
+                return None
+            result = self.measure(min(found, key=self._cost), part)
+            if result.comparison.correlation >= target:
+                return result
+            aim += target - result.comparison.correlation
+        return None
+
+
+def _grid(stride: int, solver: str) -> str:
+    return f"tail.stride={stride} tail.solver={solver}"
+
+
+def _candidates(config: Config) -> list[str]:
+    """The grid of strides and solvers that the method lets be chosen, and first the configuration's own tail."""
+    uses = config.method.uses
+    own = [""] if not config.tail.exact else []
+    if "tail.stride" in uses:
+        return own + [_grid(stride, solver) for solver in SOLVERS for stride in STRIDES]
+    return own + ([f"tail.solver={solver}" for solver in SOLVERS[1:]] if "tail.solver" in uses else [])
+
+
+def fidelity(
+    recipe: str,
+    overrides: Sequence[str] = (),
+    tails: Sequence[str] = (),
+    target: float = 0.95,
+    num_prompts: int = 8,
+    checkpoint: str = "newest",
+    device: str = "cpu",
+    out: Path | None = None,
+) -> str:
+    """Measure tails against the exact one and suggest a setting; returns a table. ValueError: what the user must mend.
+
+    recipe: one, or a run's folder, whose `checkpoint` is then the policy. tails: settings each, as on the command line;
+    none given: strides and solvers. The prompts are the first `num_prompts` of the run's own order; what is suggested
+    was measured once more on the next ones. out: also write everything there as JSON.
+    """
+    reader = None
+    if (run := Path(recipe)).is_dir():
+        if not (run / CONFIG_FILE).is_file():
+            raise ValueError(f"recipe: {run} holds no run ({CONFIG_FILE} is missing)")
+        recipe, path = str(run / CONFIG_FILE), find_checkpoint(run, checkpoint)
+        if found := problems(path):
+            raise ValueError(f"checkpoint: {path} is damaged; choose another ({'; '.join(found)})")
+        reader = CheckpointReader(path)
+    config = load_config(recipe, overrides)
+    candidates = list(tails) or _candidates(config)
+    configs = [load_config(recipe, [*overrides, *settings.split()]) for settings in candidates]
+    if not plan_of(config.with_tail(), 0).tail_evaluations or not configs:
+        raise ValueError(f"method: the tails of {config.method.name} cannot be approximated by strides or solvers")
+    for settings, one in zip(candidates, configs):
+        if one.model_copy(update={"tail": config.tail}) != config:
+            raise ValueError(f"tails: {settings!r} changes more than tail.*")
+        check_tail(one, pipeline_path(one.model.path))
+    model, file = config.model, config.prompts.train
+    lines = read_prompts(PROMPTS["train"] if file == EMBEDDED else file, "prompts.train", config.prompts.column)
+    check_folder(pipeline_path(model.path), model.height, model.width)
+    for reward in filter(attrgetter("weight"), config.rewards):
+        check_reward(reward.name, reward.options, lines, model.height, model.width)
+    order = PromptOrder(lines, config.seed, config.prompts.shuffle)
+    search = _Search(recipe, overrides, _Sampler(config, reader, torch.device(device)), order, num_prompts)
+    measured = [search.measure(settings) for settings in candidates]
+    chosen = search.suggest(measured, target)
+    header = ["tail", "rank correlation", "sign flips", "reward bias", "tail evaluations", "rollout"]
+    what = f"Tails against the exact one: {config.method.name}, {num_prompts} prompts, {model.path}"
+    told = Table(what, header, [one.row() for one in measured]).markdown()
+    if chosen:
+        again = Table("Suggested, on further prompts", header, [chosen.row()]).markdown()
+        told += f"\n\n{again}\n\nsuggested for a correlation of {target:g}: {chosen.settings}\n"
+    else:
+        told += f"\n\nno tail that was measured reaches {target:g}: keep the exact one, or ask for less\n"
+    if out:
+        everything = {
+            "recipe": recipe,
+            "overrides": list(overrides),
+            "checkpoint": reader.iteration if reader else None,
+            "prompts": num_prompts,
+            "target": target,
+            "device": torch.cuda.get_device_name() if torch.device(device).type == "cuda" else "CPU",
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "tails": [one.recorded() for one in measured],
+            "suggested": chosen.recorded() if chosen else None,
+        }
+        out.write_text(json.dumps(everything, indent=2) + "\n")
+    return told
