@@ -9,7 +9,7 @@ ARGS ?=
 # Run from here, Python would otherwise find the folder `kernels/` under a bare name that belongs to another package.
 export PYTHONSAFEPATH := 1
 
-.PHONY: train test test-slow lint parity plan bench profile plot gpu learning faults soak sanitize resources clean
+.PHONY: train test test-slow lint docs parity plan bench profile plot gpu learning compare ablations faults soak sanitize resources clean
 
 train: $(VENV)/.installed
 	@echo "== training recipe $(RECIPE) into $(OUT)"
@@ -33,8 +33,17 @@ parity: $(VENV)/.installed-dev
 plan: $(VENV)/.installed
 	$(BIN)/egrpo plan $(RECIPE) $(ARGS)
 
+# What is generated in docs/: the configuration reference, and the paper's figures from the schedule and recorded spreads.
+docs: $(VENV)/.installed-dev
+	$(BIN)/egrpo settings > docs/configuration.md
+	$(BIN)/python benchmarks/paper_figures.py $(ARGS)
+
 learning: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/learning.py $(ARGS)
+
+# Every method at equal model evaluations; E-GRPO with one thing changed. A finished run is not run again.
+compare ablations: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/studies.py $@ $(ARGS)
 
 # What a run survives: kill -9, signals, damaged files, full disks, bad numbers. Ends with a table of figures.
 faults: $(VENV)/.installed-dev

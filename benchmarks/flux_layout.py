@@ -164,7 +164,7 @@ def draw_by_diffusers(config, exported):
             lambda latents, t, rows, c=conditioning: backbone.velocity(backbone.transformer, latents, t, c, rows),
             NoiseKey(config.seed, 0, number), noise.EVALUATION,
         )  # fmt: skip
-        ours += backbone.decode(rollout.anchor_latents)
+        ours += backbone.decode(rollout.final_latents[:, 0])
     return torch.stack(theirs), torch.stack(ours)
 
 

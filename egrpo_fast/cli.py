@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from egrpo_fast import cost
 from egrpo_fast.config import Config, Reward, load_config, recipe_names
+from egrpo_fast.config_reference import reference
 from egrpo_fast.methods import plan_of
 from egrpo_fast.plan import Plan
 from egrpo_fast.prompts import read_prompts
@@ -20,7 +21,7 @@ from egrpo_fast.shapes import PROMPTS
 
 
 def describe(config: Config) -> dict[str, Any]:
-    """The schedule and the work of one prompt's iteration, as plain numbers. Loads no model."""
+    """The schedule and the work of one wavefront, as plain numbers. Loads no model."""
     plan = plan_of(config, 0)
     schedule, group_size = plan.schedule, {group.index: group.size for group in plan.groups}
     return {
@@ -111,6 +112,10 @@ def _plan(arguments: argparse.Namespace) -> None:
         entropy_plot(
             arguments.plot, replace(config.build_schedule(), active=trained), config.schedule.entropy_threshold
         )
+
+
+def _settings(arguments: argparse.Namespace) -> None:
+    print(reference(), end="")
 
 
 def _device(asked: str | None) -> str:
@@ -239,6 +244,9 @@ def _parser() -> argparse.ArgumentParser:
         help="of the GPU's peak FLOP/s; an assumption (%(default)s)")  # fmt: skip
     add("--network", type=_number(0.1, 1e6, float), default=50.0, metavar="GB/S",
         help="per GPU and direction between machines; an assumption (%(default)g)")  # fmt: skip
+
+    settings = commands.add_parser("settings", help="print every setting of a recipe: range, default, meaning")
+    settings.set_defaults(run=_settings)
 
     about = "draw the same prompts from the same noise with several models, score them, compare with the first"
     evaluate = commands.add_parser("evaluate", help=about, description=about)

@@ -23,7 +23,6 @@ from tqdm import tqdm
 from egrpo_fast.checkpoint import CheckpointReader, Piece
 from egrpo_fast.config import Config, Optimizer
 from egrpo_fast.heartbeat import Heartbeat
-from egrpo_fast.methods import plan_of
 
 WEIGHT, EMA = "weight", "ema"
 """Kinds of checkpoint pieces beside the optimizer's own: float32 master weights and their moving average."""
@@ -248,21 +247,17 @@ class _Fragment:
 class Engine:
     """A module under DeepSpeed ZeRO with AdamW, a learning rate schedule, gradient clipping and a moving average.
 
-    Everything that a checkpoint needs is handed out as pieces of named tensors, each rank its own, and taken back from
-    them by any number of ranks.
+    total_steps: optimizer steps of the whole run, for the schedule. Everything that a checkpoint needs is handed out as
+    pieces of named tensors, each rank its own, and taken back from them by any number of ranks.
     """
 
-    def __init__(self, module: nn.Module, config: Config, stand_in: nn.Module | None = None) -> None:
+    def __init__(self, module: nn.Module, config: Config, total_steps: int, stand_in: nn.Module | None = None) -> None:
         """stand_in: a module of the same parameters, on the meta device, that `inference` lends the weights to."""
         settings, self._stand_in = config.optimizer, stand_in
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self._client = _make_optimizer(parameters, settings, config.deepspeed.offload_optimizer != "none")
-        per_iteration = 1
-        if config.objective.optimizer_step == "active_step":
-            per_iteration = len(plan_of(config, 0).groups)
-        total = config.iterations * per_iteration
         self._scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self._client, lambda step: learning_rate_factor(settings, total, step)
+            self._client, lambda step: learning_rate_factor(settings, total_steps, step)
         )
         self._engine, *_ = deepspeed.initialize(
             model=module, optimizer=self._client, lr_scheduler=self._scheduler, config=deepspeed_config(config)
@@ -331,20 +326,19 @@ class Engine:
         """The learning rate of the next step."""
         return self._engine.get_lr()[0]
 
-    def step(self) -> tuple[float, float]:
-        """One optimizer step. Returns the gradient norm before clipping and the learning rate that was used.
+    def step(self) -> float:
+        """One optimizer step. Returns the gradient norm before clipping.
 
         A gradient that is not finite, on whichever rank, changes nothing on any: the norm is then infinite.
         """
-        rate = self.rate
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm())
         if not 0.0 <= norm < math.inf:  # DeepSpeed skipped the step and left the schedule where it was
-            return math.inf, rate
+            return math.inf
         self.steps += 1
         for average, flat in zip(self._ema, self._flats):
             average.lerp_(flat.detach(), 1.0 - self._ema_decay)  # type: ignore[operator]
-        return norm, rate
+        return norm
 
     @property
     def _flats(self) -> list[Tensor]:
@@ -412,11 +406,9 @@ class Engine:
 
     def local(self) -> dict[str, Tensor]:
         """Optimizer state that only this rank, in a run of as many ranks, can use: 8-bit moments and their scales."""
-        found: dict[str, Tensor] = {}
-        for index in range(len(self._flats)):
-            with self._resident(index) as flat:
-                found |= self._states(index, flat)[1]
-        return found
+        if isinstance(self._client, torch.optim.AdamW):
+            return {}  # all of its state is in the pieces
+        return {key: value for i, flat in enumerate(self._flats) for key, value in self._states(i, flat)[1].items()}
 
     @torch.no_grad()
     def restore(self, reader: CheckpointReader, steps: int) -> None:

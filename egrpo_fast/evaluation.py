@@ -284,8 +284,7 @@ def draw(
                 NoiseKey(settings.seed, 0, torch.tensor(chunk, device=device)),
                 noise.EVALUATION,
             )
-            assert rollout.anchor_latents is not None
-            pictures = backbone.decode(rollout.anchor_latents)
+            pictures = backbone.decode(rollout.final_latents[:, 0])
             for place, picture in zip(chunk, pictures):
                 if not torch.isfinite(picture).all():
                     raise ValueError(f"models: {model.label} drew a picture that is not finite for prompt {place}")

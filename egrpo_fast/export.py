@@ -155,13 +155,14 @@ def _write_card(run: Path, out: Path, base: Path, config: Config, reader: Checkp
     made_by = json.loads((run / RUN_FILE).read_text()) if (run / RUN_FILE).is_file() else {}
     licence = _licence(base)
     lora = config.model.lora is not None
+    method = "E-GRPO (arXiv 2601.00423)" if config.method.name == "e_grpo" else f"`{config.method.name}`"
     front = {
         **(licence or {"license": "other", "license_name": "of-the-base-model"}),
         **({"base_model": config.model.path} if is_hub_id(config.model.path) else {}),
         "base_model_relation": "adapter" if lora else "finetune",
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
-        "tags": ["flux", "reinforcement-learning", "e-grpo", *(["lora"] if lora else [])],
+        "tags": ["flux", "reinforcement-learning", config.method.name.replace("_", "-"), *(["lora"] if lora else [])],
     }
     licence_name = licence.get("license_name") or licence.get("license")
     told = f"its licence ({licence_name})" if licence_name else "its own licence"
@@ -184,7 +185,7 @@ def _write_card(run: Path, out: Path, base: Path, config: Config, reader: Checkp
     (out / "README.md").write_text(
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n"
         f"# {config.model.path}, trained on rewards\n\n"
-        f"Trained with E-GRPO (arXiv 2601.00423) by egrpo_fast {made_by.get('version', '')}, commit "
+        f"Trained with {method} by egrpo_fast {made_by.get('version', '')}, commit "
         f"{made_by.get('commit') or 'unknown'}, for {reader.iteration} iterations on {rewards}. "
         f"Weights: {'as trained' if weights == 'model' else 'their moving average'}"
         f"{', low-rank adapters' if lora else ''}. It derives from `{config.model.path}` and is under {told}.\n\n"

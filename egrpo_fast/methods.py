@@ -15,26 +15,21 @@ from egrpo_fast.schedule import Schedule
 
 
 def e_grpo(
-    schedule: Schedule,
-    group_sizes: Sequence[int],
-    tail_strides: Sequence[int],
-    anchor_picture: bool = False,
-    antithetic: bool = False,
+    schedule: Schedule, group_sizes: Sequence[int], tail_strides: Sequence[int], antithetic: bool = False
 ) -> Plan:
     """E-GRPO (its Algorithm 1): at every active step G_n samples leave the anchor by one merged SDE step, then ODE.
 
-    group_sizes, tail_strides: one number per active step. The anchor stops after its last active step unless its
-    picture is wanted.
+    group_sizes, tail_strides: one number per active step. The anchor stops at its last active step.
     """
     draft, steps = Draft(schedule, antithetic), schedule.num_steps
     anchor = draft.start()
-    draft.ode([anchor], 0, steps if anchor_picture else max(schedule.active))
+    draft.ode([anchor], 0, max(schedule.active))
     for index, size, stride in zip(schedule.active, group_sizes, tail_strides, strict=True):
         length = schedule.merges[index]
         samples = draft.sde([anchor], index, size, length, keep=True)
         draft.ode(samples.rows, index + length, steps, stride)
         draft.train(samples, singly(samples.rows))
-    return draft.plan(anchor_picture)
+    return draft.plan()
 
 
 def _trajectories(

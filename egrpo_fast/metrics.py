@@ -69,7 +69,7 @@ class RunLog:
         self._unwritten: list[str] = []
         self._unshown: list[tuple[int, Mapping[str, float]]] = []
         self._board: SummaryWriter | None = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
-        self._bar = tqdm(total=iterations, initial=start, desc="E-GRPO", unit="it", dynamic_ncols=True)
+        self._bar = tqdm(total=iterations, initial=start, desc="training", unit="it", dynamic_ncols=True)
         self._wandb = None
         if wandb_config is not None:
             import wandb

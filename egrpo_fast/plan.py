@@ -99,7 +99,7 @@ class Plan:
     """The wavefront of one prompt.
 
     num_rows: state rows of one prompt. waves: by grid index; only steps at which some row is live. groups: at most one
-    per grid index, increasing; several may share pictures. anchor_picture: whether row 0 is carried to t = 0.
+    per grid index, increasing; several may share pictures.
     starts: rows that begin as noise, each with the sample word of its stream.
     """
 
@@ -107,7 +107,6 @@ class Plan:
     num_rows: int
     waves: tuple[Wave, ...]
     groups: tuple[Group, ...]
-    anchor_picture: bool
     starts: tuple[tuple[int, int], ...] = ((ANCHOR, 0),)
 
     def __post_init__(self) -> None:
@@ -139,7 +138,10 @@ class Plan:
 
     @property
     def picture_rows(self) -> tuple[int, ...]:
-        """Rows of the pictures that are rewarded, once each: one set that is compared after the other."""
+        """Rows of the pictures that are rewarded, once each: one set that is compared after the other. Without groups
+        every row is a picture."""
+        if not self.groups:
+            return tuple(range(self.num_rows))
         return tuple(row for rows in self._compared for row in rows)
 
     @property
@@ -301,18 +303,18 @@ class Draft:
         group = Group(index, time, samples.step, samples.sources, samples.draws, samples.signs, views, weight)
         self._groups.append(group)
 
-    def plan(self, anchor_picture: bool = False) -> Plan:
+    def plan(self) -> Plan:
         waves = tuple(
             Wave(index, self._schedule.times[index], tuple(sorted(edges, key=lambda edge: edge.source)))
             for index, edges in enumerate(self._edges)
             if edges
         )
         groups = tuple(sorted(self._groups, key=lambda group: group.index))
-        return Plan(self._schedule, self._num_rows, waves, groups, anchor_picture, tuple(self._starts))
+        return Plan(self._schedule, self._num_rows, waves, groups, tuple(self._starts))
 
 
 def ode_plan(schedule: Schedule) -> Plan:
     """One deterministic trajectory per prompt, all the way: what an evaluation samples."""
     draft = Draft(schedule)
     draft.ode([draft.start()], 0, schedule.num_steps)
-    return draft.plan(anchor_picture=True)
+    return draft.plan()

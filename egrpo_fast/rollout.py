@@ -11,7 +11,7 @@ from torch import Tensor
 
 from egrpo_fast import noise
 from egrpo_fast.ops import Ops
-from egrpo_fast.plan import ANCHOR, Group, Plan, Wave, WaveTable
+from egrpo_fast.plan import Group, Plan, Wave, WaveTable
 
 Velocity = Callable[[Tensor, float, Tensor], Tensor]
 """velocity(latents [R, L, C], t, rows int64 [R]) -> [R, L, C]; rows: which of the run's prompts each row is of."""
@@ -36,8 +36,7 @@ class Rollout:
 
     states, velocities: per group [P * S, L, C], the S states that each prompt's samples left, and the velocities that
     the rollout left them with.
-    final_latents: [P, pictures, L, C] in the order of `plan.picture_rows`. anchor_latents: [P, L, C] at t = 0, or None
-    where the anchor stopped early.
+    final_latents: [P, pictures, L, C] in the order of `plan.picture_rows`.
     """
 
     plan: Plan
@@ -45,7 +44,6 @@ class Rollout:
     states: tuple[Tensor, ...]
     velocities: tuple[Tensor, ...]
     final_latents: Tensor
-    anchor_latents: Tensor | None
 
 
 class Wavefront:
@@ -153,7 +151,6 @@ class Wavefront:
             states=tuple(states),
             velocities=tuple(velocities),
             final_latents=by_prompt[:, self._picture_rows],
-            anchor_latents=by_prompt[:, ANCHOR].clone() if plan.anchor_picture else None,
         )
 
 

@@ -190,7 +190,7 @@ def make_trainer(
 
     model, dtype = config.model, getattr(torch, config.model.dtype)
     interruption = Interruption(config.guards.stop_seconds)
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.seed)  # nothing here draws from it; a user's reward may
     torch.set_float32_matmul_precision("high" if model.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = model.tf32
     heart.at("finding", config.model.path, limit=DOWNLOAD_LIMIT)

@@ -23,7 +23,7 @@ from egrpo_fast.checkpoint import CheckpointError, CheckpointReader, Checkpoints
 from egrpo_fast.config import CHECKPOINTS, Config
 from egrpo_fast.engine import Engine, World
 from egrpo_fast.export import export
-from egrpo_fast.guards import BadSteps, Guard
+from egrpo_fast.guards import BadSteps, Guard, verdict
 from egrpo_fast.heartbeat import Heartbeat
 from egrpo_fast.interruption import Interruption
 from egrpo_fast.methods import plan_of
@@ -33,7 +33,6 @@ from egrpo_fast.prompts import Prompt, PromptOrder
 from egrpo_fast.rewards import Reward, RewardError, fill_dropped, score, score_or_nan
 from egrpo_fast.rollout import NoiseKey, Rollout, Velocity, Wavefront, find_micro_batch
 from egrpo_fast.schedule import make_schedule
-from egrpo_fast.watch import verdict
 
 PIPELINE = "pipeline"
 BASE_PICTURES = "base_pictures.safetensors"
@@ -97,7 +96,9 @@ class Trainer:
         self.order = PromptOrder(train_prompts, config.seed, config.prompts.shuffle)
         self.held_out = list(held_out_prompts[: config.evaluation.num_prompts])
         self.trained = [reward for reward in config.rewards if reward.weight]
-        self.engine = Engine(backbone.transformer, config, rollout_transformer)
+        self.plan = plan_of(config, 0)
+        steps = len(self.plan.groups) if config.objective.optimizer_step == "active_step" else 1
+        self.engine = Engine(backbone.transformer, config, config.iterations * steps, rollout_transformer)
         self.ops = ops.choose(config.rollout.backend, world.device)
         self.objective = Objective(
             self.ops,
@@ -109,7 +110,6 @@ class Trainer:
             config.objective.normalise,
         )
 
-        self.plan = plan_of(config, 0)
         buffers: dict[str, Any] = {
             "shape": backbone.latent_shape,
             "ops": self.ops,
@@ -124,7 +124,7 @@ class Trainer:
             ode_plan(evaluation_schedule), min(config.evaluation.prompts_per_call, per_rank), **buffers
         )
         self.beside = Beside(world.device) if config.rollout.overlap else None
-        self.watch = metrics.Stopwatch(world.device)
+        self.stopwatch = metrics.Stopwatch(world.device)
         self.guard = Guard(config.guards)
         self.interruption = interruption
         self.log: metrics.RunLog | None = None
@@ -155,6 +155,8 @@ class Trainer:
             held_out = held_out or self.evaluate()  # its pictures, where a resumed run had ended
         except Asked as asked:
             self.save(needed=True)
+            if self.log:
+                self.log.close()
             return asked.signal
         except BadSteps:
             self.save(needed=True)
@@ -194,7 +196,7 @@ class Trainer:
                 values = {"lr": self.engine.rate, "skipped_steps": 1} if skipped else self.update(batch)
             self.iteration += 1
             self._stepped = False
-            values |= self._reward_statistics(batch) | self.watch.read()
+            values |= self._reward_statistics(batch) | self.stopwatch.read()
             self._log_iteration(values, batch)
 
     def sample(self, prompts: Sequence[Prompt]) -> list[Experience]:
@@ -233,46 +235,52 @@ class Trainer:
 
         A step whose gradient is not finite on some rank changes nothing on any: `skipped_steps` counts them.
         """
-        groups = self.plan.groups
-        every_step = self.config.objective.optimizer_step == "active_step"
+        groups, every_step = self.plan.groups, self.config.objective.optimizer_step == "active_step"
         # The ratio compares with the rollout's weights under this same forward, so it starts at exactly 1. With one
         # optimizer step that is the forward itself; with several, it is taken before the first.
         references = [[self._at_group(e, n) for n in range(len(groups))] for e in batch] if every_step else None
+        rewards = [self.plan.by_group(experience.rewards) for experience in batch]
         share = len(batch) * (1 if every_step else len(groups))
         parts: list[GroupLoss] = []
-        mismatches, norms, rate, skipped = [], [], 0.0, 0
+        mismatches, norms, rate = [], [], self.engine.rate
         for n, group in enumerate(groups):
+            due = every_step or n == len(groups) - 1
             for place, experience in enumerate(batch):
-                rollout, rewards = experience.rollout, self.plan.by_group(experience.rewards)[n]
+                rollout = experience.rollout
                 velocity = self._at_group(experience, n, gradient=True)
                 reference = references[place][n] if references else velocity.detach()
-                part = self.objective(group, rollout.key, velocity, reference, rewards)
-                last = place == len(batch) - 1 and (every_step or n == len(groups) - 1)
-                self.engine.backward(part.loss / share, last)
+                part = self.objective(group, rollout.key, velocity, reference, rewards[place][n])
+                self.engine.backward(part.loss / share, last=due and place == len(batch) - 1)
                 parts.append(part.detach())
                 mismatches.append(policy_mismatch(group, reference, rollout.velocities[n]))
-            if last:
+            if due:
                 self.heart.at("optimizer step", f"(iteration {self.iteration + 1})")
-                self._stepped = True
-                norm, rate = self.engine.step()
-                if math.isfinite(norm):
-                    norms.append(norm)
-                else:
-                    skipped += 1
+                self._stepped, rate = True, self.engine.rate
+                norms.append(self.engine.step())
         first = parts[: len(batch)] if every_step else parts  # what was compared before the first optimizer step
+        return self._update_statistics(parts, first, mismatches, norms) | {"lr": rate}
+
+    def _update_statistics(
+        self,
+        parts: Sequence[GroupLoss],
+        first: Sequence[GroupLoss],
+        mismatches: Sequence[Tensor],
+        norms: Sequence[float],
+    ) -> dict[str, float]:
         means = {
             "loss": torch.stack([part.loss for part in parts]),
             "clip_fraction": torch.stack([part.clip_fraction for part in parts]),
             "zero_advantage_share": torch.stack([(part.advantages == 0).float().mean() for part in parts]),
-            "policy_mismatch": torch.stack(mismatches),
+            "policy_mismatch": torch.stack(list(mismatches)),
         }
         values = dict(zip(means, self.world.mean(torch.stack([value.mean() for value in means.values()])).tolist()))
         for name, some in (("log_ratio_before_update", first), ("max_log_ratio", parts)):
             values[name] = self.world.largest(torch.stack([part.log_ratio.abs().max() for part in some]).max())
-        if norms:
-            values["grad_norm"] = sum(norms) / len(norms)
-        entropy = sum(group.step.entropy for group in groups) / len(groups)
-        return values | {"lr": rate, "skipped_steps": skipped, "step_entropy": entropy}
+        if taken := [norm for norm in norms if math.isfinite(norm)]:
+            values["grad_norm"] = sum(taken) / len(taken)
+        groups = self.plan.groups
+        values["step_entropy"] = sum(group.step.entropy for group in groups) / len(groups)
+        return values | {"skipped_steps": len(norms) - len(taken)}
 
     def evaluate(self) -> HeldOut:
         """Every reward on held-out prompts, each from its own fixed noise, whatever the ranks and batches."""
@@ -283,15 +291,18 @@ class Trainer:
         mine = list(range(self.world.rank, total, self.world.size))
         scored: list[tuple[int, list[float]]] = []
         shown: list[tuple[int, Tensor]] = []
-        with self._phase("evaluation"), self.engine.inference(self.config.rollout.weights == "gathered") as module:
-            for chunk in _chunks(mine, size):
-                places = [place % len(self.held_out) for place in chunk]
-                prompts = [self.held_out[place] for place in places]
-                velocity = self._velocity(module, self.backbone.encode(prompts))
-                key = NoiseKey(self.config.seed, 0, torch.tensor(places, device=self.world.device))
-                latents = self._roll_out(wavefront, velocity, key, noise.EVALUATION).anchor_latents
-                assert latents is not None
-                pictures = self.backbone.decode(latents)
+        with self._phase("evaluation"):
+            latents = []
+            with self.engine.inference(self.config.rollout.weights == "gathered") as module:
+                for chunk in _chunks(mine, size):
+                    places = [place % len(self.held_out) for place in chunk]
+                    velocity = self._velocity(module, self.backbone.encode([self.held_out[place] for place in places]))
+                    key = NoiseKey(self.config.seed, 0, torch.tensor(places, device=self.world.device))
+                    rollout = self._roll_out(wavefront, velocity, key, noise.EVALUATION)
+                    latents.append(rollout.final_latents[:, 0])
+            # As in `sample`, the pictures get the memory of the gathered weights.
+            for chunk, some in zip(_chunks(mine, size), latents):
+                pictures, prompts = self.backbone.decode(some), [self.held_out[i % len(self.held_out)] for i in chunk]
                 scores = torch.stack([self._call(name, pictures, prompts, drop=True) for name in names], dim=1)
                 for place, row, picture in zip(chunk, scores.tolist(), pictures):
                     if place < len(self.held_out):
@@ -445,7 +456,7 @@ class Trainer:
     @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:
         self.heart.at(name, f"(iteration {self.iteration + 1})")
-        with self.watch.phase(name):
+        with self.stopwatch.phase(name):
             yield
 
     def _velocity(self, module: nn.Module, conditioning: Conditioning) -> Velocity:
@@ -569,7 +580,7 @@ class Trainer:
         rule, found = self.config.evaluation.stop_when, verdict(self.config, self.history)
         if found:
             values |= {"watch/best": found.best, "watch/alarms": found.alarms, "watch/stop": float(found.stop)}
-        log.write(self.iteration, values | self.watch.read())
+        log.write(self.iteration, values | self.stopwatch.read())
         shown = "  ".join(f"{name} {value:.4f}" for name, value in held_out.rewards.items())
         log.say(f"held out after {self.iteration} iterations: {shown}")
         if rule and found and found.alarms:

@@ -1,4 +1,4 @@
-"""Kernels: one stem per op in `reference/` (the truth, plain PyTorch), `triton/` and `csrc/` (the fast ones).
+"""Kernels: one stem per op in `reference/` (the truth, plain PyTorch), `triton/` and `extension/` (the fast ones).
 
 `egrpo_fast.ops` chooses an implementation and checks the arguments for all of them.
 """

@@ -52,7 +52,7 @@ def distribution_function(name, t):
 def run(plan, velocity, shape=SAMPLES, seed=0):
     reference = ops.choose("reference")
     wavefront = Wavefront(plan, 1, shape, reference, dtype=torch.float64, model_dtype=torch.float64)
-    return wavefront.run(velocity, NoiseKey(seed, 0, torch.tensor([0]))).anchor_latents.flatten()
+    return wavefront.run(velocity, NoiseKey(seed, 0, torch.tensor([0]))).final_latents.flatten()
 
 
 def sde_plan(schedule, change=lambda step: step):
@@ -62,7 +62,7 @@ def sde_plan(schedule, change=lambda step: step):
         stochastic = schedule.times[index] > 0.05
         step = change(schedule.sde(index, 1)) if stochastic else schedule.ode(index, index + 1)
         waves.append(Wave(index, schedule.times[index], (Edge(ANCHOR, ANCHOR, step, draw=index << 16),)))
-    return Plan(schedule, 1, tuple(waves), (), anchor_picture=True)
+    return Plan(schedule, 1, tuple(waves), ())
 
 
 def distance(samples, name):
@@ -130,7 +130,7 @@ def test_noise_level_at_the_size_of_the_steps(form, kept, num_steps):
     schedule, (_, mean, _) = make_schedule(num_steps, **form), COMPONENTS["point"][0]
     stop = num_steps - 1
     waves = [Wave(i, schedule.times[i], (Edge(ANCHOR, ANCHOR, schedule.sde(i, 1), draw=i << 16),)) for i in range(stop)]
-    x = run(Plan(schedule, 1, tuple(waves), (), anchor_picture=True), velocity_of("point"))
+    x = run(Plan(schedule, 1, tuple(waves), ()), velocity_of("point"))
     t = schedule.times[stop]
     level = ((x - (1 - t) * mean) / t).std().item()
     assert (abs(level - 1) < 4 / math.sqrt(2 * len(x))) == kept, level
@@ -149,7 +149,7 @@ def test_one_merged_step_has_the_stated_gaussian():
     step = schedule.sde(5, schedule.merges[5])
     wave = Wave(5, schedule.times[5], (Edge(ANCHOR, ANCHOR, step, draw=5 << 16),))
     fixed = Wave(0, 1.0, (Edge(ANCHOR, ANCHOR, AffineStep(0.0, 1.0, 0.0)),))  # replaces the noise by the velocity
-    plan = Plan(Schedule(schedule.times, 0.7, schedule.merges, ()), 1, (fixed, wave), (), True)
+    plan = Plan(Schedule(schedule.times, 0.7, schedule.merges, ()), 1, (fixed, wave), ())
     x = run(plan, lambda latents, t, rows: torch.full_like(latents, 0.3 if t == 1.0 else -0.9))
     mean, spread = step.c_x * 0.3 + step.c_v * -0.9, step.s
     assert abs(x.mean() - mean) < 4 * spread / math.sqrt(len(x))

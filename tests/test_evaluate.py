@@ -100,7 +100,7 @@ def test_the_base_draws_what_the_trainer_shows(evaluated):
     latents = wavefront.run(
         lambda x, t, of: backbone.velocity(backbone.transformer, x, t, text, of),
         NoiseKey(0, 0, torch.tensor([3])), noise.EVALUATION,
-    ).anchor_latents  # fmt: skip
+    ).final_latents[:, 0]  # fmt: skip
     kept = evaluation._read_pictures([evaluated / "models/shapes/pictures/00003.png"], 32, 32)
     assert (backbone.decode(latents) - kept).abs().max() <= 1 / 255
 

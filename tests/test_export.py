@@ -156,7 +156,7 @@ def sampled(transformer, folder, config):
     latents = wavefront.run(
         lambda latents, t, rows: backbone.velocity(transformer, latents, t, conditioning, rows),
         NoiseKey(config.seed, 0, torch.arange(2)),
-    ).anchor_latents
+    ).final_latents[:, 0]
     return latents, backbone.decode(latents)
 
 
@@ -232,6 +232,7 @@ def test_the_model_card(run, base, tmp_path):
     assert front["license_link"] == "LICENSE.md" and (tmp_path / "out" / "LICENSE.md").read_text() == "No commerce."
     assert front["library_name"] == "diffusers" and front["base_model_relation"] == "finetune"
     assert "base_model" not in front, "a local folder is no id of the hub"
+    assert "Trained with E-GRPO (arXiv 2601.00423)" in body and "e-grpo" in front["tags"]
     assert "commit c0ffee" in body and "for 1 iterations on jpeg (weight 2)" in body
     assert "flux-1-dev-non-commercial-license" in body and "as trained" in body and "from_pretrained" in body
     assert "| iteration | jpeg |\n| --- | --- |\n| 0 | -3.0000 |\n| 1 | -2.5000 |\n\n" in body, "nothing after it"
@@ -241,7 +242,7 @@ def test_the_model_card(run, base, tmp_path):
 
 def test_the_card_of_a_lora_of_a_hub_model(base, monkeypatch, tmp_path):
     monkeypatch.setattr(module, "resolve", lambda path: {"someone/FLUX": base}[path])
-    run = make_run(tmp_path / "run", base, LORA)
+    run = make_run(tmp_path / "run", base, LORA, "method.name=mix_grpo")
     text = (run / CONFIG_FILE).read_text().replace(f"path: {base}", "path: someone/FLUX")
     (run / CONFIG_FILE).write_text(text)
     (run / "metrics.jsonl").unlink()
@@ -250,7 +251,7 @@ def test_the_card_of_a_lora_of_a_hub_model(base, monkeypatch, tmp_path):
     export(run, tmp_path / "out")
     front, body = front_matter(tmp_path / "out")
     assert front["base_model"] == "someone/FLUX" and front["base_model_relation"] == "adapter"
-    assert "lora" in front["tags"]
+    assert {"lora", "mix-grpo"} <= set(front["tags"]) and "Trained with `mix_grpo`" in body
     assert 'from_pretrained("someone/FLUX")\npipe.load_lora_weights' in body and "low-rank adapters" in body
     assert "No evaluation was recorded." in body and "commit unknown" in body and "curve.png" not in body
 

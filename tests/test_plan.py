@@ -9,11 +9,9 @@ from egrpo_fast.plan import ANCHOR, Edge, Plan, Wave, ode_plan, tail_grid
 from egrpo_fast.schedule import AffineStep, make_schedule
 
 
-def plan_of(group_sizes=12, tail_strides=1, anchor_picture=False, **schedule):
+def plan_of(group_sizes=12, tail_strides=1, **schedule):
     made = make_schedule(**schedule)
-    return e_grpo(
-        made, [group_sizes] * len(made.active), [tail_strides] * len(made.active), anchor_picture=anchor_picture
-    )
+    return e_grpo(made, [group_sizes] * len(made.active), [tail_strides] * len(made.active))
 
 
 def test_the_papers_setting():
@@ -25,7 +23,6 @@ def test_the_papers_setting():
 
 def test_the_anchor_stops_after_its_last_active_step():
     assert [ANCHOR in wave.sources for wave in plan_of().waves] == [True] * 8 + [False] * 8
-    assert all(ANCHOR in wave.sources for wave in plan_of(anchor_picture=True).waves)
 
 
 def test_small_plan_by_hand():
@@ -64,7 +61,7 @@ def test_tail_grid():
 
 def test_ode_plan():
     plan = ode_plan(make_schedule(5))
-    assert (plan.num_rows, plan.evaluations, plan.anchor_picture) == (1, 5, True)
+    assert (plan.num_rows, plan.evaluations, plan.picture_rows, plan.evaluations_alone) == (1, 5, (ANCHOR,), 5)
 
 
 @pytest.mark.parametrize(
@@ -78,4 +75,4 @@ def test_ode_plan():
 )
 def test_a_plan_that_would_clash_is_refused(edges):
     with pytest.raises(AssertionError):
-        Plan(make_schedule(2), 3, (Wave(0, 1.0, edges),), (), False)
+        Plan(make_schedule(2), 3, (Wave(0, 1.0, edges),), ())

@@ -12,11 +12,10 @@ import torch
 
 from egrpo_fast.config import ConfigError, load_config
 from egrpo_fast.figures import curves
-from egrpo_fast.guards import Guard
+from egrpo_fast.guards import Guard, verdict
 from egrpo_fast.metrics import Stopwatch
 from egrpo_fast.prompts import PromptOrder
 from egrpo_fast.trainer import HeldOut, Trainer
-from egrpo_fast.watch import verdict
 
 ROOT = Path(__file__).parents[1]
 RULE = "evaluation.stop_when={reward: clip, drop: 0.02, patience: 2}"
@@ -91,7 +90,7 @@ class Scripted(Trainer):
         self.heart = SimpleNamespace(at=lambda *place: None)
         self.interruption, self.checkpoints = SimpleNamespace(signal=0), SimpleNamespace(wait=lambda: None)
         self.guard, self._stepped = Guard(self.config.guards), False
-        self.order, self.watch = PromptOrder(["a"], 0), Stopwatch(torch.device("cpu"))
+        self.order, self.stopwatch = PromptOrder(["a"], 0), Stopwatch(torch.device("cpu"))
         self.clip, self.iteration, self.history = clip, iteration, list(history)
         self.saved, self.finished = {}, None
         self._saved = (iteration, len(self.history))

@@ -1,1 +1,1 @@
-"""Backbones: one file per model family; the rest of the project sees `encode`, `velocity`, `decode` and `save`."""
+"""Backbones: one file per model family; the rest of the project sees `encode`, `velocity` and `decode`."""

@@ -127,23 +127,6 @@ def captions(split: str, n: int, seed: int) -> list[str]:
     return [scene.caption for scene in pick(pick(singles, n_singles) + pick(pairs, n - n_singles), n)]
 
 
-def sample_scene(generator: torch.Generator) -> Scene:
-    """A scene of either split, uniform given the number of things."""
-
-    def draw(n: int) -> int:
-        return int(torch.randint(n, (), generator=generator))
-
-    single = float(torch.rand((), generator=generator)) < SINGLES
-    colours = torch.randperm(len(COLOURS), generator=generator).tolist()
-    places = [draw(len(PLACES))] if single else torch.randperm(len(CORNERS), generator=generator)[:2].tolist()
-    return Scene(
-        tuple(
-            Thing(SHAPES[draw(len(SHAPES))], COLOURS[colour], SIZES[draw(len(SIZES))], PLACES[place])
-            for colour, place in zip(colours, places)
-        )
-    )
-
-
 def layout(scenes: Sequence[Scene]) -> Tensor:
     """Indices of (shape, colour, size, place) of every thing: int64 [B, 2, 4], -1 where there is no second thing."""
     index = torch.full((len(scenes), 2, 4), -1)

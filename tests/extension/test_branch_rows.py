@@ -192,7 +192,7 @@ def roll(op, plan, num_prompts, prompts, dtype=None, iteration=2, seed=11, shape
 @pytest.mark.parametrize(("schedule", "size", "stride"), PLANS.values(), ids=PLANS)
 def test_a_whole_plan_equals_the_reference(extension, schedule, size, stride):
     schedule = make_schedule(**schedule)
-    plan = e_grpo(schedule, [size] * len(schedule.active), [stride] * len(schedule.active), anchor_picture=True)
+    plan = e_grpo(schedule, [size] * len(schedule.active), [stride] * len(schedule.active))
     prompts = torch.tensor([4, 9])
     latents, tables = roll(extension.branch_rows, plan, 2, prompts, torch.bfloat16)
     truth, before = roll(branch_rows_ref, plan, 2, prompts)
