@@ -25,6 +25,7 @@ import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import torch
@@ -41,7 +42,6 @@ from egrpo_fast.cost import Transformer
 from egrpo_fast.doctor import commit
 from egrpo_fast.engine import World
 from egrpo_fast.heartbeat import Heartbeat
-from egrpo_fast.interruption import Interruption
 from egrpo_fast.kernels.reference.group_advantage_clip_loss import group_advantage_ref
 from egrpo_fast.kernels.reference.philox import philox_normal
 from egrpo_fast.prompts import Prompt
@@ -380,13 +380,13 @@ def main():
     parser.add_argument("--profile", type=Path, metavar="OUT", help="write a profile into this folder instead")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     arguments = parser.parse_args()
-    world, interruption = World(), Interruption(60.0)
+    world = World()
     with tempfile.TemporaryDirectory() as folder, Heartbeat(0, 1, None, 3600.0) as heart:
         backbone, reward, settings = MODELS[arguments.model](world.device, Path(folder) / "model")
         config = load_config("shapes", [*SAME, *settings, f"output_dir={folder}/run", *arguments.overrides])
         names = {reward.name: None for reward in config.rewards}
         lines = PROMPTS["held_out"].read_text().splitlines()
-        trainer = Trainer(config, world, heart, backbone, names, interruption, lines, lines)
+        trainer = Trainer(config, world, heart, backbone, names, SimpleNamespace(signal=0), lines, lines)
         meter, prompt = Meter(trainer, reward), Prompt(0, lines[0])
         if arguments.profile:
             write_profile(trainer, meter, prompt, arguments.profile)
