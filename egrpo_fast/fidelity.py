@@ -36,8 +36,8 @@ WINDOW = 8
 """Checks that a run judges its tail by: those of so many times `tail.check_every` iterations."""
 STRIDES, SOLVERS = (2, 3, 4, 5, 6), ("euler", "ab2", "dpm2m")
 """What `egrpo fidelity` measures unless it is told."""
-ROUNDS = 4
-"""Suggestions that it tries on further prompts."""
+MARGINS, TRIES = 5, 8
+"""Margins above the target that it composes strides for, and settings that it tries on further prompts."""
 
 
 def _ranks(values: Tensor) -> Tensor:
@@ -294,24 +294,28 @@ class _Search:
         chosen = cheapest_strides(costs, known, aim)
         if chosen is None or max(chosen) == 1:
             return None
+        if len(set(chosen)) == 1:
+            return _grid(chosen[0], solver)
         return f"tail.stride=[{','.join(map(str, chosen))}] tail.solver={solver}"
 
     def _cost(self, settings: str) -> int:
         return plan_of(self.config(settings), 0).tail_evaluations
 
     def suggest(self, measured: Sequence[Measured], target: float) -> Measured | None:
-        """The cheapest that reaches the target on prompts that it was not chosen by; None: none found does."""
-        by_name, aim = {one.settings: one for one in measured}, target
-        for part in range(1, ROUNDS + 1):
-            found = [one.settings for one in measured if one.comparison.correlation >= aim]
-            if isinstance(self.config("").method, EGrpo):
-                found += [composed for solver in SOLVERS if (composed := self._by_step(solver, by_name, aim))]
-            if not found:
-                return None
-            result = self.measure(min(found, key=self._cost), part)
+        """The cheapest that reaches the target on prompts that it was not chosen by; None: none tried does.
+
+        Composed ones are chosen by the luck of their prompts, so those that aim higher are tried as well.
+        """
+        found = {one.settings for one in measured if one.comparison.correlation >= target}
+        if isinstance(self.config("").method, EGrpo):
+            by_name = {one.settings: one for one in measured}
+            aims = [target + (1.0 - target) * part / MARGINS for part in range(MARGINS)]
+            composed = (self._by_step(solver, by_name, aim) for solver in SOLVERS for aim in aims)
+            found |= {settings for settings in composed if settings}
+        for settings in sorted(found, key=lambda settings: (self._cost(settings), settings))[:TRIES]:
+            result = self.measure(settings, part=1)
             if result.comparison.correlation >= target:
                 return result
-            aim += target - result.comparison.correlation
         return None
 
 
