@@ -78,7 +78,7 @@ COMPARE = [
     ),
 ]
 ABLATIONS = [
-    METHODS[0],
+    replace(METHODS[0], label="E-GRPO: threshold 2.2, first half of the steps"),
     *(
         Cell(f"threshold-{tau:g}", f"threshold {tau:g}", (f"schedule.entropy_threshold={tau}",), "threshold")
         for tau in (0, 1.8, 2.0, 2.6)
