@@ -188,7 +188,7 @@ class Trainer:
             batch = self.sample(prompts)
             # A latent or reward that is not finite, on whichever rank: nothing is changed on any.
             skipped = self.world.agree(not all(experience.finite for experience in batch))
-            checked = {} if skipped else self._check_tail(batch[0])
+            checked = {} if skipped else self._check_tail(batch)
             with self._phase("update"):
                 values = {"lr": self.engine.rate, "skipped_steps": 1} if skipped else self.update(batch)
             self.iteration += 1
@@ -393,13 +393,14 @@ class Trainer:
         except ValueError as error:
             return [str(error)]
 
-    def _check_tail(self, experience: Experience) -> dict[str, float]:
+    def _check_tail(self, batch: Sequence[Experience]) -> dict[str, float]:
         """Every `tail.check_every` iterations: the same samples finished by the exact tail, and what both rewards say.
 
         A small sample, one wavefront of every rank; all come to the same verdict.
         """
         if not self.tail_guard.due(self.iteration):
             return {}
+        experience = batch[0]
         with self._phase("tail check"):
             plan = plan_of(self.config.with_tail(), self.iteration)
             self.wavefront.use(plan)

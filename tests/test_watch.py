@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from egrpo_fast.config import ConfigError, load_config
+from egrpo_fast.fidelity import TailGuard
 from egrpo_fast.figures import curves
 from egrpo_fast.guards import Guard, verdict
 from egrpo_fast.metrics import Stopwatch
@@ -89,7 +90,8 @@ class Scripted(Trainer):
         self.world = SimpleNamespace(is_main=False, rank=0, size=1, agree=int)
         self.heart = SimpleNamespace(at=lambda *place: None)
         self.interruption, self.checkpoints = SimpleNamespace(signal=0), SimpleNamespace(wait=lambda: None)
-        self.guard, self._stepped = Guard(self.config.guards), False
+        self.guard, self.tail_guard = Guard(self.config.guards), TailGuard(self.config.tail)
+        self._stepped = False
         self.order, self.stopwatch = PromptOrder(["a"], 0), Stopwatch(torch.device("cpu"))
         self.clip, self.iteration, self.history = clip, iteration, list(history)
         self.saved, self.finished = {}, None
