@@ -32,7 +32,7 @@ import scipy.stats
 import torch
 from tqdm import tqdm
 
-from egrpo_fast.config import load_config
+from egrpo_fast.config import Config, load_config
 from egrpo_fast.methods import group_sizes_by_spread, plan_of
 
 ROOT = Path(__file__).parents[1]
@@ -106,8 +106,14 @@ STUDIES = {"compare": COMPARE, "ablations": ABLATIONS}
 def evaluations_of(overrides: Iterable[str]) -> Iterator[int]:
     """Model evaluations done after 0, 1, ... iterations, without end; those of held-out pictures apart."""
     config = load_config("shapes", list(overrides))
-    plans = (plan_of(config, iteration) for iteration in count())
-    return accumulate((plan.evaluations + BACKWARD * plan.trained_states for plan in plans), initial=0)
+    return accumulate((_evaluations(config, iteration) for iteration in count()), initial=0)
+
+
+def _evaluations(config: Config, iteration: int) -> int:
+    plan, every = plan_of(config, iteration), config.tail.check_every
+    checked = not config.tail.exact and every and iteration % every == 0
+    check = plan_of(config.with_tail(), iteration).evaluations if checked else 0
+    return plan.evaluations + BACKWARD * plan.trained_states + check
 
 
 def evaluations(overrides: Iterable[str], iterations: int) -> list[int]:
