@@ -58,7 +58,6 @@ class Cell:
 
 FAST_TAIL = "tail.stride=[4,3,3,3,4,3,4,3]", "tail.solver=dpm2m"
 """What `egrpo fidelity shapes` suggests: docs/tails.md."""
-RATES = "learning rate 1e-4", "learning rate 3e-4"
 METHODS = [
     Cell(BASE, "E-GRPO"),
     # More optimizer steps: each iteration costs a fifth.
@@ -72,14 +71,7 @@ METHODS = [
     Cell("granular_grpo", "Granular-GRPO", ("method.name=granular_grpo",)),
     Cell("tempflow_grpo", "TempFlow-GRPO", ("method.name=tempflow_grpo",)),
 ]
-COMPARE = [
-    *(replace(cell, panel=RATES[0]) for cell in METHODS),
-    *(
-        Cell(f"{cell.name}-lr3", f"{cell.label}, 3e-4", (*cell.overrides, "optimizer.lr=3e-4"), RATES[1])
-        for cell in METHODS
-        if cell.name in (BASE, "mix_grpo")
-    ),
-]
+COMPARE = [replace(cell, panel="equal evaluations") for cell in METHODS]
 ABLATIONS = [
     replace(METHODS[0], label="E-GRPO: threshold 2.2, first half of the steps"),
     *(
@@ -286,13 +278,13 @@ def plot(path: Path, study: str, results: dict) -> None:
                 x, [m - h for m, h in zip(mean, half)], [m + h for m, h in zip(mean, half)], alpha=0.1, color=colour
             )
         axis.axhline(0.0, color="gray", linewidth=0.8)
-        axis.set(
-            title=f"{panel}: {reward}, {REWARDS[reward]}",
-            xlabel="iteration" if by_iteration else "evaluations, thousands",
-        )
+        axis.set(xlabel="iteration" if by_iteration else "evaluations, thousands")
+        axis.set_title(f"{panel}: {reward}, {REWARDS[reward]}", fontsize=9)
         axis.grid(alpha=0.3)
-        if reward == TRAINED:
+        if by_iteration:
             axis.legend(fontsize=7, loc="upper left")
+    if not by_iteration:
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=5)
     figure.supylabel("gain over the untrained model, held out")
     figure.savefig(path, dpi=100)
     plt.close(figure)
