@@ -57,7 +57,7 @@ class Cell:
 
 
 FAST_TAIL = "tail.stride=[4,3,3,3,4,3,4,3]", "tail.solver=dpm2m"
-"""What `egrpo fidelity shapes` suggests: docs/tails.md."""
+"""Composed by active step, and measured on further prompts: docs/tails.md."""
 METHODS = [
     Cell(BASE, "E-GRPO"),
     # More optimizer steps: each iteration costs a fifth.
