@@ -79,7 +79,8 @@ class HeldOut:
 class Trainer:
     """Trains a backbone's transformer on rewards. `train()` runs what is left of `config.iterations`.
 
-    rollout_transformer: on the meta device, what forwards without gradient use in the transformer's place.
+    rollout_transformer: on the meta device, what forwards without gradient use in the transformer's place. tail_model:
+    what tails use; None: the policy.
     """
 
     def __init__(
@@ -230,8 +231,8 @@ class Trainer:
         # The gathered weights are given back before the pictures need their memory, where they are not scored beside.
         with self._phase("rewards"):
             batch = []
-            for rollout, conditioning, chunk, score in zip(rollouts, conditionings, chunks, scored):
-                rewards, dropped = score()
+            for rollout, conditioning, chunk, scores in zip(rollouts, conditionings, chunks, scored):
+                rewards, dropped = scores()
                 finite = rollout.final_latents.isfinite().all() & rewards.isfinite().all()
                 batch.append(Experience(tuple(chunk), rollout, conditioning, rewards, dropped, finite))
             return batch
