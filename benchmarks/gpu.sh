@@ -9,5 +9,5 @@ export PYTHONSAFEPATH=1 TRITON_INTERPRET=0
 "$PYTHON" -c 'import torch; assert torch.cuda.is_available(), "no CUDA device is visible"'
 "$PYTHON" -m pip install --quiet --no-index --no-deps --no-build-isolation --editable .
 # A failure stops the script here, and no row is written.
-"$PYTHON" -m pytest -m gpu tests/kernels tests/extension
+"$PYTHON" -m pytest -m gpu tests/kernels tests/extension tests/test_rollout.py
 "$PYTHON" -m pytest benchmarks -o python_files='*.py' -m '' --benchmark-columns=min,median,max --write-results

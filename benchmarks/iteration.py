@@ -132,9 +132,9 @@ class Meter:
         self.trainer, self.reward = trainer, reward
         self.cuda = trainer.world.device.type == "cuda"
         self.own_time = not self.cuda and torch.get_num_threads() == 1
-        self.velocity, self.decoder = trainer.backbone.velocity, trainer.backbone.decode
-        trainer.backbone.velocity, trainer.backbone.decode = self.evaluate, self.decode
-        trainer.rewards = dict.fromkeys(trainer.rewards, self.score)
+        self.velocity, self.decoder = trainer.sampler.backbone.velocity, trainer.sampler.backbone.decode
+        trainer.sampler.backbone.velocity, trainer.sampler.backbone.decode = self.evaluate, self.decode
+        trainer.sampler.rewards = dict.fromkeys(trainer.sampler.rewards, self.score)
         self.clear()
 
     def clear(self):
@@ -206,8 +206,8 @@ class PeakMemory:
 
 def unshared(trainer, meter, prompt, size):
     """An iteration in which nothing is shared, `size` samples of a group at a time. Returns what `shared` does."""
-    backbone, plan, device = trainer.backbone, trainer.plan, trainer.world.device
-    dtype, schedule = trainer.wavefront._model_dtype, plan.schedule
+    backbone, plan, device = trainer.sampler.backbone, trainer.sampler.wavefront.plan, trainer.world.device
+    dtype, schedule = trainer.sampler.wavefront._model_dtype, plan.schedule
     conditioning = backbone.encode([prompt.text])
     number = torch.tensor([prompt.number], device=device)
     parts = []
@@ -253,8 +253,8 @@ def unshared(trainer, meter, prompt, size):
 
 def shared(trainer, meter, prompt):
     """The trainer's own iteration. Returns pictures' latents, their rewards, and the gradient's norm."""
-    trainer._stepped = False
-    batch = trainer.sample([prompt])
+    trainer.progress.committed = False
+    batch = trainer.sampler.sample([prompt])
     with meter.phase("update"):
         norm = trainer.update(batch)["grad_norm"]
     return batch[0].rollout.final_latents[0], batch[0].rewards[0, 0], norm
@@ -294,7 +294,7 @@ def measure(trainer, meter, variants, rounds, flops, peak):
     told, first = {}, None
     for round_ in range(rounds + 1):
         for name, (run, stand_in, config) in variants.items():
-            trainer.engine._stand_in, trainer.config = stand_in, config
+            trainer.engine._stand_in, trainer.sampler.config = stand_in, config
             with PeakMemory(device) as memory:
                 meter.clear()
                 latents, rewards, norm = run()
@@ -391,7 +391,7 @@ def main():
         if arguments.profile:
             write_profile(trainer, meter, prompt, arguments.profile)
             return
-        whole = max(group.size for group in trainer.plan.groups)
+        whole = max(group.size for group in trainer.sampler.wavefront.plan.groups)
         most = min(whole, config.rollout.most_rows or (whole if arguments.model != "flux" else 4))
         compiled = CompiledFlux.of(backbone.transformer)
         fast = config.with_tail(stride=3)
@@ -419,7 +419,7 @@ def main():
         "tokens": [backbone.latent_shape[0], text],
         "rounds": arguments.rounds,
         "clock": "thread" if meter.own_time else "wall",
-        "micro_batch": trainer.wavefront.rows_per_call,
+        "micro_batch": trainer.sampler.wavefront.rows_per_call,
         "flops_per_evaluation": flops,
         "matmul_peak": peak,
         "variants": told,

@@ -16,8 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from egrpo_fast.schedule import Schedule, SdeForm, Solver, make_schedule
 
-CONFIG_FILE, RUN_FILE, CHECKPOINTS = "config.yaml", "run.json", "checkpoints"
-"""In a run's folder: its settings, what made it, its checkpoints."""
+CONFIG_FILE, RUN_FILE, CHECKPOINTS, PIPELINE = "config.yaml", "run.json", "checkpoints", "pipeline"
+"""In a run's folder: its settings, what made it, its checkpoints, the trained pipeline."""
 
 Positive = Annotated[int, Field(ge=1)]
 Unit = Annotated[float, Field(ge=0.0, lt=1.0)]

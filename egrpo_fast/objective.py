@@ -10,6 +10,7 @@ from egrpo_fast.config import Config
 from egrpo_fast.ops import Ops
 from egrpo_fast.plan import Group
 from egrpo_fast.rollout import NoiseKey
+from egrpo_fast.transfer import on_device
 
 
 @dataclass(frozen=True)
@@ -98,13 +99,13 @@ class Objective:
 
     def mixed(self, rewards: Tensor) -> Tensor:
         """Weighted sum of rewards [K, P, n]: [P, n]."""
-        return torch.einsum("k,kpn->pn", rewards.new_tensor(self.weights), rewards)
+        return torch.einsum("k,kpn->pn", on_device(self.weights, rewards.device, rewards.dtype), rewards)
 
     def _log_ratio(self, group: Group, key: NoiseKey, velocity: Tensor, old_velocity: Tensor) -> Tensor:
         """[P, G]; of a mirrored sample, whose noise is -eps, from its twin's: `log r- = -log r+ - mean_p z^2`."""
         step = group.step
         dtype = torch.promote_types(velocity.dtype, torch.float32)
-        coefficients = torch.tensor([(step.c_x, step.c_v, step.s)], dtype=dtype, device=velocity.device)
+        coefficients = on_device([(step.c_x, step.c_v, step.s)], velocity.device, dtype)
         streams = key.streams(group)
         by_state = streams.reshape(len(velocity), -1, 3)
         log_ratio = self.ops.replay_log_ratio(
@@ -112,14 +113,14 @@ class Objective:
         )
         if min(group.signs) < 0:
             z = (velocity.to(dtype) - old_velocity.to(dtype)) * (step.c_v / step.s)
-            signs = torch.tensor(group.signs, device=velocity.device).reshape(len(group.sources), -1)
+            signs = on_device(group.signs, velocity.device).reshape(len(group.sources), -1)
             mirrored = (signs < 0).repeat(len(streams), 1)
             log_ratio = torch.where(mirrored, -log_ratio - z.square().flatten(1).mean(1, keepdim=True), log_ratio)
         return log_ratio.reshape(len(streams), group.size)
 
     def _mixed(self, rewards: Tensor, num_views: int) -> tuple[Tensor, Tensor, str]:
         """Rewards [K V, P, G] -> the rewards, their weights and how the op is to mix them."""
-        weights = torch.tensor(self.weights, dtype=rewards.dtype, device=rewards.device)
+        weights = on_device(self.weights, rewards.device, rewards.dtype)
         by_view = rewards.unflatten(0, (len(weights), num_views))
         if self.normalise == "std" and self.mix == "reward" and num_views > 1:
             return torch.einsum("k,kvpg->vpg", weights, by_view), weights.new_ones(num_views), "advantage"

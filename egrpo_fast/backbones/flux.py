@@ -176,18 +176,21 @@ class CompiledFlux(FluxTransformer2DModel):
         return made.requires_grad_(False).eval()
 
     def forward(self, **inputs: Any) -> tuple[Tensor]:
-        """A lone row is computed twice: the compiler takes 1 for a number of its own, and would compile for it."""
+        """A lone row is computed twice: the compiler takes 1 for a number of its own, and would compile for it.
+
+        Of one prompt or of several, the modulation is of one row or of all: that makes two graphs of a block.
+        """
         rows = len(inputs["hidden_states"])
         if rows == 1:
-            alike = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "guidance")
-            inputs |= {k: inputs[k].expand(2, *inputs[k].shape[1:]) for k in alike if inputs[k] is not None}
+            inputs |= {name: inputs[name].expand(2, -1, -1) for name in ("hidden_states", "encoder_hidden_states")}
         return (super().forward(**inputs)[0][:rows],)
 
 
 def _any_rows(block: Callable[..., Any], **inputs: Any) -> Any:
     """One call of a compiled block, whose inputs [rows, ...] may have another number of rows next time."""
     for name in ("hidden_states", "encoder_hidden_states", "temb"):
-        torch._dynamo.mark_dynamic(inputs[name], 0)
+        if len(inputs[name]) > 1:
+            torch._dynamo.mark_dynamic(inputs[name], 0)
     return block(**inputs)
 
 
@@ -337,8 +340,11 @@ class FluxBackbone:
         module: the transformer, or the engine that wraps it. latents [R, L, C]; rows int64 [R]: prompt of each row.
         Returns [R, L, C] in the model's dtype.
         """
-        count = len(latents)
         text = conditioning.t5[rows]
+        # Time, guidance and pooled text modulate every block: where all rows have the same, it is computed once.
+        alike = len(conditioning.pooled) == 1
+        pooled = conditioning.pooled if alike else conditioning.pooled[rows]
+        count = len(pooled)
         dtype = text.dtype
         guided = self.transformer.config.guidance_embeds
         return module(
@@ -346,7 +352,7 @@ class FluxBackbone:
             # As the pipeline passes it: rounded to the model's dtype on the scale of 1,000, not of 1.
             timestep=torch.full((count,), t * 1000, dtype=dtype, device=latents.device) / 1000,
             guidance=torch.full((count,), self.guidance, device=latents.device) if guided else None,
-            pooled_projections=conditioning.pooled[rows],
+            pooled_projections=pooled,
             encoder_hidden_states=text,
             txt_ids=torch.zeros(text.shape[1], 3, device=latents.device),
             img_ids=self._image_ids,

@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from egrpo_fast.backbones.weight_files import WeightFiles
 from egrpo_fast.embeddings import EmbeddingCache
+from egrpo_fast.transfer import to_device
 
 ENCODERS = {"text_encoder": "clip_text_model", "text_encoder_2": "t5"}
 """Subfolders, and the `model_type` their config names."""
@@ -206,8 +207,8 @@ class FluxTextEncoder:
         padded = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
         t5_ids = self._t5_tokenizer(list(prompts), max_length=self.limits["T5"], **padded).input_ids
         clip_ids = self._clip_tokenizer(list(prompts), max_length=self.limits["CLIP"], **padded).input_ids
-        t5 = self._t5(t5_ids.to(self._t5.device))[0]
-        pooled = self._clip(clip_ids.to(self._clip.device)).pooler_output
+        t5 = self._t5(to_device(t5_ids, self._t5.device))[0]
+        pooled = self._clip(to_device(clip_ids, self._clip.device)).pooler_output
         return Conditioning(t5.to(self.dtype), pooled.to(self.dtype))
 
     def truncated(self, prompts: Sequence[str]) -> list[Truncation]:
@@ -256,4 +257,4 @@ class CachedText:
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """The rows of these prompts, on the device."""
         t5, pooled = self.cache.encode(prompts)
-        return Conditioning(t5.to(self._device), pooled.to(self._device))
+        return Conditioning(to_device(t5, self._device), to_device(pooled, self._device))

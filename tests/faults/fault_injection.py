@@ -114,7 +114,7 @@ def resume_from_damaged(rank, size, port, arguments, log, told):
                 if world.is_main:
                     list(damages(newest / name))[index][1]()
                 world.gather(None)
-                trainer.iteration = -1
+                trainer.progress.iteration = -1
                 with warnings.catch_warnings(record=True) as caught:
                     warnings.simplefilter("always")
                     trainer._resume()

@@ -1,0 +1,116 @@
+"""What a run tells: metrics and alarms as it goes, pictures of the held-out prompts, and a summary. Rank 0 only."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from egrpo_fast import figures
+from egrpo_fast.config import CHECKPOINTS, PIPELINE, Config
+from egrpo_fast.export import export
+from egrpo_fast.guards import Verdict
+from egrpo_fast.metrics import RunLog
+from egrpo_fast.plan import Plan
+from egrpo_fast.sampler import HeldOut
+
+BASE_PICTURES = "base_pictures.safetensors"
+
+
+class Report:
+    """Of one run. iteration, evaluated: what the log's lines are kept up to (`RunLog`). held_out: its prompts.
+
+    On other ranks than 0 (`speaks`) nothing is told or written.
+    """
+
+    def __init__(
+        self, config: Config, held_out: Sequence[str], iteration: int, evaluated: bool, speaks: bool = True
+    ) -> None:
+        self._config, self._prompts, self._folder = config, held_out, config.output_dir
+        self._log: RunLog | None = None
+        if speaks:
+            wandb_config = config.model_dump(mode="json") if config.wandb else None
+            self._log = RunLog(self._folder, config.iterations, iteration, evaluated, wandb_config)
+
+    def begin(self, plan: Plan, prompts: int, backends: Mapping[str, str]) -> None:
+        """What an iteration costs. prompts: of this rank; backends: by op."""
+        self.say(
+            f"per prompt: {len(plan.waves)} wavefront steps, {plan.num_rows} rows, {plan.evaluations} evaluations "
+            f"in the rollout, {plan.trained_states} in {len(plan.groups)} forwards and backwards in the update; "
+            f"per iteration and rank: {prompts} prompts; "
+            f"ops: {', '.join(f'{op} {backend}' for op, backend in backends.items())}"
+        )
+
+    def say(self, text: str) -> None:
+        if self._log:
+            self._log.say(text)
+
+    def sync(self) -> None:
+        """Every line so far survives a power cut."""
+        if self._log:
+            self._log.sync()
+
+    def close(self) -> None:
+        if self._log:
+            self._log.close()
+
+    def iteration(
+        self, done: int, values: Mapping[str, float], notes: Mapping[str, Any], alarms: Sequence[str]
+    ) -> None:
+        """One line of metrics, one step of the progress bar."""
+        if self._log is None:
+            return
+        self._log.write(done, values, notes)
+        phases = {name.removeprefix("seconds/"): value for name, value in values.items() if "seconds/" in name}
+        trained = next(reward.name for reward in self._config.rewards if reward.weight)
+        self._log.advance(reward=values[f"reward/{trained}"], **phases)
+        for alarm in alarms:
+            self.say(f"WARNING: iteration {done}: {alarm}")
+
+    def held_out(self, done: int, held_out: HeldOut, watched: Verdict | None, seconds: Mapping[str, float]) -> None:
+        """An evaluation after `done` iterations: its line, its pictures, and what the watch makes of it."""
+        if self._log is None:
+            return
+        assert held_out.pictures is not None
+        values = {f"held_out/{name}": value for name, value in held_out.rewards.items()}
+        if watched:
+            values |= {"watch/best": watched.best, "watch/alarms": watched.alarms, "watch/stop": float(watched.stop)}
+        self._log.write(done, values | dict(seconds))
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in held_out.rewards.items())
+        self.say(f"held out after {done} iterations: {shown}")
+        if (rule := self._config.evaluation.stop_when) and watched and watched.alarms:
+            self.say(
+                f"WARNING: {rule.reward} fell to {held_out.rewards[rule.reward]:.4f} from its best of "
+                f"{watched.best:.4f} (iteration {watched.best_at}) while the trained rewards rose: alarm "
+                f"{watched.alarms} of {rule.patience}{'; the run stops here' if watched.stop else ''}"
+            )
+        (self._folder / "pictures").mkdir(exist_ok=True)
+        captions = self._prompts[: len(held_out.pictures)]
+        figures.picture_grid(self._folder / "pictures" / f"iteration-{done:06d}.png", held_out.pictures, captions)
+        if done == 0:
+            save_file({"pictures": held_out.pictures.contiguous()}, self._folder / BASE_PICTURES)
+
+    def finish(self, done: int, after: HeldOut, stopped: bool) -> None:
+        """The run is over: curves, before and after, `summary.json`, the trained pipeline."""
+        if self._log is None:
+            return
+        assert after.pictures is not None
+        lines = RunLog.read(self._folder)
+        base = next(line for line in lines if line["iteration"] == 0)
+        figures.curves(self._folder / "curve.png", lines)
+        before = load_file(self._folder / BASE_PICTURES)["pictures"]
+        figures.before_after(
+            self._folder / "before_after.png", before, after.pictures, self._prompts[: len(before)]
+        )  # fmt: skip
+        held_out = {name: {"before": base[f"held_out/{name}"], "after": after.rewards[name]} for name in after.rewards}
+        summary: dict[str, Any] = {"iterations": done, "held_out": held_out}
+        if stopped and self._config.evaluation.stop_when:
+            summary["stopped_by"] = self._config.evaluation.stop_when.reward
+        (self._folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        checkpoint = self._folder / CHECKPOINTS / f"iteration-{done:06d}"
+        export(self._folder, self._folder / PIPELINE, checkpoint=checkpoint, replace=True)
+        print(f"\n{'held-out reward':<18}{'before':>10}{'after':>10}")
+        for name, value in held_out.items():
+            print(f"{name:<18}{value['before']:>10.4f}{value['after']:>10.4f}")
+        loader = "load_lora_weights" if self._config.model.lora else "from_pretrained"
+        print(f"\n{self._folder}: curve.png, before_after.png, {PIPELINE}/ (FluxPipeline.{loader} loads it)")

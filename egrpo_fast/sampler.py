@@ -1,0 +1,333 @@
+"""Prompts to experience: the current policy's samples, rolled out by a plan, decoded and scored."""
+
+import contextlib
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from egrpo_fast import noise
+from egrpo_fast.backbones.flux import FluxBackbone
+from egrpo_fast.backbones.flux_text import Conditioning
+from egrpo_fast.backbones.tail import TailModel
+from egrpo_fast.beside import Beside
+from egrpo_fast.config import Config
+from egrpo_fast.engine import Engine, World
+from egrpo_fast.fidelity import TailGuard, compare
+from egrpo_fast.methods import plan_of
+from egrpo_fast.metrics import Stopwatch
+from egrpo_fast.objective import Objective
+from egrpo_fast.plan import ode_plan
+from egrpo_fast.progress import OutOfMemory, Progress
+from egrpo_fast.prompts import Prompt
+from egrpo_fast.rewards import Reward, RewardError, fill_dropped, score, score_or_nan
+from egrpo_fast.rollout import NoiseKey, Rollout, Velocity, Wavefront, find_micro_batch
+from egrpo_fast.schedule import make_schedule
+from egrpo_fast.transfer import on_device
+
+
+@dataclass(frozen=True)
+class Experience:
+    """A scored rollout of one wavefront. rewards [K, P, pictures]: K trained ones; dropped []: share of samples.
+
+    finite []: whether all latents and rewards are.
+    """
+
+    prompts: tuple[str, ...]
+    rollout: Rollout
+    conditioning: Conditioning
+    rewards: Tensor
+    dropped: Tensor
+    finite: Tensor
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A held-out evaluation, on every rank: mean of each reward, and on rank 0 the first pictures [N, 3, H, W]."""
+
+    rewards: dict[str, float]
+    pictures: Tensor | None
+
+
+class Sampler:
+    """Samples with the engine's weights, on all ranks together. Its `state`, what it knows of its tail, is kept.
+
+    tail_model: what tails use; None: the policy.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        progress: Progress,
+        engine: Engine,
+        backbone: FluxBackbone,
+        rewards: dict[str, Reward],
+        objective: Objective,
+        tail_model: TailModel | None = None,
+    ) -> None:
+        self.config, self._world, self._progress, self._engine = config, world, progress, engine
+        self.backbone, self.rewards, self._objective, self._tail_model = backbone, rewards, objective, tail_model
+        self._trained = [reward.name for reward in config.rewards if reward.weight]
+        self._dtype = torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
+        self._buffers: dict[str, Any] = {
+            "shape": backbone.latent_shape,
+            "ops": objective.ops,
+            "device": world.device,
+            "model_dtype": self._dtype,
+            "micro_batch": config.rollout.most_rows,
+        }
+        self.wavefront = Wavefront(plan_of(config, 0), config.rollout.prompts_per_call, **self._buffers)
+        self._held_out: Wavefront | None = None
+        self.beside = Beside(world.device) if config.rollout.overlap else None
+        self._tail_guard = TailGuard(config.tail)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return self._tail_guard.state
+
+    @state.setter
+    def state(self, state: Mapping[str, Any]) -> None:
+        self._tail_guard.state = state
+
+    def velocity(self, module: nn.Module, conditioning: Conditioning) -> Velocity:
+        """The policy's velocity, by `module`, for the prompts of `conditioning`."""
+
+        def velocity(latents: Tensor, t: float, rows: Tensor) -> Tensor:
+            self._progress.at_model_call(t)
+            return self.backbone.velocity(module, latents, t, conditioning, rows)
+
+        return velocity
+
+    def sample(self, prompts: Sequence[Prompt]) -> list[Experience]:
+        """Roll out and score this rank's prompts of the iteration under way."""
+        if exact := self._tail_guard.fallen:
+            self._tail_model = None
+        self.wavefront.use(plan_of(self.config.with_tail() if exact else self.config, self._progress.iteration))
+        size = self.config.rollout.prompts_per_call
+        chunks = list(_chunks([prompt.text for prompt in prompts], size))
+        numbers = on_device([prompt.number for prompt in prompts], self._world.device)
+        with self._progress.phase("rollout"):
+            conditionings = [self.backbone.encode(chunk) for chunk in chunks]
+            rollouts: list[Rollout] = []
+            scored: list[Callable[[], tuple[Tensor, Tensor]]] = []
+            with self._policy() as module:
+                if self._tail_model:
+                    self._tail_model.refresh(module)
+                for chunk, conditioning, some in zip(chunks, conditionings, numbers.split(size)):
+                    if self.config.rollout.micro_batch == "auto" and self.wavefront.micro_batch is None:
+                        self.wavefront.micro_batch = self._find_micro_batch(module, conditioning)
+                    key = NoiseKey(self.config.seed, self._progress.iteration, some)
+                    rollout = self._roll_out(
+                        self.wavefront,
+                        self.velocity(module, conditioning),
+                        key,
+                        tail_velocity=self._tail_velocity(conditioning),
+                    )
+                    rollouts.append(rollout)
+                    scoring = partial(self._score, rollout, chunk, tiny=not exact)
+                    scored.append(self.beside.begin(scoring) if self.beside else scoring)
+        # The gathered weights are given back before the pictures need their memory, where they are not scored beside.
+        with self._progress.phase("rewards"):
+            batch = []
+            for rollout, conditioning, chunk, scores in zip(rollouts, conditionings, chunks, scored):
+                rewards, dropped = scores()
+                finite = rollout.final_latents.isfinite().all() & rewards.isfinite().all()
+                batch.append(Experience(tuple(chunk), rollout, conditioning, rewards, dropped, finite))
+            return batch
+
+    def check_tail(self, experience: Experience) -> tuple[dict[str, float], str | None]:
+        """Every `tail.check_every` iterations: the same samples finished by the exact tail, and what both rewards say.
+
+        A small sample, one wavefront of every rank; all come to the same verdict. Returns metrics, and why the
+        approximated tail was given up, if it was.
+        """
+        if not self._tail_guard.due(self._progress.iteration):
+            return {}, None
+        with self._progress.phase("tail check"):
+            plan = plan_of(self.config.with_tail(), self._progress.iteration)
+            self.wavefront.use(plan)
+            with self._policy() as module:
+                velocity = self.velocity(module, experience.conditioning)
+                rollout = self._roll_out(self.wavefront, velocity, experience.rollout.key)
+            exact, _ = self._score(rollout, experience.prompts)
+            if self._world.agree(not exact.isfinite().all()):
+                return {}, None
+            found = compare(plan, self._objective, exact, experience.rewards)
+            correlations = [one for rank in self._world.gather(found.correlations.flatten().tolist()) for one in rank]
+            flips, bias = self._world.mean(torch.stack((found.flips.mean(), found.bias))).tolist()
+        told = self._tail_guard.judge(correlations)
+        known = [value for value in correlations if not math.isnan(value)]
+        values = {"tail/sign_flips": flips, "tail/reward_bias": bias, "tail/exact": float(self._tail_guard.fallen)}
+        return values | ({"tail/rank_correlation": sum(known) / len(known)} if known else {}), told
+
+    def evaluate(self, prompts: Sequence[str]) -> HeldOut:
+        """Every reward on these prompts, each from its own fixed noise, whatever the ranks and batches."""
+        settings, names, rank = (
+            self.config.evaluation,
+            [reward.name for reward in self.config.rewards],
+            self._world.rank,
+        )
+        if self._held_out is None:
+            size = min(settings.prompts_per_call, -(-len(prompts) // self._world.size))
+            plan = ode_plan(make_schedule(settings.num_steps, self.config.schedule.shift))
+            self._held_out = Wavefront(plan, size, **self._buffers)
+        size = self._held_out.num_prompts
+        # Every rank makes the same number of calls: the last ones are filled up with prompts that do not count.
+        total = -(-len(prompts) // (size * self._world.size)) * size * self._world.size
+        mine = list(_chunks(range(rank, total, self._world.size), size))
+        scored: list[tuple[int, list[float]]] = []
+        shown: list[tuple[int, Tensor]] = []
+        with self._progress.phase("evaluation"):
+            latents = []
+            with self._policy() as module:
+                for chunk in mine:
+                    places = [place % len(prompts) for place in chunk]
+                    velocity = self.velocity(module, self.backbone.encode([prompts[place] for place in places]))
+                    key = NoiseKey(self.config.seed, 0, on_device(places, self._world.device))
+                    latents.append(self._roll_out(self._held_out, velocity, key, noise.EVALUATION).final_latents[:, 0])
+            # As in `sample`, the pictures get the memory of the gathered weights.
+            for chunk, some in zip(mine, latents):
+                pictures, texts = self.backbone.decode(some), [prompts[place % len(prompts)] for place in chunk]
+                scores = torch.stack([self._call(name, pictures, texts, drop=True) for name in names], dim=1)
+                for place, row, picture in zip(chunk, scores.tolist(), pictures):
+                    if place < len(prompts):
+                        scored.append((place, row))
+                    if place < min(settings.grid_pictures, len(prompts)):
+                        shown.append((place, picture.cpu()))
+        every = [row for _, row in sorted(pair for rank in self._world.gather(scored) for pair in rank)]
+        means = torch.tensor(every, dtype=torch.float64).nanmean(0).tolist()
+        if failed := [name for name, mean in zip(names, means) if math.isnan(mean)]:
+            raise RewardError(f"rewards.{failed[0]}: scored none of the held-out pictures")
+        collected = sorted((pair for rank in self._world.gather(shown) for pair in rank), key=lambda pair: pair[0])
+        grid = torch.stack([picture for _, picture in collected]) if self._world.is_main else None
+        return HeldOut(dict(zip(names, means)), grid)
+
+    def statistics(self, batch: Sequence[Experience]) -> tuple[dict[str, float], dict[str, dict[int, float]]]:
+        """Over all ranks: each reward's mean and spread; and its spread within every group, by reward and grid index.
+
+        By the latter group sizes can be dealt.
+        """
+        plan = batch[0].rollout.plan
+        rewards = torch.cat([experience.rewards for experience in batch], dim=1)
+        spread = torch.stack([pictures.std(-1).mean(-1) for pictures in plan.compared(rewards)]).mean(0)
+        by_step = torch.stack(
+            [values.std(-1).unflatten(0, (len(rewards), -1)).mean((1, 2)) for values in plan.by_group(rewards)]
+        )
+        found = torch.cat((torch.stack((rewards.mean((1, 2)), spread)), by_step))
+        means, spreads, *of_steps = self._world.mean(found.flatten()).unflatten(0, found.shape).tolist()
+        values = {f"reward/{name}": value for name, value in zip(self._trained, means)} | {
+            f"reward_spread/{name}": value for name, value in zip(self._trained, spreads)
+        }
+        if self.config.objective.on_error == "drop":
+            dropped = torch.stack([experience.dropped for experience in batch]).mean()
+            values["dropped_share"] = self._world.mean(dropped).item()
+        steps = [group.index for group in plan.groups]
+        return values, {
+            name: {step: value for step, value in zip(steps, column) if math.isfinite(value)}
+            for name, column in zip(self._trained, zip(*of_steps))
+        }
+
+    def _policy(self) -> contextlib.AbstractContextManager[nn.Module]:
+        return self._engine.inference(self.config.rollout.weights == "gathered")
+
+    def _tail_velocity(self, conditioning: Conditioning) -> Velocity | None:
+        if (model := self._tail_model) is None:
+            return None
+
+        def velocity(latents: Tensor, t: float, rows: Tensor) -> Tensor:
+            self._progress.at_model_call(t)
+            return model.velocity(latents, t, conditioning, rows)
+
+        return velocity
+
+    def _roll_out(
+        self,
+        wavefront: Wavefront,
+        velocity: Velocity,
+        key: NoiseKey,
+        noise_step: int = noise.INITIAL,
+        tail_velocity: Velocity | None = None,
+    ) -> Rollout:
+        """A wavefront on every rank. Where one runs out of memory, all begin again with half the rows per model call.
+
+        The others hear of it at their next call, or after the last; a rollout is a function of its key, so it comes
+        out the same. Sharded weights are collected within a call, which nobody can leave alone: there it ends the run.
+        """
+        alone = self._world.size == 1 or not self._engine.sharded or self.config.rollout.weights == "gathered"
+        while True:
+            with contextlib.suppress(OutOfMemory):
+                try:
+                    rollout = wavefront.run(velocity, key, noise_step, tail_velocity)
+                except torch.OutOfMemoryError:
+                    if not alone or wavefront.rows_per_call == 1:
+                        raise
+                    self._progress.may_end(out_of_memory=True)
+                if alone:
+                    self._progress.may_end()
+                return rollout
+            rows = wavefront.rows_per_call
+            wavefront.micro_batch = rows // 2
+            if self._world.device.type == "cuda":
+                torch.cuda.empty_cache()
+            if self._world.is_main:
+                told = f"out of memory with {rows} rows per model call; goes on with {rows // 2}"
+                warnings.warn(f"rollout.micro_batch: {told}", stacklevel=2)
+
+    def _find_micro_batch(self, module: nn.Module, conditioning: Conditioning) -> int:
+        """What `rollout.micro_batch: auto` is, on the rank that can take least."""
+        self._progress.at("finding rollout.micro_batch")
+        shape, device = self.wavefront.shape, self._world.device
+
+        def seconds(rows: int) -> float:
+            latents = torch.zeros(rows, *shape, dtype=self._dtype, device=device)
+            timed: list[float] = []
+            for _ in range(3):  # the first may compile
+                watch = Stopwatch(device)
+                with torch.no_grad(), watch.phase("call"):
+                    slots = torch.zeros(rows, dtype=torch.int64, device=device)
+                    self.backbone.velocity(module, latents, 0.5, conditioning, slots)
+                timed += watch.read().values()
+            return min(timed[1:])
+
+        found = -self._world.agree(-find_micro_batch(seconds, self.wavefront.rows_per_call))
+        if self._world.is_main:
+            print(f"rollout.micro_batch: auto, found {found}")
+        return found
+
+    def _score(self, rollout: Rollout, prompts: Sequence[str], tiny: bool = False) -> tuple[Tensor, Tensor]:
+        """The trained rewards [K, P, pictures] of a rollout's pictures, and the share [] of them that was dropped.
+
+        `model.decode_batch` pictures are in memory at a time. tiny: decoded as `tail.decoder` says.
+        """
+        self._progress.at("rewards")
+        latents = rollout.final_latents
+        repeated = [prompt for prompt in prompts for _ in range(latents.shape[1])]
+        size, scores = self.config.model.decode_batch, []
+        for some, of_prompts in zip(latents.flatten(0, 1).split(size), _chunks(repeated, size)):
+            images = self.backbone.decode(some, tiny)
+            scores.append(torch.stack([self._call(name, images, of_prompts) for name in self._trained]))
+        rewards = torch.cat(scores, dim=1).unflatten(1, latents.shape[:2])
+        if self.config.objective.on_error == "drop":
+            return fill_dropped(rollout.plan.compared(rewards))
+        return rewards, rewards.new_zeros(())
+
+    def _call(self, name: str, images: Tensor, prompts: Sequence[str], drop: bool = False) -> Tensor:
+        """A reward's scores [B]; what it fails on: NaN, or the end of the run, by `objective.on_error`.
+
+        drop: NaN only for the pictures at fault, where it is not to end the run.
+        """
+        self._progress.at(f"reward {name}")
+        on_error = self.config.objective.on_error
+        if on_error == "skip":
+            return score_or_nan(name, self.rewards[name], images, prompts, drop)
+        return score(name, self.rewards[name], images, prompts, drop=on_error == "drop")
+
+
+def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
