@@ -164,9 +164,9 @@ class Meter:
             yield
         self.seconds[name] += self.now() - start
 
-    def decode(self, latents):
+    def decode(self, *latents):
         with self.phase("decode"):
-            return self.decoder(latents)
+            return self.decoder(*latents)
 
     def score(self, images, prompts):
         with self.phase("rewards"):
@@ -224,7 +224,7 @@ def unshared(trainer, meter, prompt, size):
                         state, step = x.contiguous(), group.step
                         x = sample = step.c_x * x + step.c_v * v + step.s * eps
                         coefficients = x.new_tensor([[step.c_x, step.c_v, step.s]]).repeat(len(draws), 1)
-                        log_prob = trainer.ops.gaussian_log_prob(sample, state, v, coefficients)
+                        log_prob = trainer.objective.ops.gaussian_log_prob(sample, state, v, coefficients)
                         index += schedule.merges[index]
                     else:
                         x, index = x + schedule.ode(index, index + 1).c_v * v, index + 1
@@ -244,10 +244,10 @@ def unshared(trainer, meter, prompt, size):
             group, rows, state, sample, coefficients, log_prob, *_ = part
             module = trainer.engine.module
             v = backbone.velocity(module, state.to(dtype), group.time, conditioning, rows).float()
-            ratio = (trainer.ops.gaussian_log_prob(sample, state, v, coefficients) - log_prob).exp()
+            ratio = (trainer.objective.ops.gaussian_log_prob(sample, state, v, coefficients) - log_prob).exp()
             surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
             trainer.engine.backward(-surrogate.sum() / group.size / len(plan.groups), place == len(parts) - 1)
-        norm, _ = trainer.engine.step()
+        norm = trainer.engine.step()
     return torch.cat([part[-2] for part in parts]), rewards, norm
 
 
@@ -378,6 +378,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=3, help="counted rounds after one warm-up")
     parser.add_argument("--leave-out", action="append", default=[], metavar="VARIANT", help="a variant not to run")
     parser.add_argument("--profile", type=Path, metavar="OUT", help="write a profile into this folder instead")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder that iteration-<device>.json is in")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     arguments = parser.parse_args()
     world = World()
@@ -425,7 +426,7 @@ def main():
         "variants": told,
     }
     report(result)
-    path = RESULTS / f"iteration-{'gpu' if cuda else 'cpu'}.json"
+    path = arguments.results / f"iteration-{'gpu' if cuda else 'cpu'}.json"
     recorded = json.loads(path.read_text()) if path.exists() else {}
     path.write_text(json.dumps(recorded | {arguments.model: result}, indent=2) + "\n")
     world.close()
