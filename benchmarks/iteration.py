@@ -420,7 +420,7 @@ def main():
         "tokens": [backbone.latent_shape[0], text],
         "rounds": arguments.rounds,
         "clock": "thread" if meter.own_time else "wall",
-        "micro_batch": trainer.sampler.wavefront.rows_per_call,
+        "micro_batch": trainer.sampler.wavefront.rows_per_call(),
         "flops_per_evaluation": flops,
         "matmul_peak": peak,
         "variants": told,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from egrpo_fast.schedule import Schedule, SdeForm, Solver, make_schedule
 
@@ -247,7 +247,32 @@ class Rollout(_Section):
         return self.micro_batch if isinstance(self.micro_batch, int) else None
 
 
-APPROXIMATIONS = ("stride", "solver", "path", "lora", "weights", "decoder")
+class FirstBlock(_Section):
+    """Where the first block changes a family's rows as it did at the last step that was computed, all other blocks are
+    taken to change them as they did then. The host waits for one number per call."""
+
+    name: Literal["first_block"]
+    """First-block cache."""
+    threshold: float = Field(0.05, gt=0.0)
+    """Largest relative change, in absolute mean over the rows, of what the first block adds that counts as none."""
+
+
+class TaylorSeer(_Section):
+    """Between computed steps the last layer's output is extrapolated from those before: a Taylor series in steps."""
+
+    name: Literal["taylor_seer"]
+    """TaylorSeer (arXiv 2503.06923), diffusers' lite mode."""
+    interval: Annotated[int, Field(ge=2)] = 2
+    """Steps from one computed step to the next."""
+    warm_up: Positive = 2
+    """First steps of a tail that are all computed."""
+    order: Positive = 1
+    """Highest order of the series."""
+
+
+Cache = FirstBlock | TaylorSeer
+
+APPROXIMATIONS = ("stride", "solver", "path", "lora", "weights", "cache", "decoder")
 """Settings of `tail` that change its pictures."""
 
 
@@ -265,6 +290,9 @@ class Tail(_Section):
     weights: Literal["exact", "int8", "float8"] = "exact"
     """What its calls compute in: as the policy, or weights and activations in 8 bits (torchao); float8 wants a GPU of
     compute capability 8.9."""
+    cache: Annotated[Cache, Field(discriminator="name")] | None = None
+    """What its calls reuse of the call before, by diffusers' caching hooks; the name alone will do where it keeps its
+    defaults; none given: nothing."""
     decoder: str | None = None
     """Folder of a tiny decoder (diffusers' AutoencoderTiny, such as TAEF1) of the pictures that training rewards."""
     check_every: Annotated[int, Field(ge=0)] = 25
@@ -272,15 +300,30 @@ class Tail(_Section):
     target: float = Field(0.95, gt=0.0, lt=1.0)
     """Rank correlation within groups below which the run goes on with the exact tail."""
 
+    @field_validator("cache", mode="before")
+    @classmethod
+    def _named(cls, cache: Any) -> Any:
+        return {"name": cache} if isinstance(cache, str) else cache
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether its calls have weights of their own."""
+        return self.path is not None or self.lora is not None or self.weights != "exact"
+
     @property
     def has_model(self) -> bool:
-        """Whether its calls have a transformer of their own."""
-        return self.path is not None or self.lora is not None or self.weights != "exact"
+        """Whether its calls have a transformer of their own, be it with the policy's weights."""
+        return self.has_weights or self.cache is not None
+
+    @property
+    def approximated(self) -> tuple[str, ...]:
+        """Which of APPROXIMATIONS are in use."""
+        return tuple(name for name in APPROXIMATIONS if getattr(self, name) != Tail.model_fields[name].default)
 
     @property
     def exact(self) -> bool:
         """Whether nothing is approximated."""
-        return all(getattr(self, name) == Tail.model_fields[name].default for name in APPROXIMATIONS)
+        return not self.approximated
 
 
 class Reward(_Section):
@@ -333,6 +376,8 @@ class Optimizer(_Section):
     """Gradient norm bound, over all parameters and ranks."""
 
 
+UNIONS = ("method",), ("tail", "cache")
+"""Where a section is one of several, told apart by its name."""
 OWNED_BY_US = {
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
     "optimizer", "scheduler", "bf16", "fp16", "steps_per_print",
@@ -583,8 +628,9 @@ class Config(_Section):
             raise ValueError("optimizer.ema_decay: the average cannot be kept on nvme; use offload_optimizer cpu")
         follows = self.tail.has_model and self.tail.path is None
         if follows and zero.zero_stage == 3 and self.rollout.weights == "sharded":
-            name = "tail.lora" if self.tail.lora is not None else "tail.weights"
-            raise ValueError(f"{name}: copies the whole policy before a rollout; needs rollout.weights gathered")
+            name = next(name for name in ("lora", "weights", "cache") if name in self.tail.approximated)
+            told = "its model follows the policy from rollout to rollout; needs rollout.weights gathered"
+            raise ValueError(f"tail.{name}: {told}")
         if schedule.sde_form == "cps" and schedule.eta > 1.0:
             raise ValueError(f"schedule.eta: {schedule.eta:g}; with sde_form cps at most 1")
         try:
@@ -690,17 +736,20 @@ def _explain(error: ValidationError) -> str:
     for item in error.errors():
         # Branches of a union add their own tags to the location; the reader knows the field alone.
         unknown = item["type"] == "extra_forbidden"
-        parts = [part for place, part in enumerate(item["loc"]) if (place, item["loc"][0]) != (1, "method")]
+        tag = next((len(union) for union in UNIONS if item["loc"][: len(union)] == union), None)
+        parts = [part for place, part in enumerate(item["loc"]) if place != tag]
         location = [str(part) for part in parts if unknown or isinstance(part, int) or str(part).isidentifier()]
         location = [part for part in location if unknown or part not in ("int", "list")]
+        location += ["name"] if item["type"] == "union_tag_not_found" else []
         where, message = ".".join(location), item["msg"]
         if unknown:
             known = _field_names(Config)
             near = difflib.get_close_matches(where, known, n=1)
             message = "unknown key" + (f"; did you mean {near[0]}?" if near else "")
             if where in known:  # of another branch of its section
-                message = f"not used by method {item['loc'][1]}; leave it out"
-        elif item["type"] == "missing":
+                assert tag is not None
+                message = f"not used by {item['loc'][tag - 1]} {item['loc'][tag]}; leave it out"
+        elif item["type"] in ("missing", "union_tag_not_found"):
             message = "missing, and has no default"
         elif item["type"] == "value_error":
             message = str(item["ctx"]["error"])

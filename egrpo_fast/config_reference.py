@@ -58,13 +58,18 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
+def _places(node: Node) -> Iterator[Node]:
+    """Where a section may stand: there by itself, or none, or in a list, or as one of several."""
+    yield node
+    for place in (*([node["items"]] if "items" in node else ()), *node.get("anyOf", ()), *node.get("oneOf", ())):
+        yield from _places(place)
+
+
 def _table(path: str, section: Node, sections: Mapping[str, Node]) -> Iterator[str]:
     """The section's own settings, then the sections inside it."""
     rows, inside = [], []
     for name, node in section["properties"].items():
-        # A section stands there by itself, or none, or in a list, or as one of several.
-        places = [node, node.get("items", {}), *node.get("anyOf", ()), *node.get("oneOf", ())]
-        if found := [sections[place["$ref"].rpartition("/")[2]] for place in places if "$ref" in place]:
+        if found := [sections[place["$ref"].rpartition("/")[2]] for place in _places(node) if "$ref" in place]:
             inside.append((f"{path}{name}{'[]' if 'items' in node else ''}", node, found))
         else:
             default = _value(node["default"]) if "default" in node else "**required**"

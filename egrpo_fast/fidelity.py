@@ -6,6 +6,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -130,7 +131,10 @@ class TailGuard:
 
 @dataclass(frozen=True)
 class Measured:
-    """A tail against the exact one. evaluations: of its tails, as a share; speedup: of the whole rollout's seconds."""
+    """A tail against the exact one. speedup: of the whole rollout's seconds.
+
+    evaluations: of its tails, as a share; what a cache leaves out of them is counted block by block and not in it.
+    """
 
     settings: str
     comparison: Comparison
@@ -160,6 +164,15 @@ class Measured:
             "tail_evaluations": self.evaluations,
             "rollout_speedup": self.speedup,
         }
+
+
+@dataclass(frozen=True)
+class _Sampled:
+    """rewards [K, P, pictures]; seconds: of the rollouts alone; computed: share of the blocks that tails ask for."""
+
+    rewards: Tensor
+    seconds: float
+    computed: float
 
 
 class _Sampler:
@@ -192,34 +205,37 @@ class _Sampler:
         self._judges = {reward.name: make_reward(reward.name, reward.options, device) for reward in self._trained}
         self.objective = Objective.of(config, self._ops)
 
-    def __call__(self, config: Config, prompts: Sequence[Prompt], told: str) -> tuple[Tensor, float]:
-        """Rewards [K, P, pictures] of iteration 0's samples of the prompts, and the seconds of the rollouts alone."""
+    def __call__(self, config: Config, prompts: Sequence[Prompt], told: str) -> _Sampled:
+        """Iteration 0's samples of the prompts."""
         plan = plan_of(config, 0)
         wavefront = Wavefront(
             plan, 1, self.backbone.latent_shape, self._ops, self.device, model_dtype=self._dtype,
             micro_batch=config.rollout.most_rows,
         )  # fmt: skip
         model = TailModel.of(config.tail, self._folder, self.backbone, self._dtype, self.device)
-        if model:
-            model.refresh(self.backbone.transformer)
         if config.tail.decoder is not None:
             self.backbone.use_tiny_decoder(config.tail.decoder)
         watch, rewards = Stopwatch(self.device), []
-        for prompt in tqdm(prompts, desc=told, unit=" prompts", leave=False, dynamic_ncols=True):
-            text = self.backbone.encode([prompt.text])
+        cache = model.cache if model else None
+        with model.following(self.backbone.transformer) if model else nullcontext():
+            for prompt in tqdm(prompts, desc=told, unit=" prompts", leave=False, dynamic_ncols=True):
+                text = self.backbone.encode([prompt.text])
 
-            def velocity(latents: Tensor, t: float, rows: Tensor, text: Any = text) -> Tensor:
-                return self.backbone.velocity(self.backbone.transformer, latents, t, text, rows)
+                def velocity(latents: Tensor, t: float, rows: Tensor, text: Any = text) -> Tensor:
+                    return self.backbone.velocity(self.backbone.transformer, latents, t, text, rows)
 
-            def tail_velocity(latents: Tensor, t: float, rows: Tensor, text: Any = text) -> Tensor:
-                assert model is not None
-                return model.velocity(latents, t, text, rows)
+                def tail_velocity(latents: Tensor, t: float, rows: Tensor, text: Any = text) -> Tensor:
+                    assert model is not None
+                    return model.velocity(latents, t, text, rows)
 
-            key = NoiseKey(config.seed, 0, torch.tensor([prompt.number], device=self.device))
-            with watch.phase("rollout"):
-                latents = wavefront.run(velocity, key, tail_velocity=tail_velocity if model else None).final_latents
-            rewards.append(self._score(latents[0], prompt.text, tiny=config.tail.decoder is not None))
-        return torch.stack(rewards, dim=1), watch.read()["seconds/rollout"]
+                key = NoiseKey(config.seed, 0, torch.tensor([prompt.number], device=self.device))
+                with watch.phase("rollout"):
+                    rollout = wavefront.run(
+                        velocity, key, tail_velocity=tail_velocity if model else None, tail_cache=cache
+                    )
+                rewards.append(self._score(rollout.final_latents[0], prompt.text, tiny=config.tail.decoder is not None))
+        computed = cache.computed / cache.asked if cache else 1.0
+        return _Sampled(torch.stack(rewards, dim=1), watch.read()["seconds/rollout"], computed)
 
     def _score(self, latents: Tensor, prompt: str, tiny: bool) -> Tensor:
         """[pictures, L, C] -> [K, pictures]."""
@@ -258,7 +274,7 @@ class _Search:
     def __init__(self, recipe: str, overrides: Sequence[str], sampler: _Sampler, prompts: PromptOrder, count: int):
         self._recipe, self._overrides, self._sampler = recipe, overrides, sampler
         self._prompts, self._count = prompts, count
-        self._exact: dict[int, tuple[Tensor, float]] = {}
+        self._exact: dict[int, _Sampled] = {}
 
     def config(self, settings: str) -> Config:
         return load_config(self._recipe, [*self._overrides, *settings.split()])
@@ -271,14 +287,12 @@ class _Search:
             if not self._exact:
                 self._sampler(exact, prompts[:1], "warming up")
             self._exact[part] = self._sampler(exact, prompts, "exact tail")
-        rewards, seconds = self._sampler(config, prompts, settings)
-        expected, whole = self._exact[part]
-        plans = plan_of(exact, 0), plan_of(config, 0)
+        expected, found = self._exact[part], self._sampler(config, prompts, settings)
         return Measured(
             settings,
-            compare(plans[0], self._sampler.objective, expected, rewards),
-            plans[1].tail_evaluations / plans[0].tail_evaluations,
-            whole / seconds,
+            compare(plan_of(exact, 0), self._sampler.objective, expected.rewards, found.rewards),
+            found.computed * self._cost(settings),
+            expected.seconds / found.seconds,
         )
 
     def _by_step(self, solver: str, measured: Mapping[str, Measured], aim: float) -> str | None:
@@ -298,21 +312,23 @@ class _Search:
             return _grid(chosen[0], solver)
         return f"tail.stride=[{','.join(map(str, chosen))}] tail.solver={solver}"
 
-    def _cost(self, settings: str) -> int:
-        return plan_of(self.config(settings), 0).tail_evaluations
+    def _cost(self, settings: str) -> float:
+        """Share of the exact tails' evaluations that its plan has."""
+        config = self.config(settings)
+        return plan_of(config, 0).tail_evaluations / plan_of(config.with_tail(), 0).tail_evaluations
 
     def suggest(self, measured: Sequence[Measured], target: float) -> Measured | None:
         """The cheapest that reaches the target on prompts that it was not chosen by; None: none tried does.
 
         Composed ones are chosen by the luck of their prompts, so those that aim higher are tried as well.
         """
-        found = {one.settings for one in measured if one.comparison.correlation >= target}
+        costs = {one.settings: one.evaluations for one in measured if one.comparison.correlation >= target}
         if isinstance(self.config("").method, EGrpo):
             by_name = {one.settings: one for one in measured}
             aims = [target + (1.0 - target) * part / MARGINS for part in range(MARGINS)]
             composed = (self._by_step(solver, by_name, aim) for solver in SOLVERS for aim in aims)
-            found |= {settings for settings in composed if settings}
-        for settings in sorted(found, key=lambda settings: (self._cost(settings), settings))[:TRIES]:
+            costs = {settings: self._cost(settings) for settings in composed if settings} | costs
+        for settings in sorted(costs, key=lambda settings: (costs[settings], settings))[:TRIES]:
             result = self.measure(settings, part=1)
             if result.comparison.correlation >= target:
                 return result

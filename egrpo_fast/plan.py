@@ -83,6 +83,7 @@ class WaveTable:
 
     A mirrored edge is without noise there: its row receives the mean, about which it then mirrors its twin's row.
     mirrors, twins int64: those rows. exact, tail int64: places in `sources` of rows outside and in their tail.
+    families: of every prompt's families (`Plan.families`) that are live, its number and places int64; together `tail`.
     multistep int64 [H], multistep_rows int64 [H], history [H, 1, 1]: places of multistep sources, their rows, their h.
     kept int64 [K], kept_for int64 [K]: places whose velocity a later wave extrapolates from, and the rows it does so
     for. Each None where a wave has none.
@@ -100,6 +101,7 @@ class WaveTable:
     twins: Tensor | None
     exact: Tensor | None
     tail: Tensor | None
+    families: tuple[tuple[int, Tensor], ...]
     multistep: Tensor | None
     multistep_rows: Tensor | None
     history: Tensor | None
@@ -176,6 +178,18 @@ class Plan:
             acting = acting - {edge.destination for edge in wave.edges} | sources
             found.append(frozenset(rows - acting))
         return tuple(reversed(found))
+
+    @cached_property
+    def families(self) -> tuple[tuple[int, ...], ...]:
+        """The rows that have a tail, parted by its waves: those of a family are in the same model calls to the end."""
+        waves: dict[int, list[int]] = {}
+        for wave, tail in zip(self.waves, self.tails):
+            for row in sorted(tail):
+                waves.setdefault(row, []).append(wave.index)
+        families: dict[tuple[int, ...], list[int]] = {}
+        for row, taken in sorted(waves.items()):
+            families.setdefault(tuple(taken), []).append(row)
+        return tuple(map(tuple, families.values()))
 
     @property
     def tail_evaluations(self) -> int:
@@ -285,6 +299,13 @@ class Plan:
             if edge.source == source and later.get(edge.destination)
         ]
 
+        families = [
+            (slot * len(self.families) + number, [slot * len(wave.sources) + wave.sources.index(row) for row in rows])
+            for slot in range(num_prompts)
+            for number, rows in enumerate(self.families)
+            if tail.issuperset(rows)
+        ]
+
         def words(values: Sequence[int], dtype: torch.dtype = torch.int32) -> Tensor:
             return on_device(values, device, dtype)
 
@@ -309,6 +330,14 @@ class Plan:
             twins=indices(row for _, row in mirrored),
             exact=indices(place for place, _, source in places if source not in tail),
             tail=indices(place for place, _, source in places if source in tail),
+            families=tuple(
+                zip(
+                    [number for number, _ in families],
+                    words([place for _, found in families for place in found], torch.int64).split(
+                        [len(found) for _, found in families]
+                    ),
+                )
+            ),
             multistep=indices(place for place, _ in multistep),
             multistep_rows=indices(row for _, row in multistep),
             history=on_device(history, device, dtype).reshape(-1, 1, 1) if history else None,

@@ -4,7 +4,10 @@ Knows no model: any `velocity(latents[R, L, C], t, rows[R]) -> [R, L, C]` will d
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +19,16 @@ from egrpo_fast.transfer import on_device
 
 Velocity = Callable[[Tensor, float, Tensor], Tensor]
 """velocity(latents [R, L, C], t, rows int64 [R]) -> [R, L, C]; rows: which of the run's prompts each row is of."""
+
+
+class Cache(Protocol):
+    """What a tail's model keeps of a call for the next one of the same rows, so as to compute less in that."""
+
+    def sequence(self, family: int, chunk: int) -> AbstractContextManager[Any]:
+        """Entered for each call; those of equal numbers have the same rows in the same order, one step after another."""
+
+    def forget(self) -> None:
+        """Keep nothing: the run has ended, or failed."""
 
 
 @dataclass(frozen=True)
@@ -97,28 +110,54 @@ class Wavefront:
     def _index(self, rows: Sequence[int]) -> Tensor:
         return on_device(rows, self._device, torch.int64)
 
-    @property
-    def rows_per_call(self) -> int:
-        """Most rows of one model call."""
-        live = self.num_prompts * max(len(wave.sources) for wave in self.plan.waves)
-        return min(self.micro_batch or live, live)
+    def rows_per_call(self, tail_cache: Cache | None = None) -> int:
+        """Most rows of one model call of a run, with that cache."""
+        plan, families = self.plan, []
+        rows = [len(wave.sources) for wave in plan.waves]
+        if tail_cache is not None:
+            rows = [count - len(tail) for count, tail in zip(rows, plan.tails)]
+            families = [len(family) for family in plan.families]
+        most = max(self.num_prompts * max(rows), *families, 0)
+        return min(self.micro_batch or most, most)
 
-    def _velocity(self, velocity: Velocity, tail_velocity: Velocity | None, table: WaveTable) -> Tensor:
+    def _velocity(
+        self, velocity: Velocity, tail_velocity: Velocity | None, tail_cache: Cache | None, table: WaveTable
+    ) -> Tensor:
         """[S, L, C] at the wave's sources; of rows in their tail by `tail_velocity`, where there is one."""
         if tail_velocity is None or table.tail is None:
-            return self._call(velocity, table.time, table.sources, table.source_slots)
-        tail = self._call(tail_velocity, table.time, table.sources[table.tail], table.source_slots[table.tail])
-        if table.exact is None:
-            return tail
-        exact = self._call(velocity, table.time, table.sources[table.exact], table.source_slots[table.exact])
-        v = exact.new_empty(len(table.sources), *self.shape)
-        v[table.exact], v[table.tail] = exact, tail.to(exact.dtype)
+            return self._call(velocity, table)
+        parts = [] if table.exact is None else [(table.exact, self._call(velocity, table, table.exact))]
+        if tail_cache is None:
+            parts.append((table.tail, self._call(tail_velocity, table, table.tail)))
+        else:
+            parts += [
+                (places, self._call(tail_velocity, table, places, partial(tail_cache.sequence, family)))
+                for family, places in table.families
+            ]
+        (_, v), *more = parts
+        if more:
+            v = v.new_empty(len(table.sources), *self.shape)
+            for places, part in parts:
+                v[places] = part.to(v.dtype)
         return v
 
-    def _call(self, velocity: Velocity, time: float, sources: Tensor, slots: Tensor) -> Tensor:
+    def _call(
+        self,
+        velocity: Velocity,
+        table: WaveTable,
+        places: Tensor | None = None,
+        sequence: Callable[[int], AbstractContextManager[Any]] = nullcontext,
+    ) -> Tensor:
+        """[N, L, C] at these of the wave's sources, or at all. sequence(n): entered for the n-th call that it takes."""
+        sources, slots = table.sources, table.source_slots
+        if places is not None:
+            sources, slots = sources[places], slots[places]
         readable = self._latents if self._copy is None else self._copy
         size = self.micro_batch or len(sources)
-        chunks = [velocity(readable[some], time, rows) for some, rows in zip(sources.split(size), slots.split(size))]
+        chunks = []
+        for chunk, (some, rows) in enumerate(zip(sources.split(size), slots.split(size))):
+            with sequence(chunk):
+                chunks.append(velocity(readable[some], table.time, rows))
         return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
 
     def _extrapolate(self, v: Tensor, table: WaveTable) -> Tensor:
@@ -149,11 +188,13 @@ class Wavefront:
         key: NoiseKey,
         noise_step: int = noise.INITIAL,
         tail_velocity: Velocity | None = None,
+        tail_cache: Cache | None = None,
     ) -> Rollout:
         """Roll the plan out from the prompts' initial noise (stream word `noise_step`) to the pictures.
 
-        tail_velocity: another model for rows in their tail (`Plan.tails`), in calls of its own; None: the same. Between
-        host and device nothing is copied and nothing is waited for.
+        tail_velocity: another model for rows in their tail (`Plan.tails`), in calls of its own; None: the same.
+        tail_cache: of that model, whose calls are then of one family (`Plan.families`) of one prompt each.
+        Between host and device nothing is copied and nothing is waited for.
         """
         plan, num_prompts = self.plan, self.num_prompts
         assert len(key.prompts) == num_prompts
@@ -166,18 +207,22 @@ class Wavefront:
             self._copy.copy_(self._latents)
 
         states, velocities = [], []
-        for wave, table in zip(plan.waves, self.tables):
-            v = self._velocity(velocity, tail_velocity, table)
-            if wave.index in self._left:
-                rows, places = self._left[wave.index]
-                states.append(by_prompt[:, rows].flatten(0, 1))
-                velocities.append(v.unflatten(0, (num_prompts, -1))[:, places].flatten(0, 1))
-            v = self._extrapolate(v, table)
-            self.ops.branch_rows(
-                self._latents, self._copy, v, table.sources, table.offsets, table.destinations, table.coefficients,
-                table.draws, table.slots, key.prompts, key.iteration, key.seed,
-            )  # fmt: skip
-            self._mirror(table)
+        try:
+            for wave, table in zip(plan.waves, self.tables):
+                v = self._velocity(velocity, tail_velocity, tail_cache, table)
+                if wave.index in self._left:
+                    rows, places = self._left[wave.index]
+                    states.append(by_prompt[:, rows].flatten(0, 1))
+                    velocities.append(v.unflatten(0, (num_prompts, -1))[:, places].flatten(0, 1))
+                v = self._extrapolate(v, table)
+                self.ops.branch_rows(
+                    self._latents, self._copy, v, table.sources, table.offsets, table.destinations, table.coefficients,
+                    table.draws, table.slots, key.prompts, key.iteration, key.seed,
+                )  # fmt: skip
+                self._mirror(table)
+        finally:
+            if tail_cache is not None:
+                tail_cache.forget()
 
         return Rollout(
             plan=plan,

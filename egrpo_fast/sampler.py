@@ -26,7 +26,7 @@ from egrpo_fast.plan import ode_plan
 from egrpo_fast.progress import OutOfMemory, Progress
 from egrpo_fast.prompts import Prompt
 from egrpo_fast.rewards import Reward, RewardError, fill_dropped, score, score_or_nan
-from egrpo_fast.rollout import NoiseKey, Rollout, Velocity, Wavefront, find_micro_batch
+from egrpo_fast.rollout import Cache, NoiseKey, Rollout, Velocity, Wavefront, find_micro_batch
 from egrpo_fast.schedule import make_schedule
 from egrpo_fast.transfer import on_device
 
@@ -116,9 +116,10 @@ class Sampler:
             conditionings = [self.backbone.encode(chunk) for chunk in chunks]
             rollouts: list[Rollout] = []
             scored: list[Callable[[], tuple[Tensor, Tensor]]] = []
-            with self._policy() as module:
-                if self._tail_model:
-                    self._tail_model.refresh(module)
+            with (
+                self._policy() as module,
+                self._tail_model.following(module) if self._tail_model else contextlib.nullcontext(),
+            ):
                 for chunk, conditioning, some in zip(chunks, conditionings, numbers.split(size)):
                     if self.config.rollout.micro_batch == "auto" and self.wavefront.micro_batch is None:
                         self.wavefront.micro_batch = self._find_micro_batch(module, conditioning)
@@ -128,6 +129,7 @@ class Sampler:
                         self.velocity(module, conditioning),
                         key,
                         tail_velocity=self._tail_velocity(conditioning),
+                        tail_cache=self._tail_cache,
                     )
                     rollouts.append(rollout)
                     scoring = partial(self._score, rollout, chunk, tiny=not exact)
@@ -236,6 +238,10 @@ class Sampler:
     def _policy(self) -> contextlib.AbstractContextManager[nn.Module]:
         return self._engine.inference(self.config.rollout.weights == "gathered")
 
+    @property
+    def _tail_cache(self) -> Cache | None:
+        return self._tail_model.cache if self._tail_model else None
+
     def _tail_velocity(self, conditioning: Conditioning) -> Velocity | None:
         if (model := self._tail_model) is None:
             return None
@@ -253,6 +259,7 @@ class Sampler:
         key: NoiseKey,
         noise_step: int = noise.INITIAL,
         tail_velocity: Velocity | None = None,
+        tail_cache: Cache | None = None,
     ) -> Rollout:
         """A wavefront on every rank. Where one runs out of memory, all begin again with half the rows per model call.
 
@@ -263,15 +270,15 @@ class Sampler:
         while True:
             with contextlib.suppress(OutOfMemory):
                 try:
-                    rollout = wavefront.run(velocity, key, noise_step, tail_velocity)
+                    rollout = wavefront.run(velocity, key, noise_step, tail_velocity, tail_cache)
                 except torch.OutOfMemoryError:
-                    if not alone or wavefront.rows_per_call == 1:
+                    if not alone or wavefront.rows_per_call(tail_cache) == 1:
                         raise
                     self._progress.may_end(out_of_memory=True)
                 if alone:
                     self._progress.may_end()
                 return rollout
-            rows = wavefront.rows_per_call
+            rows = wavefront.rows_per_call(tail_cache)
             wavefront.micro_batch = rows // 2
             if self._world.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -295,7 +302,7 @@ class Sampler:
                 timed += watch.read().values()
             return min(timed[1:])
 
-        found = -self._world.agree(-find_micro_batch(seconds, self.wavefront.rows_per_call))
+        found = -self._world.agree(-find_micro_batch(seconds, self.wavefront.rows_per_call(self._tail_cache)))
         if self._world.is_main:
             print(f"rollout.micro_batch: auto, found {found}")
         return found

@@ -13,12 +13,13 @@ from scipy.stats import spearmanr
 from egrpo_fast import ops
 from egrpo_fast.config import ConfigError, Tail, load_config
 from egrpo_fast.fidelity import WINDOW, TailGuard, cheapest_strides, compare, fidelity, rank_correlation
-from egrpo_fast.methods import e_grpo
+from egrpo_fast.methods import e_grpo, plan_of
 from egrpo_fast.objective import Objective
 from egrpo_fast.schedule import make_schedule
 
 OPS = ops.choose("reference")
 SMALL = ["schedule.num_steps=6", "rollout.group_size=4", "schedule.active_steps=[0,2]"]
+FIRST_BLOCK = "tail.cache.name=first_block tail.cache.threshold=1e9"
 
 
 @pytest.mark.parametrize("values", [2, 5, 1000], ids="{} different values".format)
@@ -92,14 +93,17 @@ def test_the_cheapest_strides_are_those_of_a_search_of_all():
 
 def test_the_command_on_shapes(tmp_path):
     told = fidelity(
-        "shapes", SMALL, ["tail.stride=1", "tail.stride=5", "tail.stride=2 tail.solver=dpm2m"], target=0.3,
+        "shapes", SMALL, ["tail.stride=1", "tail.stride=5", "tail.stride=2 tail.solver=dpm2m", FIRST_BLOCK], target=0.3,
         num_prompts=1, out=tmp_path / "found.json",
     )  # fmt: skip
     found = json.loads((tmp_path / "found.json").read_text())
-    same, coarse, fine = found["tails"]
+    same, coarse, fine, cached = found["tails"]
     assert same["correlation"] == 1 and same["reward_bias"] == same["sign_flips"] == 0 and same["tail_evaluations"] == 1
     assert coarse["tail_evaluations"] < fine["tail_evaluations"] < 1
     assert coarse["correlation"] < fine["correlation"] <= 1
+    plan = plan_of(load_config("shapes", SMALL), 0)
+    steps = sum(map(len, plan.tails)) // 4  # of one row of each of the two groups
+    assert cached["tail_evaluations"] == pytest.approx((2 + (steps - 2) / 6) / steps), "one block of six after the first"
     suggested = found["suggested"]
     assert suggested["correlation"] >= 0.3 and suggested["tail_evaluations"] <= fine["tail_evaluations"]
     assert f"suggested for a correlation of 0.3: {suggested['settings']}" in told
@@ -111,6 +115,11 @@ BAD = {
     "tail.stride=[2,3]": "tail.stride: 2 numbers, one per active step needed \\(8\\)",
     "tail.solver=heun": "tail.solver: 'heun': .*'euler', 'ab2' or 'dpm2m'",
     "tail.lora=/nowhere rollout.weights=sharded": "tail.lora: .*needs rollout.weights gathered",
+    "tail.cache=first_block rollout.weights=sharded": "tail.cache: .*needs rollout.weights gathered",
+    "tail.cache=mag": "tail.cache: .*'mag'.*expected tags: 'first_block', 'taylor_seer'",
+    "tail.cache.threshold=0.1": "tail.cache.name: missing",
+    "tail.cache.name=taylor_seer tail.cache.threshold=0.1": "tail.cache.threshold: not used by cache taylor_seer",
+    "tail.cache.name=taylor_seer tail.cache.interval=1": "tail.cache.interval: 1: .*greater than or equal to 2",
 }
 
 

@@ -21,6 +21,7 @@ from egrpo_fast.backbones import flux
 from egrpo_fast.backbones.flux import (
     CompiledFlux,
     FluxBackbone,
+    FluxCache,
     check_folder,
     load_vae,
     meta_transformer,
@@ -29,7 +30,7 @@ from egrpo_fast.backbones.flux import (
 )
 from egrpo_fast.backbones.flux_text import Conditioning
 from egrpo_fast.backbones.random_flux import make_pipeline
-from egrpo_fast.config import Lora
+from egrpo_fast.config import Lora, TaylorSeer
 from egrpo_fast.methods import e_grpo
 from egrpo_fast.objective import Objective, policy_mismatch
 from egrpo_fast.plan import ode_plan
@@ -360,11 +361,19 @@ def test_a_wavefront_never_waits_for_its_device(backbone, monkeypatch):
     plan = e_grpo(make_schedule(6), [4, 2, 3], [1, 1, 2], antithetic=True)
     made = Wavefront(plan, 2, meta.latent_shape, chosen, "meta", micro_batch=5)
     key = NoiseKey(5, 0, torch.empty(2, dtype=torch.int64, device="meta"))
-    seen = []
-    with NumbersOfTheHost(seen), Crossings(seen) as crossings:
-        rollout = made.run(lambda x, t, rows: meta.velocity(transformer, x, t, conditioning, rows), key)
-    assert rollout.final_latents.shape == (2, 9, *meta.latent_shape)
-    assert not seen and crossings.count > 1000
+    other, _ = meta_transformer(PIPELINE)
+    cache = FluxCache(TaylorSeer(name="taylor_seer"), other, torch.float32)
+    policy, tail = (
+        lambda x, t, rows, module=module: meta.velocity(module, x, t, conditioning, rows)
+        for module in (transformer, other)
+    )
+    for options in ({}, {"tail_velocity": tail, "tail_cache": cache}):
+        seen = []
+        with NumbersOfTheHost(seen), Crossings(seen) as crossings:
+            rollout = made.run(policy, key, **options)
+        assert rollout.final_latents.shape == (2, 9, *meta.latent_shape)
+        assert not seen and crossings.count > 1000
+    assert 0 < cache.computed < cache.asked
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def out_of_memory_at(trainer, rank, fails):
 
 
 def check_memory(trainer, prompts, plain):
-    live = trainer.sampler.wavefront.rows_per_call
+    live = trainer.sampler.wavefront.rows_per_call()
     for failing in (
         len(trainer.sampler.wavefront.plan.waves),
         len(trainer.sampler.wavefront.plan.waves) + 1,
@@ -168,7 +168,7 @@ def roll_out(rank, agree, micro_batch, fails, sharded=False):
         return torch.tanh(latents * (1.5 - t))
 
     rollout = sampler._roll_out(wavefront, velocity, NoiseKey(7, rank, torch.tensor([5])))
-    return rollout.final_latents, wavefront.rows_per_call, calls
+    return rollout.final_latents, wavefront.rows_per_call(), calls
 
 
 def two_ranks(*arguments, **options):

@@ -1,4 +1,4 @@
-"""The tail's own model and decoder: copies of the policy, other checkpoints, LoRAs, 8 bits; and what is refused."""
+"""The tail's own model and decoder: the policy's weights, other checkpoints, LoRAs, 8 bits, caches; what is refused."""
 
 import shutil
 import sys
@@ -9,10 +9,14 @@ from diffusers import AutoencoderTiny, FluxTransformer2DModel
 from peft import LoraConfig
 from safetensors.torch import save_file
 
+from egrpo_fast import ops
 from egrpo_fast.backbones import tail as tail_models
-from egrpo_fast.backbones.flux import FluxBackbone, meta_transformer, save_lora
+from egrpo_fast.backbones.flux import FluxBackbone, check_cache, meta_transformer, save_lora
 from egrpo_fast.backbones.tail import TailModel, check_tail
-from egrpo_fast.config import Lora, Tail, load_config
+from egrpo_fast.config import FirstBlock, Lora, Tail, TaylorSeer, load_config
+from egrpo_fast.methods import e_grpo
+from egrpo_fast.rollout import NoiseKey, Wavefront
+from egrpo_fast.schedule import make_schedule
 from egrpo_fast.shapes import PIPELINE
 
 CPU, TIME = torch.device("cpu"), 0.5
@@ -74,8 +78,8 @@ def test_another_checkpoint_never_follows(backbone, conditioning, latents, tmp_p
     model = model_of(backbone, path=str(tmp_path / "other"))
     expected = velocity(backbone, other, latents, conditioning)
     for policy in (backbone.transformer, another(backbone, 0.9)):
-        model.refresh(policy)
-        assert torch.equal(model.velocity(latents, TIME, conditioning, ROWS), expected)
+        with model.following(policy):
+            assert torch.equal(model.velocity(latents, TIME, conditioning, ROWS), expected)
 
 
 def adapted(policy, adapters):
@@ -89,8 +93,8 @@ def test_a_lora_is_added_to_the_policy_of_each_rollout(backbone, conditioning, l
     save_lora(tmp_path, adapters, ADAPTERS)
     model = model_of(backbone, lora=str(tmp_path))
     for policy in (another(backbone, 1.0), another(backbone)):
-        model.refresh(policy)
-        found = model.velocity(latents, TIME, conditioning, ROWS)
+        with model.following(policy):
+            found = model.velocity(latents, TIME, conditioning, ROWS)
         plain = velocity(backbone, policy, latents, conditioning)
         expected = velocity(backbone, adapted(policy, adapters), latents, conditioning)
         assert torch.allclose(found, expected, atol=1e-4) and not torch.allclose(found, plain, atol=1e-2)
@@ -99,19 +103,163 @@ def test_a_lora_is_added_to_the_policy_of_each_rollout(backbone, conditioning, l
 def test_a_copy_of_a_policy_that_trains_adapters_has_them_merged(backbone, conditioning, latents, adapters):
     policy = adapted(another(backbone, 1.0), adapters)
     model = TailModel(Tail(), PIPELINE, backbone, torch.float32, CPU)
-    model.refresh(policy)
     expected = velocity(backbone, policy, latents, conditioning)
-    assert torch.allclose(model.velocity(latents, TIME, conditioning, ROWS), expected, atol=1e-4)
+    with model.following(policy):
+        assert torch.allclose(model.velocity(latents, TIME, conditioning, ROWS), expected, atol=1e-4)
 
 
 def test_eight_bits_follow_the_policy(backbone, conditioning, latents):
     pytest.importorskip("torchao")
     model = model_of(backbone, weights="int8")
     for policy in (backbone.transformer, another(backbone)):
-        model.refresh(policy)
-        found = model.velocity(latents, TIME, conditioning, ROWS)
+        with model.following(policy):
+            found = model.velocity(latents, TIME, conditioning, ROWS)
         expected = velocity(backbone, policy, latents, conditioning)
         assert 0 < ((found - expected).norm() / expected.norm()).item() < 0.03
+
+
+def addresses(module):
+    return {name: parameter.data_ptr() for name, parameter in module.named_parameters()}
+
+
+def test_a_weight_that_stays_as_it_is_is_the_policys_own(backbone, adapters, tmp_path):
+    """For the length of a rollout, also one that fails; then the model has none. A LoRA copies the layers it changes."""
+    save_lora(tmp_path, adapters, ADAPTERS)
+    policy, changed = backbone.transformer, {name.partition(".lora_")[0] + ".weight" for name in adapters}
+    for settings, own in (({"cache": "first_block"}, set()), ({"lora": str(tmp_path)}, changed)):
+        model = model_of(backbone, **settings)
+        with pytest.raises(torch.OutOfMemoryError), model.following(policy):
+            theirs, ours = addresses(policy), addresses(model._backbone.transformer)
+            assert {name for name in theirs if ours[name] != theirs[name]} == own
+            raise torch.OutOfMemoryError
+        assert all(parameter.is_meta for parameter in model._backbone.transformer.parameters())
+
+
+PLAN = e_grpo(make_schedule(6, merge_lengths=1, active_steps=[0, 2]), [3, 3], [1, 1])
+BLOCKS = 6
+
+
+def roll_out(backbone, model, prompts=("a red circle",), micro_batch=None, cache=None, plan=PLAN):
+    """Pictures [P, 6, L, C] of prompts whose tails are the model's; those of the policy where there is none."""
+    conditioning = backbone.encode(list(prompts))
+    made = Wavefront(plan, len(prompts), backbone.latent_shape, ops.choose("reference"), micro_batch=micro_batch)
+    key = NoiseKey(7, 3, torch.tensor([sum(map(ord, prompt)) for prompt in prompts]))
+
+    def policy(x, t, rows):
+        return backbone.velocity(backbone.transformer, x, t, conditioning, rows)
+
+    if model is None:
+        return made.run(policy, key).final_latents
+    with model.following(backbone.transformer):
+        return made.run(
+            policy, key, tail_velocity=lambda x, t, rows: model.velocity(x, t, conditioning, rows),
+            tail_cache=cache or model.cache,
+        ).final_latents  # fmt: skip
+
+
+def first_block(backbone, threshold):
+    return model_of(backbone, cache=FirstBlock(name="first_block", threshold=threshold))
+
+
+def test_a_first_block_that_always_changes_skips_nothing(backbone):
+    model = first_block(backbone, 1e-9)
+    assert torch.allclose(roll_out(backbone, model), roll_out(backbone, None), rtol=0, atol=1e-4)
+    assert model.cache.computed == model.cache.asked == BLOCKS * PLAN.tail_evaluations
+
+
+def test_a_first_block_that_never_changes_is_all_that_is_computed(backbone):
+    """After the first step of each of the families of 3 rows."""
+    model = first_block(backbone, 1e9)
+    assert not torch.allclose(roll_out(backbone, model), roll_out(backbone, None), rtol=0, atol=1e-2)
+    assert model.cache.asked == BLOCKS * PLAN.tail_evaluations
+    assert model.cache.computed == PLAN.tail_evaluations + (BLOCKS - 1) * 3 * len(PLAN.families)
+
+
+class OneForAll:
+    """A cache whose families share one state."""
+
+    def __init__(self, cache):
+        self.cache = cache
+        self.forget = cache.forget
+
+    def sequence(self, family, chunk):
+        return self.cache.sequence(0, 0)
+
+
+CACHES = [FirstBlock(name="first_block", threshold=0.3), TaylorSeer(name="taylor_seer", warm_up=1)]
+
+
+@pytest.mark.parametrize("settings", CACHES, ids=lambda settings: settings.name)
+def test_every_family_of_every_prompt_keeps_its_own(backbone, settings):
+    """Two prompts in a wavefront are as they are alone, whose rows are as they are in a plan of one family; a state
+    that all share gives something else, and no rollout finds what another left."""
+    prompts, model = ("a red circle", "two blue squares"), model_of(backbone, cache=settings)
+    both, again = roll_out(backbone, model, prompts), roll_out(backbone, model, prompts)
+    assert 0.2 < model.cache.computed / model.cache.asked < 0.9
+    assert torch.equal(both, again)
+    for prompt, pictures in zip(prompts, both):
+        assert torch.allclose(roll_out(backbone, model, [prompt])[0], pictures, rtol=0, atol=1e-4)
+    for active, some in zip((0, 2), both[0].split(3)):
+        plan = e_grpo(make_schedule(6, merge_lengths=1, active_steps=[active]), [3], [1])
+        assert torch.allclose(roll_out(backbone, model, plan=plan)[0], some, rtol=0, atol=1e-4)
+    shared = roll_out(backbone, model, prompts, cache=OneForAll(model.cache))
+    assert not torch.allclose(shared, both, rtol=0, atol=1e-2)
+
+
+def kept(model):
+    """States that the hooks hold."""
+    hooks = [
+        hook
+        for module in model._backbone.transformer.modules()
+        for hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).values()
+    ]
+    assert hooks
+    return sum(len(hook.state_manager._state_cache) for hook in hooks)
+
+
+@pytest.mark.parametrize("settings", CACHES, ids=lambda settings: settings.name)
+def test_a_rollout_out_of_memory_begins_again_with_nothing(backbone, settings):
+    """As if it had been asked to split the families' rows at once."""
+    model = model_of(backbone, cache=settings)
+    expected, plain, seen = roll_out(backbone, model, micro_batch=2), model.velocity, []
+
+    def fails(latents, *rest):
+        seen.append(kept(model))
+        if len(seen) == 6:
+            raise torch.OutOfMemoryError
+        return plain(latents, *rest)
+
+    model.velocity = fails
+    with pytest.raises(torch.OutOfMemoryError):
+        roll_out(backbone, model)
+    assert max(seen) > 0 == kept(model)
+    assert torch.equal(roll_out(backbone, model, micro_batch=2), expected) and kept(model) == 0
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_taylor_seer_is_the_series_in_steps(backbone, order):
+    """Steps 0, 1, 3 and 6 of a tail are computed; f_0 is the velocity, f_n the last change of f_(n-1) per step, and
+    between them the velocity is the sum of k^n f_n / n!."""
+    cache = TaylorSeer(name="taylor_seer", interval=3, warm_up=2, order=order)
+    model, conditioning = model_of(backbone, cache=cache), backbone.encode(["a red circle"])
+    x = torch.randn(2, *backbone.latent_shape, generator=torch.Generator().manual_seed(0))
+    factors, last = [], None
+    with model.following(backbone.transformer):
+        for step in range(8):
+            t = 1 - step / 10
+            with model.cache.sequence(0, 0), torch.no_grad():
+                found = model.velocity(x, t, conditioning, ROWS)
+            if step in (0, 1, 3, 6):
+                with torch.no_grad():
+                    before, factors = factors, [backbone.velocity(backbone.transformer, x, t, conditioning, ROWS)]
+                factors += [(factors[0] - before[0]) / (step - last)] if before else []
+                factors += [(factors[1] - before[1]) / (step - last)] if len(before) > 1 and order > 1 else []
+                last = step
+            k = step - last
+            expected = sum(k**n * factor / max(1, n) for n, factor in enumerate(factors))
+            assert torch.allclose(found, expected, rtol=0, atol=1e-4), step
+            x = x - 0.1 * found
+    assert model.cache.computed * 2 == model.cache.asked
 
 
 def decoder(folder, **changes):
@@ -158,6 +306,17 @@ def test_what_is_not_there_is_refused_by_name(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     assert refused("tail.weights=float8").endswith("this GPU's is 8.0")
+
+
+def test_a_first_block_needs_others():
+    for double, single, blocks in ((1, 0, 1), (0, 1, 1)):
+        transformer = FluxTransformer2DModel(
+            in_channels=4, num_layers=double, num_single_layers=single, attention_head_dim=8, num_attention_heads=2,
+            joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(2, 2, 4),
+        )  # fmt: skip
+        with pytest.raises(ValueError, match=f"tail.cache: first_block needs a .* two blocks or more, .* has {blocks}"):
+            check_cache(FirstBlock(name="first_block"), transformer)
+        check_cache(TaylorSeer(name="taylor_seer"), transformer)
 
 
 def test_a_lora_of_another_model_is_refused(tmp_path):

@@ -1,8 +1,9 @@
-"""The model of the tail where it is not the policy itself: another checkpoint, a LoRA of its own, 8-bit weights."""
+"""The model of the tail where it is not the policy itself: another checkpoint, a LoRA of its own, 8 bits, a cache."""
 
 import copy
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from egrpo_fast.backbones.flux import (
     FluxBackbone,
+    FluxCache,
+    check_cache,
     check_decoder,
     check_folder,
     is_hub_id,
@@ -50,6 +53,8 @@ def check_tail(config: Config, policy: str) -> None:
         weights.files.close()
         if tail.lora is not None:
             lora_layers("tail.lora", tail.lora, transformer)
+        if tail.cache is not None:
+            check_cache(tail.cache, transformer)
         if not is_hub_id(policy):
             theirs, ours = transformer.config, meta_transformer(Path(policy))[0].config
             for name in ("in_channels", "joint_attention_dim", "pooled_projection_dim"):
@@ -63,9 +68,11 @@ def check_tail(config: Config, policy: str) -> None:
 class TailModel:
     """A transformer for the tail alone, whole on the device, without gradient.
 
-    Without `tail.path` it is a copy of the policy, with the LoRA and in the precision that `tail` asks for, and is
-    behind it until `refresh`. The Linear layers of the blocks are quantised (torchao), but those of modulation.
-    Memory: 2 bytes a weight in bfloat16, 1 in 8 bits.
+    Without `tail.path` it follows the policy: within `following` it has the policy's weights, with the LoRA and in the
+    precision that `tail` asks for, and otherwise none. The Linear layers of the blocks are quantised (torchao), but
+    those of modulation. Memory: 2 bytes a weight in bfloat16, 1 in 8 bits; nothing for a weight that is the policy's.
+
+    cache: of the hooks that skip some of its blocks; None: none do.
     """
 
     def __init__(
@@ -75,13 +82,14 @@ class TailModel:
         self._backbone = copy.copy(backbone)
         self._backbone.transformer = transformer.requires_grad_(False).eval()
         self._dtype, self._device = dtype, device
-        self._names = [name for name, _ in transformer.named_parameters()]
+        self._hollow = dict(transformer.named_parameters())
         self._lora = lora_layers("tail.lora", settings.lora, transformer) if settings.lora else {}
         self._quantization = _quantization(settings.weights)
         self._follows = settings.path is None
         if not self._follows:
             self._fill(weights)
         weights.files.close()
+        self.cache = FluxCache(settings.cache, transformer, dtype) if settings.cache else None
 
     @classmethod
     def of(
@@ -90,10 +98,20 @@ class TailModel:
         """None where the tail's model is the policy."""
         return cls(settings, policy, backbone, dtype, device) if settings.has_model else None
 
-    def refresh(self, policy: nn.Module) -> None:
-        """Take the weights of the policy, gathered, where it is what this model follows."""
-        if self._follows:
-            self._fill(partial(_weight, policy))
+    @contextmanager
+    def following(self, policy: nn.Module) -> Iterator[None]:
+        """Has the weights of the policy, gathered, for the length of a rollout, where it is what this model follows.
+
+        A weight that neither a LoRA nor 8 bits change is the policy's own tensor.
+        """
+        try:
+            if self._follows:
+                self._fill(partial(_weight, policy))
+            yield
+        finally:
+            if self._follows:
+                for name, hollow in self._hollow.items():
+                    self._put(name, hollow)
 
     def velocity(self, latents: Tensor, t: float, conditioning: Conditioning, rows: Tensor) -> Tensor:
         """As `FluxBackbone.velocity`."""
@@ -102,17 +120,23 @@ class TailModel:
     @torch.no_grad()
     def _fill(self, read: Callable[[str], Tensor]) -> None:
         """A layer at a time, so that no more than one is there in both precisions."""
-        for name in self._names:
+        for name in self._hollow:
             owner, _, leaf = name.rpartition(".")
-            layer = self._backbone.transformer.get_submodule(owner)
-            value = read(name).to(self._device, self._dtype, copy=True)
+            value = read(name).to(self._device, self._dtype)
             if leaf == "weight" and owner in self._lora:
                 down, up, scale = (part.to(self._device) for part in self._lora[owner])
                 value = (value.float() + scale * (up @ down)).to(self._dtype)
-            setattr(layer, leaf, nn.Parameter(value, requires_grad=False))
+            layer = self._put(name, nn.Parameter(value, requires_grad=False))
             quantised = "transformer_blocks." in owner and "norm" not in owner and isinstance(layer, nn.Linear)
             if self._quantization is not None and leaf == "weight" and quantised:
                 self._quantization(nn.ModuleList([layer]))
+
+    def _put(self, name: str, parameter: nn.Parameter) -> nn.Module:
+        """Returns the layer whose parameter it now is."""
+        owner, _, leaf = name.rpartition(".")
+        layer = self._backbone.transformer.get_submodule(owner)
+        setattr(layer, leaf, parameter)
+        return layer
 
 
 def _weight(policy: nn.Module, name: str) -> Tensor:
