@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from egrpo_fast.backbones.weight_files import WeightFiles
-from egrpo_fast.config import Config
+from egrpo_fast.config import Config, FirstBlock
 from egrpo_fast.methods import plan_of
 from egrpo_fast.plan import Plan
 from egrpo_fast.shapes import CLIP, PIPELINE
@@ -409,8 +409,9 @@ class Cost:
             put("average of the weights", 4.0 * share, on_host)
         always["reduction bucket"] = float(self.bucket * size)
         always["VAE"] = self.pipeline.frozen["vae"] * size
-        if config.tail.has_model:
-            always["the tail's model"] = float(self.parameters * (size if config.tail.weights == "exact" else 1))
+        tails = float(self.parameters * (size if config.tail.weights == "exact" else 1)) * config.tail.has_weights
+        if config.tail.path is not None:
+            always["the tail's model"] = tails
         if config.prompts.embeddings is None:
             always["text encoders"] = self._text_encoders()
         rewards = {reward.name: self._reward(reward.name, reward.options) for reward in config.rewards}
@@ -443,6 +444,8 @@ class Cost:
         phases = {
             "rollout": {
                 "gathered weights": weights if whole else gathered,
+                "the tail's copy": 0.0 if config.tail.path is not None else tails,
+                "the tail's cache": self._tail_cache(),
                 "activations": transformer.forward_bytes(micro_batch, self.tokens, size),
                 "velocities": 2.0 * size * live * latents,
                 "pictures' latents": kept,
@@ -469,6 +472,18 @@ class Cost:
             },
         }  # fmt: skip
         return Memory(always, phases, host)
+
+    def _tail_cache(self) -> float:
+        """What `tail.cache` keeps of all rows that have a tail, until the rollout ends."""
+        cache, transformer = self.config.tail.cache, self.pipeline.transformer
+        if cache is None:
+            return 0.0
+        rows = self._per_call * sum(map(len, self.plan.families))
+        if isinstance(cache, FirstBlock):  # what the first block made and added, and what all others added to that
+            kept = (2 * self.tokens + self.image_tokens) * transformer.width
+        else:
+            kept = (cache.order + 1) * self.image_tokens * transformer.config["in_channels"]
+        return float(rows * kept * self.itemsize)
 
     def _text_encoders(self) -> float:
         clip, t5 = self.pipeline.frozen["text_encoder"], self.pipeline.frozen["text_encoder_2"]

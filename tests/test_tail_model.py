@@ -8,12 +8,14 @@ import torch
 from diffusers import AutoencoderTiny, FluxTransformer2DModel
 from peft import LoraConfig
 from safetensors.torch import save_file
+from torch.utils._pytree import tree_leaves
 
 from egrpo_fast import ops
 from egrpo_fast.backbones import tail as tail_models
 from egrpo_fast.backbones.flux import FluxBackbone, check_cache, meta_transformer, save_lora
 from egrpo_fast.backbones.tail import TailModel, check_tail
 from egrpo_fast.config import FirstBlock, Lora, Tail, TaylorSeer, load_config
+from egrpo_fast.cost import Cluster, Cost
 from egrpo_fast.methods import e_grpo
 from egrpo_fast.rollout import NoiseKey, Wavefront
 from egrpo_fast.schedule import make_schedule
@@ -207,14 +209,12 @@ def test_every_family_of_every_prompt_keeps_its_own(backbone, settings):
 
 
 def kept(model):
-    """States that the hooks hold."""
-    hooks = [
-        hook
-        for module in model._backbone.transformer.modules()
-        for hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).values()
-    ]
-    assert hooks
-    return sum(len(hook.state_manager._state_cache) for hook in hooks)
+    """Bytes that the hooks hold."""
+    registries = [getattr(module, "_diffusers_hook", None) for module in model._backbone.transformer.modules()]
+    managers = {hook.state_manager for one in registries if one for hook in one.hooks.values()}
+    assert managers
+    leaves = tree_leaves([vars(state) for manager in managers for state in manager._state_cache.values()])
+    return sum(leaf.numel() * leaf.itemsize for leaf in leaves if isinstance(leaf, torch.Tensor))
 
 
 @pytest.mark.parametrize("settings", CACHES, ids=lambda settings: settings.name)
@@ -234,6 +234,17 @@ def test_a_rollout_out_of_memory_begins_again_with_nothing(backbone, settings):
         roll_out(backbone, model)
     assert max(seen) > 0 == kept(model)
     assert torch.equal(roll_out(backbone, model, micro_batch=2), expected) and kept(model) == 0
+
+
+@pytest.mark.parametrize("settings", CACHES, ids=lambda settings: settings.name)
+def test_the_cost_knows_what_a_cache_keeps(backbone, settings):
+    model, held = model_of(backbone, cache=settings), []
+    forget = model.cache.forget
+    model.cache.forget = lambda: (held.append(kept(model)), forget())
+    roll_out(backbone, model)
+    plan = ["schedule.num_steps=6", "schedule.merge_lengths=1", "schedule.active_steps=[0,2]", "rollout.group_size=3"]
+    config = load_config("shapes", [*plan, f"tail.cache={settings.model_dump_json()}"])
+    assert held == [Cost(config, Cluster(1, 1, "cpu")).memory.phases["rollout"]["the tail's cache"]]
 
 
 @pytest.mark.parametrize("order", [1, 2])
