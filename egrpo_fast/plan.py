@@ -303,7 +303,7 @@ class Plan:
             (slot * len(self.families) + number, [slot * len(wave.sources) + wave.sources.index(row) for row in rows])
             for slot in range(num_prompts)
             for number, rows in enumerate(self.families)
-            if tail.issuperset(rows)
+            if tail >= set(rows)
         ]
 
         def words(values: Sequence[int], dtype: torch.dtype = torch.int32) -> Tensor:

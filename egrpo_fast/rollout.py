@@ -25,7 +25,7 @@ class Cache(Protocol):
     """What a tail's model keeps of a call for the next one of the same rows, so as to compute less in that."""
 
     def sequence(self, family: int, chunk: int) -> AbstractContextManager[Any]:
-        """Entered for each call; those of equal numbers have the same rows in the same order, one step after another."""
+        """Entered for each call; those of equal numbers have the same rows in the same order, step after step."""
 
     def forget(self) -> None:
         """Keep nothing: the run has ended, or failed."""

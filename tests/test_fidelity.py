@@ -102,8 +102,8 @@ def test_the_command_on_shapes(tmp_path):
     assert coarse["tail_evaluations"] < fine["tail_evaluations"] < 1
     assert coarse["correlation"] < fine["correlation"] <= 1
     plan = plan_of(load_config("shapes", SMALL), 0)
-    steps = sum(map(len, plan.tails)) // 4  # of one row of each of the two groups
-    assert cached["tail_evaluations"] == pytest.approx((2 + (steps - 2) / 6) / steps), "one block of six after the first"
+    steps = plan.tail_evaluations // 4  # of one row of each of the two groups
+    assert cached["tail_evaluations"] == pytest.approx((2 + (steps - 2) / 6) / steps), "one block of six but at first"
     suggested = found["suggested"]
     assert suggested["correlation"] >= 0.3 and suggested["tail_evaluations"] <= fine["tail_evaluations"]
     assert f"suggested for a correlation of 0.3: {suggested['settings']}" in told

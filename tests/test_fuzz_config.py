@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from egrpo_fast.config import OWNED_BY_US, Config, ConfigError, load_config
+from egrpo_fast.config import OWNED_BY_US, Config, ConfigError, Tail, load_config
 
 SECTIONS = {  # a whole tree in which every optional section is there, so that every field can be broken
     "output_dir": "runs/fuzz",
@@ -50,7 +50,7 @@ def constraints(metadata):
 def fields(model, path=()):
     """(path, alternatives) of every field of the tree; lists of sections by their first entry.
 
-    Of several sections that may stand in one place (`method`) none is entered: see METHOD_FIELDS.
+    Of several sections that may stand in one place (`method`, `tail.cache`) none is entered: see BRANCH_FIELDS.
     """
     for name, info in model.model_fields.items():
         here = (*path, name)
@@ -67,13 +67,18 @@ def fields(model, path=()):
 
 FIELDS = list(fields(Config))
 NAMES = [".".join(map(str, path)) for path, _ in FIELDS]
-METHOD_FIELDS = [
-    (path, kinds, {**SECTIONS, "method": typing.get_args(method.model_fields["name"].annotation)[0]})
-    for method, _ in branches(Config.model_fields["method"].annotation)
-    for path, kinds in fields(method, ("method",))
+BRANCH_FIELDS = [
+    (path, kinds, {**SECTIONS, **tree(typing.get_args(section.model_fields["name"].annotation)[0])})
+    for annotation, place, tree in (
+        (Config.model_fields["method"].annotation, ("method",), lambda name: {"method": name}),
+        (Tail.model_fields["cache"].annotation, ("tail", "cache"), lambda name: {"tail": {"cache": {"name": name}}}),
+    )
+    for section, _ in branches(annotation)
+    if section is not types.NoneType
+    for path, kinds in fields(section, place)
     if path[-1] != "name"
 ]
-TREES = [*((path, kinds, SECTIONS) for path, kinds in FIELDS), *METHOD_FIELDS]
+TREES = [*((path, kinds, SECTIONS) for path, kinds in FIELDS), *BRANCH_FIELDS]
 """Every field, with a tree in which it is."""
 
 
@@ -272,6 +277,7 @@ def across(draw):
                 ({"deepspeed.overrides": {owned: 1}}, "deepspeed.overrides"),
                 ({"rollout.weights": "sharded", "tail.lora": unknown}, "tail.lora"),
                 ({"rollout.weights": "sharded", "tail.weights": "int8"}, "tail.weights"),
+                ({"rollout.weights": "sharded", "tail.cache": "taylor_seer"}, "tail.cache"),
                 ({"rewards": [{"name": unknown, "weight": 0}]}, "rewards"),
                 ({"rewards": [{"name": unknown}] * draw(st.integers(2, 4))}, "rewards"),
                 ({"evaluation.stop_when": {"reward": unknown}}, "evaluation.stop_when.reward"),

@@ -125,7 +125,7 @@ def addresses(module):
 
 
 def test_a_weight_that_stays_as_it_is_is_the_policys_own(backbone, adapters, tmp_path):
-    """For the length of a rollout, also one that fails; then the model has none. A LoRA copies the layers it changes."""
+    """For the length of a rollout, be it one that fails; then there is none. A LoRA copies the layers it changes."""
     save_lora(tmp_path, adapters, ADAPTERS)
     policy, changed = backbone.transformer, {name.partition(".lora_")[0] + ".weight" for name in adapters}
     for settings, own in (({"cache": "first_block"}, set()), ({"lora": str(tmp_path)}, changed)):
