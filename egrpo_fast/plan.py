@@ -9,7 +9,7 @@ so a step is one batched model call, whatever the number of branches. A method i
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import torch
 from torch import Tensor
@@ -299,12 +299,12 @@ class Plan:
             if edge.source == source and later.get(edge.destination)
         ]
 
-        families = [
-            (slot * len(self.families) + number, [slot * len(wave.sources) + wave.sources.index(row) for row in rows])
+        families = {
+            slot * len(self.families) + number: [slot * len(wave.sources) + wave.sources.index(row) for row in rows]
             for slot in range(num_prompts)
             for number, rows in enumerate(self.families)
             if tail >= set(rows)
-        ]
+        }
 
         def words(values: Sequence[int], dtype: torch.dtype = torch.int32) -> Tensor:
             return on_device(values, device, dtype)
@@ -313,6 +313,7 @@ class Plan:
             found = list(values)
             return words(found, torch.int64) if found else None
 
+        members = indices(chain.from_iterable(families.values()))
         return WaveTable(
             time=wave.time,
             sources=words([slot * self.num_rows + source for slot in range(num_prompts) for source in wave.sources]),
@@ -330,14 +331,7 @@ class Plan:
             twins=indices(row for _, row in mirrored),
             exact=indices(place for place, _, source in places if source not in tail),
             tail=indices(place for place, _, source in places if source in tail),
-            families=tuple(
-                zip(
-                    [number for number, _ in families],
-                    words([place for _, found in families for place in found], torch.int64).split(
-                        [len(found) for _, found in families]
-                    ),
-                )
-            ),
+            families=tuple(zip(families, members.split([*map(len, families.values())]))) if members is not None else (),
             multistep=indices(place for place, _ in multistep),
             multistep_rows=indices(row for _, row in multistep),
             history=on_device(history, device, dtype).reshape(-1, 1, 1) if history else None,

@@ -112,13 +112,11 @@ class Wavefront:
 
     def rows_per_call(self, tail_cache: Cache | None = None) -> int:
         """Most rows of one model call of a run, with that cache."""
-        plan, families = self.plan, []
-        rows = [len(wave.sources) for wave in plan.waves]
+        rows = [self.num_prompts * len(wave.sources) for wave in self.plan.waves]
         if tail_cache is not None:
-            rows = [count - len(tail) for count, tail in zip(rows, plan.tails)]
-            families = [len(family) for family in plan.families]
-        most = max(self.num_prompts * max(rows), *families, 0)
-        return min(self.micro_batch or most, most)
+            rows = [count - self.num_prompts * len(tail) for count, tail in zip(rows, self.plan.tails)]
+            rows += [len(family) for family in self.plan.families]
+        return min(self.micro_batch or max(rows), max(rows))
 
     def _velocity(
         self, velocity: Velocity, tail_velocity: Velocity | None, tail_cache: Cache | None, table: WaveTable
