@@ -320,7 +320,7 @@ def _parser() -> argparse.ArgumentParser:
     add("recipe", metavar="RUN_OR_RECIPE", help="a run's folder, whose checkpoint is measured, or a recipe")
     add("overrides", nargs="*", metavar="key.path=value", help="settings of it to change")
     add("--tails", nargs="+", action="extend", metavar="'SETTING ...'",
-        help="to compare, such as 'tail.stride=3 tail.solver=dpm2m' (strides 2 to 6 with every solver)")  # fmt: skip
+        help="to compare, such as 'tail.stride=3 tail.solver=dpm2m' (strides with solvers, TaylorSeer)")  # fmt: skip
     add("--target", type=_number(0.01, 0.9999, float), default=0.95, metavar="RHO",
         help="rank correlation within groups (%(default)s)")  # fmt: skip
     add("--num-prompts", type=_number(1), default=8, metavar="N", help="from the run's order (%(default)s)")

@@ -264,7 +264,7 @@ class TaylorSeer(_Section):
     """TaylorSeer (arXiv 2503.06923), diffusers' lite mode."""
     interval: Annotated[int, Field(ge=2)] = 2
     """Steps from one computed step to the next."""
-    warm_up: Positive = 2
+    warm_up: Positive = 1
     """First steps of a tail that are all computed."""
     order: Positive = 1
     """Highest order of the series."""
@@ -614,7 +614,7 @@ class Config(_Section):
             raise ValueError(f"deepspeed.offload_weights: only ZeRO-3 shards weights, zero_stage is {zero.zero_stage}")
         if zero.zero_stage < 3 and zero.offload_optimizer == "nvme":
             raise ValueError("deepspeed.offload_optimizer: nvme needs zero_stage 3")
-        if zero.zero_stage == 3 and self.rollout.weights == "sharded":
+        if self.collects_weights:
             told = "needs rollout.weights gathered: sharded ones are collected inside every call"
             if self.rollout.compile:
                 raise ValueError(f"rollout.compile: true {told}")
@@ -626,8 +626,7 @@ class Config(_Section):
             raise ValueError("deepspeed.offload_optimizer: bitsandbytes' 8-bit AdamW stays on the device; use adamw")
         if zero.offload_optimizer == "nvme" and self.optimizer.ema_decay is not None:
             raise ValueError("optimizer.ema_decay: the average cannot be kept on nvme; use offload_optimizer cpu")
-        follows = self.tail.has_model and self.tail.path is None
-        if follows and zero.zero_stage == 3 and self.rollout.weights == "sharded":
+        if self.tail.has_model and self.tail.path is None and self.collects_weights:
             name = next(name for name in ("lora", "weights", "cache") if name in self.tail.approximated)
             told = "its model follows the policy from rollout to rollout; needs rollout.weights gathered"
             raise ValueError(f"tail.{name}: {told}")
@@ -646,6 +645,11 @@ class Config(_Section):
                     told = f"cps adds no noise in a step to t = 0, as active step {index} is over {made.merges[index]}"
                     raise ValueError(f"schedule.sde_form: {told}; use entropy_threshold 0 or other merge_lengths")
         return self
+
+    @property
+    def collects_weights(self) -> bool:
+        """Whether a rollout's model calls gather sharded weights themselves."""
+        return self.deepspeed.zero_stage == 3 and self.rollout.weights == "sharded"
 
     def build_schedule(self) -> Schedule:
         """The schedule as the method uses it: without merging where it knows none."""

@@ -36,7 +36,8 @@ from egrpo_fast.shapes import EMBEDDED, PROMPTS, pipeline_path
 WINDOW = 8
 """Checks that a run judges its tail by: those of so many times `tail.check_every` iterations."""
 STRIDES, SOLVERS = (2, 3, 4, 5, 6), ("euler", "ab2", "dpm2m")
-"""What `egrpo fidelity` measures unless it is told."""
+CACHED = "tail.cache=taylor_seer", "tail.cache=taylor_seer tail.stride=2 tail.solver=dpm2m"
+"""What `egrpo fidelity` measures unless it is told: every stride with every solver, and these caches."""
 MARGINS, TRIES = 5, 8
 """Margins above the target that it composes strides for, and settings that it tries on further prompts."""
 
@@ -340,12 +341,13 @@ def _grid(stride: int, solver: str) -> str:
 
 
 def _candidates(config: Config) -> list[str]:
-    """The grid of strides and solvers that the method lets be chosen, and first the configuration's own tail."""
+    """What the method and the way its weights are held let be chosen, and first the configuration's own tail."""
     uses = config.method.uses
     own = [""] if not config.tail.exact else []
+    cached = [] if config.collects_weights else list(CACHED)
     if "tail.stride" in uses:
-        return own + [_grid(stride, solver) for solver in SOLVERS for stride in STRIDES]
-    return own + ([f"tail.solver={solver}" for solver in SOLVERS[1:]] if "tail.solver" in uses else [])
+        return own + [_grid(stride, solver) for solver in SOLVERS for stride in STRIDES] + cached
+    return own + ([f"tail.solver={solver}" for solver in SOLVERS[1:]] + cached[:1] if "tail.solver" in uses else [])
 
 
 def fidelity(
@@ -361,8 +363,8 @@ def fidelity(
     """Measure tails against the exact one and suggest a setting; returns a table. ValueError: what the user must mend.
 
     recipe: one, or a run's folder, whose `checkpoint` is then the policy. tails: settings each, as on the command line;
-    none given: strides and solvers. The prompts are the first `num_prompts` of the run's own order; what is suggested
-    was measured once more on the next ones. out: also write everything there as JSON.
+    none given: strides, solvers and caches. The prompts are the first `num_prompts` of the run's own order; what is
+    suggested was measured once more on the next ones. out: also write everything there as JSON.
     """
     reader = None
     if (run := Path(recipe)).is_dir():

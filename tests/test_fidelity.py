@@ -10,6 +10,7 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
+from egrpo_fast import fidelity as fidelity_module
 from egrpo_fast import ops
 from egrpo_fast.config import ConfigError, Tail, load_config
 from egrpo_fast.fidelity import WINDOW, TailGuard, cheapest_strides, compare, fidelity, rank_correlation
@@ -127,6 +128,19 @@ BAD = {
 def test_settings_that_cannot_be_are_refused_by_name(overrides):
     with pytest.raises(ConfigError, match=BAD[overrides]):
         load_config("shapes", overrides.split())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "count", "cached"),
+    [
+        ([], 17, 2), (["rollout.weights=sharded"], 15, 0), (["tail.lora=/nowhere"], 18, 2),
+        (["method=granular_grpo"], 3, 1), (["method=branch_grpo"], 0, 0),
+    ],
+)  # fmt: skip
+def test_what_the_search_tries_can_be_loaded(overrides, count, cached):
+    found = fidelity_module._candidates(load_config("shapes", overrides))
+    made = [load_config("shapes", [*overrides, *settings.split()]) for settings in found]
+    assert len(made) == count and sum(config.tail.cache is not None for config in made) == cached
 
 
 def test_what_the_command_refuses(tmp_path):

@@ -1,5 +1,6 @@
 """The tail's own model and decoder: the policy's weights, other checkpoints, LoRAs, 8 bits, caches; what is refused."""
 
+import copy
 import shutil
 import sys
 
@@ -69,6 +70,15 @@ def velocity(backbone, module, latents, conditioning):
 
 def test_without_a_model_of_its_own_there_is_none(backbone):
     assert model_of(backbone, stride=4, solver="ab2", decoder="anywhere") is None
+
+
+def test_attention_is_computed_as_the_policys(backbone):
+    policy = another(backbone)
+    policy.set_attention_backend("_native_math")
+    chosen = copy.copy(backbone)
+    chosen.transformer = policy
+    processors = model_of(chosen, cache="first_block")._backbone.transformer.attn_processors.values()
+    assert {processor._attention_backend.value for processor in processors} == {"_native_math"}
 
 
 def test_another_checkpoint_never_follows(backbone, conditioning, latents, tmp_path):

@@ -158,6 +158,13 @@ def use_attention(transformer: FluxTransformer2DModel, name: str) -> None:
         transformer.set_attention_backend(ATTENTION.get(name, name))
 
 
+def use_same_attention(transformer: FluxTransformer2DModel, as_in: FluxTransformer2DModel) -> None:
+    """Have every attention layer of one computed as those of another are."""
+    (chosen,) = {processor._attention_backend for processor in as_in.attn_processors.values()}
+    for processor in transformer.attn_processors.values():
+        processor._attention_backend = chosen
+
+
 class CompiledFlux(FluxTransformer2DModel):
     """A transformer whose repeated blocks are compiled, once for any number of rows; for forwards without gradient."""
 
@@ -171,8 +178,7 @@ class CompiledFlux(FluxTransformer2DModel):
             made = cls.from_config(transformer.config)
         for adapter in getattr(transformer, "peft_config", {}).values():
             made.add_adapter(adapter)
-        for ours, theirs in zip(made.attn_processors.values(), transformer.attn_processors.values()):
-            ours._attention_backend = theirs._attention_backend
+        use_same_attention(made, transformer)
         for block in (*made.transformer_blocks, *made.single_transformer_blocks):
             block._compiled_call_impl = partial(_any_rows, torch.compile(block._call_impl, backend=backend))
         return made.requires_grad_(False).eval()

@@ -21,6 +21,7 @@ from egrpo_fast.backbones.flux import (
     lora_layers,
     meta_transformer,
     resolve,
+    use_same_attention,
 )
 from egrpo_fast.backbones.flux_text import Conditioning
 from egrpo_fast.config import Config, Tail
@@ -81,6 +82,7 @@ class TailModel:
         transformer, weights = meta_transformer(resolve(settings.path) if settings.path else policy)
         self._backbone = copy.copy(backbone)
         self._backbone.transformer = transformer.requires_grad_(False).eval()
+        use_same_attention(transformer, backbone.transformer)
         self._dtype, self._device = dtype, device
         self._hollow = dict(transformer.named_parameters())
         self._lora = lora_layers("tail.lora", settings.lora, transformer) if settings.lora else {}
