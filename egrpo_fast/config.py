@@ -270,7 +270,7 @@ class TaylorSeer(_Section):
     """Highest order of the series."""
 
 
-Cache = FirstBlock | TaylorSeer
+TailCache = FirstBlock | TaylorSeer
 
 APPROXIMATIONS = ("stride", "solver", "path", "lora", "weights", "cache", "decoder")
 """Settings of `tail` that change its pictures."""
@@ -290,7 +290,7 @@ class Tail(_Section):
     weights: Literal["exact", "int8", "float8"] = "exact"
     """What its calls compute in: as the policy, or weights and activations in 8 bits (torchao); float8 wants a GPU of
     compute capability 8.9."""
-    cache: Annotated[Cache, Field(discriminator="name")] | None = None
+    cache: Annotated[TailCache, Field(discriminator="name")] | None = None
     """What its calls reuse of the call before, by diffusers' caching hooks; the name alone will do where it keeps its
     defaults; none given: nothing."""
     decoder: str | None = None

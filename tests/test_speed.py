@@ -16,12 +16,13 @@ import torch
 
 from egrpo_fast import ops
 from egrpo_fast.beside import Beside
-from egrpo_fast.config import load_config
+from egrpo_fast.config import FirstBlock, Tail, load_config
 from egrpo_fast.methods import e_grpo
 from egrpo_fast.progress import Progress
 from egrpo_fast.rollout import NoiseKey, Wavefront, find_micro_batch
 from egrpo_fast.sampler import Sampler
 from egrpo_fast.schedule import make_schedule
+from egrpo_fast.shapes import PIPELINE
 from egrpo_fast.train import check_inputs
 
 ROOT = Path(__file__).parents[1]
@@ -94,6 +95,24 @@ def check_overlap(trainer, prompts, plain):
     trainer.sampler.rewards["shapes_soft"], trainer.sampler.beside = working, None
 
 
+def check_cached_tail(trainer, prompts, plain):
+    """Lent the gathered weights for as long as they are there; a rank without memory has all ask for fewer rows."""
+    from egrpo_fast.backbones.tail import TailModel
+
+    sampler = trainer.sampler
+    velocity = out_of_memory_at(trainer, 1, lambda call, rows: call == 7)
+    settings = Tail(cache=FirstBlock(name="first_block", threshold=1e-9))
+    model = TailModel.of(settings, PIPELINE, sampler.backbone, torch.float32, trainer.world.device)
+    sampler._tail_model = model
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert_alike(sampler.sample(prompts), plain, exactly=False)
+    assert sampler.wavefront.micro_batch == 1, "half of a family of 3"
+    assert model.cache.computed == model.cache.asked > 0
+    assert all(parameter.is_meta for parameter in model._backbone.transformer.parameters())
+    sampler._tail_model, sampler.wavefront.micro_batch, sampler.backbone.velocity = None, None, velocity
+
+
 def check_compiled(trainer, prompts, plain):
     from egrpo_fast.backbones.flux import CompiledFlux
 
@@ -129,6 +148,7 @@ def main(folder):
         plain = trainer.sampler.sample(prompts)
         check_memory(trainer, prompts, plain)
         check_overlap(trainer, prompts, plain)
+        check_cached_tail(trainer, prompts, plain)
         check_compiled(trainer, prompts, plain)
     world.close()
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from egrpo_fast.backbones.flux_text import Conditioning, FluxTextEncoder
 from egrpo_fast.backbones.weight_files import WeightFiles, new_adapter
-from egrpo_fast.config import Cache, FirstBlock, Lora
+from egrpo_fast.config import FirstBlock, Lora, TailCache
 
 LATENT_PATCH = 2
 """FLUX packs 2 x 2 latent pixels into one token."""
@@ -202,7 +202,7 @@ def _any_rows(block: Callable[..., Any], **inputs: Any) -> Any:
     return block(**inputs)
 
 
-def check_cache(settings: Cache, transformer: FluxTransformer2DModel) -> None:
+def check_cache(settings: TailCache, transformer: FluxTransformer2DModel) -> None:
     """ValueError where that `tail.cache` cannot serve this transformer."""
     blocks = len(transformer.transformer_blocks) + len(transformer.single_transformer_blocks)
     if isinstance(settings, FirstBlock) and blocks < 2:
@@ -215,7 +215,7 @@ class FluxCache:
     asked, computed: evaluations of a block for a row since it was made, wanted and really done.
     """
 
-    def __init__(self, settings: Cache, transformer: FluxTransformer2DModel, dtype: torch.dtype) -> None:
+    def __init__(self, settings: TailCache, transformer: FluxTransformer2DModel, dtype: torch.dtype) -> None:
         """dtype: of what is kept."""
         self._transformer, self.asked, self.computed = transformer, 0, 0
         if isinstance(settings, FirstBlock):
