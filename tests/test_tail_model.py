@@ -147,12 +147,13 @@ def test_a_weight_that_stays_as_it_is_is_the_policys_own(backbone, adapters, tmp
         assert all(parameter.is_meta for parameter in model._backbone.transformer.parameters())
 
 
-PLAN = e_grpo(make_schedule(6, merge_lengths=1, active_steps=[0, 2]), [3, 3], [1, 1])
+PLAN = e_grpo(make_schedule(6, merge_lengths=1, active_steps=[0, 2]), [2, 2], [1, 1])
 BLOCKS = 6
+CACHES = [FirstBlock(name="first_block", threshold=0.3), TaylorSeer(name="taylor_seer", warm_up=1)]
 
 
 def roll_out(backbone, model, prompts=("a red circle",), micro_batch=None, cache=None, plan=PLAN):
-    """Pictures [P, 6, L, C] of prompts whose tails are the model's; those of the policy where there is none."""
+    """Pictures [P, 4, L, C] of prompts whose tails are the model's; those of the policy where there is none."""
     conditioning = backbone.encode(list(prompts))
     made = Wavefront(plan, len(prompts), backbone.latent_shape, ops.choose("reference"), micro_batch=micro_batch)
     key = NoiseKey(7, 3, torch.tensor([sum(map(ord, prompt)) for prompt in prompts]))
@@ -180,11 +181,24 @@ def test_a_first_block_that_always_changes_skips_nothing(backbone):
 
 
 def test_a_first_block_that_never_changes_is_all_that_is_computed(backbone):
-    """After the first step of each of the families of 3 rows."""
+    """After the first step of each of the families of 2 rows."""
     model = first_block(backbone, 1e9)
     assert not torch.allclose(roll_out(backbone, model), roll_out(backbone, None), rtol=0, atol=1e-2)
     assert model.cache.asked == BLOCKS * PLAN.tail_evaluations
-    assert model.cache.computed == PLAN.tail_evaluations + (BLOCKS - 1) * 3 * len(PLAN.families)
+    assert model.cache.computed == PLAN.tail_evaluations + (BLOCKS - 1) * 2 * len(PLAN.families)
+
+
+@pytest.mark.parametrize("other", ["lora", "weights"])
+def test_a_cache_combines_with_what_else_is_the_tails(backbone, adapters, other, tmp_path):
+    if other == "weights":
+        pytest.importorskip("torchao")
+    save_lora(tmp_path, adapters, ADAPTERS)
+    settings = {other: {"lora": str(tmp_path), "weights": "int8"}[other]}
+    plain, skipping = model_of(backbone, **settings), model_of(backbone, **settings, cache=CACHES[1])
+    nothing = model_of(backbone, **settings, cache=FirstBlock(name="first_block", threshold=1e-9))
+    exact, fast, slow = (roll_out(backbone, model) for model in (plain, skipping, nothing))
+    assert torch.allclose(slow, exact, rtol=0, atol=1e-4) and not torch.allclose(slow, fast, rtol=0, atol=1e-3)
+    assert skipping.cache.computed < skipping.cache.asked
 
 
 class OneForAll:
@@ -198,9 +212,6 @@ class OneForAll:
         return self.cache.sequence(0, 0)
 
 
-CACHES = [FirstBlock(name="first_block", threshold=0.3), TaylorSeer(name="taylor_seer", warm_up=1)]
-
-
 @pytest.mark.parametrize("settings", CACHES, ids=lambda settings: settings.name)
 def test_every_family_of_every_prompt_keeps_its_own(backbone, settings):
     """Two prompts in a wavefront are as they are alone, whose rows are as they are in a plan of one family; a state
@@ -211,8 +222,8 @@ def test_every_family_of_every_prompt_keeps_its_own(backbone, settings):
     assert torch.equal(both, again)
     for prompt, pictures in zip(prompts, both):
         assert torch.allclose(roll_out(backbone, model, [prompt])[0], pictures, rtol=0, atol=1e-4)
-    for active, some in zip((0, 2), both[0].split(3)):
-        plan = e_grpo(make_schedule(6, merge_lengths=1, active_steps=[active]), [3], [1])
+    for active, some in zip((0, 2), both[0].split(2)):
+        plan = e_grpo(make_schedule(6, merge_lengths=1, active_steps=[active]), [2], [1])
         assert torch.allclose(roll_out(backbone, model, plan=plan)[0], some, rtol=0, atol=1e-4)
     shared = roll_out(backbone, model, prompts, cache=OneForAll(model.cache))
     assert not torch.allclose(shared, both, rtol=0, atol=1e-2)
@@ -231,7 +242,7 @@ def kept(model):
 def test_a_rollout_out_of_memory_begins_again_with_nothing(backbone, settings):
     """As if it had been asked to split the families' rows at once."""
     model = model_of(backbone, cache=settings)
-    expected, plain, seen = roll_out(backbone, model, micro_batch=2), model.velocity, []
+    expected, plain, seen = roll_out(backbone, model, micro_batch=1), model.velocity, []
 
     def fails(latents, *rest):
         seen.append(kept(model))
@@ -243,7 +254,7 @@ def test_a_rollout_out_of_memory_begins_again_with_nothing(backbone, settings):
     with pytest.raises(torch.OutOfMemoryError):
         roll_out(backbone, model)
     assert max(seen) > 0 == kept(model)
-    assert torch.equal(roll_out(backbone, model, micro_batch=2), expected) and kept(model) == 0
+    assert torch.equal(roll_out(backbone, model, micro_batch=1), expected) and kept(model) == 0
 
 
 @pytest.mark.parametrize("settings", CACHES, ids=lambda settings: settings.name)
@@ -252,7 +263,7 @@ def test_the_cost_knows_what_a_cache_keeps(backbone, settings):
     forget = model.cache.forget
     model.cache.forget = lambda: (held.append(kept(model)), forget())
     roll_out(backbone, model)
-    plan = ["schedule.num_steps=6", "schedule.merge_lengths=1", "schedule.active_steps=[0,2]", "rollout.group_size=3"]
+    plan = ["schedule.num_steps=6", "schedule.merge_lengths=1", "schedule.active_steps=[0,2]", "rollout.group_size=2"]
     config = load_config("shapes", [*plan, f"tail.cache={settings.model_dump_json()}"])
     assert held == [Cost(config, Cluster(1, 1, "cpu")).memory.phases["rollout"]["the tail's cache"]]
 
