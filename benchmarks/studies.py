@@ -16,7 +16,6 @@ import os
 import platform
 import re
 import shutil
-import socket
 import statistics
 import subprocess
 import sys
@@ -33,6 +32,7 @@ import torch
 from tqdm import tqdm
 
 from egrpo_fast.config import Config, load_config
+from egrpo_fast.engine import free_port
 from egrpo_fast.methods import group_sizes_by_spread, plan_of
 
 ROOT = Path(__file__).parents[1]
@@ -139,12 +139,6 @@ def metrics(folder: Path) -> list[dict]:
 def commit() -> str:
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return git.stdout.strip()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def train(folder: Path, seed: int, iterations: int, overrides: Iterable[str], threads: int) -> None:

@@ -1,4 +1,4 @@
-"""The distributed engine, and the only room that imports DeepSpeed: load sharded, gather, step, pieces, agree."""
+"""The distributed engine, on DeepSpeed: load sharded, gather, backward, step, pieces, restore; what ranks agree on."""
 
 import contextlib
 import math
@@ -7,7 +7,6 @@ import resource
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -16,13 +15,13 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from egrpo_fast.checkpoint import CheckpointReader, Piece
 from egrpo_fast.config import Config, Optimizer
 from egrpo_fast.heartbeat import Heartbeat
+from egrpo_fast.masters import Masters
 
 WEIGHT, EMA = "weight", "ema"
 """Kinds of checkpoint pieces beside the optimizer's own: float32 master weights and their moving average."""
@@ -66,6 +65,13 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
     )
 
 
+def free_port() -> int:
+    """A port of loopback that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 class World:
     """This process among its ranks. Started by the `deepspeed` launcher, or alone.
 
@@ -75,11 +81,8 @@ class World:
     def __init__(self, timeout: float = 7200.0) -> None:
         for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("MASTER_ADDR", "127.0.0.1")):
             os.environ.setdefault(name, str(value))
-        if os.environ["WORLD_SIZE"] == "1" and "MASTER_PORT" not in os.environ:
-            with socket.socket() as free:  # alone: a fixed port would meet that of another run on this machine
-                free.bind(("127.0.0.1", 0))
-                os.environ["MASTER_PORT"] = str(free.getsockname()[1])
-        os.environ.setdefault("MASTER_PORT", "29500")
+        alone = os.environ["WORLD_SIZE"] == "1"  # then a fixed port would meet that of another run on this machine
+        os.environ.setdefault("MASTER_PORT", str(free_port() if alone else 29500))
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -229,21 +232,6 @@ def learning_rate_factor(settings: Optimizer, total_steps: int, step: int) -> fl
     return left if settings.decay == "linear" else 0.5 * (1.0 - math.cos(math.pi * left))
 
 
-@dataclass(frozen=True)
-class _Fragment:
-    """Where this rank keeps a piece of a parameter: flat[offset : offset + numel] is whole[start : start + numel]."""
-
-    name: str
-    shape: tuple[int, ...]
-    flat: int
-    offset: int
-    start: int
-    numel: int
-
-    def of(self, flat: Tensor) -> Tensor:
-        return flat.narrow(0, self.offset, self.numel)
-
-
 class Engine:
     """A module under DeepSpeed ZeRO with AdamW, a learning rate schedule, gradient clipping and a moving average.
 
@@ -262,14 +250,10 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(
             model=module, optimizer=self._client, lr_scheduler=self._scheduler, config=deepspeed_config(config)
         )
-        self._zero, self.sharded = self._engine.optimizer, config.deepspeed.zero_stage == 3
-        self._shapes = {
-            name: tuple(getattr(parameter, "ds_shape", parameter.shape))
-            for name, parameter in module.named_parameters()
-        }
-        self._fragments = list(self._find_fragments())
+        self.sharded = config.deepspeed.zero_stage == 3
+        self._masters = Masters.of(self._engine)
         self._ema_decay = settings.ema_decay
-        self._ema = [flat.detach().clone() for flat in self._flats] if self._ema_decay is not None else []
+        self._ema = [flat.detach().clone() for flat in self._masters.flats] if self._ema_decay is not None else []
         self.steps = 0
 
     @property
@@ -336,53 +320,9 @@ class Engine:
         if not 0.0 <= norm < math.inf:  # DeepSpeed skipped the step and left the schedule where it was
             return math.inf
         self.steps += 1
-        for average, flat in zip(self._ema, self._flats):
+        for average, flat in zip(self._ema, self._masters.flats):
             average.lerp_(flat.detach(), 1.0 - self._ema_decay)  # type: ignore[operator]
         return norm
-
-    @property
-    def _flats(self) -> list[Tensor]:
-        """This rank's float32 master weights, one flat tensor per optimizer group."""
-        if self.sharded:
-            return self._zero.fp32_partitioned_groups_flat
-        if isinstance(self._zero, BF16_Optimizer):  # ZeRO-1 in bfloat16
-            return self._zero.fp32_groups_flat_partition
-        return self._zero.single_partition_of_fp32_groups
-
-    def _find_fragments(self) -> Iterator[_Fragment]:
-        names = {id(parameter): name for name, parameter in self._engine.module.named_parameters()}
-        if self.sharded:
-            for index, group in enumerate(self._zero.fp16_groups):
-                offset = 0
-                for parameter in group:
-                    size = parameter.ds_tensor.ds_numel  # with what it is padded by
-                    start = size * dist.get_rank()
-                    numel = min(size, parameter.ds_numel - start)
-                    if numel > 0:
-                        name = names[id(parameter)]
-                        yield _Fragment(name, self._shapes[name], index, offset, start, numel)
-                    offset += size
-        else:
-            replicated = isinstance(self._zero, BF16_Optimizer)
-            for index, group in enumerate(self._zero.bf16_groups if replicated else self._zero.bit16_groups):
-                for parameter in group:
-                    if (place := parameter._hp_mapping) is not None:
-                        address, name = place.hp_fragment_address, names[id(parameter)]
-                        start = place.lp_fragment_address.start
-                        yield _Fragment(name, self._shapes[name], index, address.start, start, address.numel)
-
-    @contextlib.contextmanager
-    def _resident(self, index: int, write: bool = False) -> Iterator[Tensor]:
-        """A group's master weights and optimizer state in memory, fetched from the disk they may be offloaded to."""
-        if not self.sharded or not self._zero._swappable_optimizer_subgroup(index):
-            yield self._flats[index]
-            return
-        self._zero._optimizer_states_and_gradient_swap_in(index)
-        yield self._flats[index]
-        if write:
-            self._zero._optimizer_states_and_gradient_swap_out(index)
-        else:
-            self._zero._release_swap_buffers(index)
 
     def _states(self, index: int, flat: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """A group's tensors that have an entry per weight, by kind; and those that have not, by name."""
@@ -395,20 +335,25 @@ class Engine:
 
     def pieces(self) -> Iterator[Piece]:
         """This rank's pieces of master weights, their average and the optimizer's state, of all trained parameters."""
-        for index in range(len(self._flats)):
-            with self._resident(index) as flat:
+        for index, fragments in enumerate(self._masters.fragments):
+            with self._masters.resident(index) as flat:
                 kinds, _ = self._states(index, flat)
-                for fragment in self._fragments:
-                    if fragment.flat == index:
-                        for kind, values in kinds.items():
-                            tensor = fragment.of(values.detach())
-                            yield Piece(fragment.name, kind, fragment.start, fragment.shape, tensor)
+                for fragment in fragments:
+                    for kind, values in kinds.items():
+                        tensor = fragment.of(values.detach())
+                        yield Piece(fragment.name, kind, fragment.start, fragment.shape, tensor)
 
     def local(self) -> dict[str, Tensor]:
         """Optimizer state that only this rank, in a run of as many ranks, can use: 8-bit moments and their scales."""
-        if isinstance(self._client, torch.optim.AdamW):
+        if self._portable:
             return {}  # all of its state is in the pieces
-        return {key: value for i, flat in enumerate(self._flats) for key, value in self._states(i, flat)[1].items()}
+        flats = self._masters.flats
+        return {key: value for i, flat in enumerate(flats) for key, value in self._states(i, flat)[1].items()}
+
+    @property
+    def _portable(self) -> bool:
+        """Whether the optimizer's state is one of pieces, which any number of ranks can take up."""
+        return isinstance(self._client, torch.optim.AdamW)
 
     @torch.no_grad()
     def restore(self, reader: CheckpointReader, steps: int) -> None:
@@ -416,17 +361,16 @@ class Engine:
 
         ValueError where its tensors are not this module's, or where it holds state that needs as many ranks as made it.
         """
-        kinds = reader.kinds()
+        masters, kinds = self._masters, reader.kinds()
         held = {kind: set(reader.names(kind)) for kind in kinds}
-        for name in {fragment.name for fragment in self._fragments}:
-            if name not in held[WEIGHT] or reader.shape(name) != self._shapes[name]:
-                raise ValueError(f"resume: {reader.path} holds no {name} of shape {self._shapes[name]}")
+        for name in {fragment.name for fragments in masters.fragments for fragment in fragments}:
+            if name not in held[WEIGHT] or reader.shape(name) != masters.shapes[name]:
+                raise ValueError(f"resume: {reader.path} holds no {name} of shape {masters.shapes[name]}")
         if self._ema and EMA not in kinds:
             raise ValueError(f"optimizer.ema_decay: {reader.path} holds no average; resume without it")
-        eight_bit = not isinstance(self._client, torch.optim.AdamW)
-        local = reader.local(dist.get_rank(), dist.get_world_size()) if eight_bit else {}
-        for index in range(len(self._flats)):
-            with self._resident(index, write=True) as flat:
+        local = {} if self._portable else reader.local(dist.get_rank(), dist.get_world_size())
+        for index, fragments in enumerate(masters.fragments):
+            with masters.resident(index, write=True) as flat:
                 state = self._client.state[flat]
                 if steps:
                     for kind in kinds:
@@ -436,37 +380,22 @@ class Engine:
                         group, _, name = key.partition(".")
                         if int(group) == index:
                             state[name] = value.to(flat.device)
-                    state["step"] = steps if eight_bit else torch.tensor(float(steps), dtype=torch.float32)
+                    state["step"] = torch.tensor(float(steps), dtype=torch.float32) if self._portable else steps
                 targets = {WEIGHT: flat, **{kind: state[kind] for kind in kinds if kind in state}}
                 if self._ema:
                     targets[EMA] = self._ema[index]
-                for fragment in self._fragments:
-                    if fragment.flat == index:
-                        stop = fragment.start + fragment.numel
-                        for kind, values in targets.items():
-                            if fragment.name in held[kind]:
-                                fragment.of(values).copy_(reader.read(fragment.name, kind, fragment.start, stop))
-        self._refresh_weights(reader)
+                for fragment in fragments:
+                    stop = fragment.start + fragment.numel
+                    for kind, values in targets.items():
+                        if fragment.name in held[kind]:
+                            fragment.of(values).copy_(reader.read(fragment.name, kind, fragment.start, stop))
+        masters.refresh(lambda name: reader.tensor(name, WEIGHT))
         self.steps = self._engine.global_steps = steps
         self._scheduler.last_epoch = steps
         rates = [base * factor(steps) for base, factor in zip(self._scheduler.base_lrs, self._scheduler.lr_lambdas)]
         self._scheduler._last_lr = rates
         for settings, rate in zip(self._client.param_groups, rates):
             settings["lr"] = rate
-
-    def _refresh_weights(self, reader: CheckpointReader) -> None:
-        """Make the weights of the forward follow the float32 ones."""
-        if not self.sharded:  # every rank holds all of them
-            for name, parameter in self._engine.module.named_parameters():
-                if parameter.requires_grad:
-                    parameter.data.copy_(reader.tensor(name, WEIGHT))
-            return
-        for index in range(len(self._flats)):
-            with self._resident(index):
-                self._zero._reassign_or_swap_out_partitioned_parameters(index)
-        if self._zero.persistent_parameters:  # small ones that stay gathered: dropped here, gathered anew when used
-            self._zero.persistent_parameters[0].partition(self._zero.persistent_parameters)
-        self._zero.invalidate_secondary_tensor()  # ZeRO++'s copies inside a machine, still of the base
 
 
 def _per_weight(value: Any, flat: Tensor) -> bool:

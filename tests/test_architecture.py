@@ -17,7 +17,7 @@ ROOMS = [  # from the top; a room imports from rooms below it and from itself, n
     ("fidelity", "progress"),
     ("export",),
     ("engine", "metrics", "figures", "page", "guards", "rewards", "backbones", "objective"),
-    ("rollout", "beside", "checkpoint", "heartbeat", "interruption"),
+    ("rollout", "beside", "checkpoint", "masters", "heartbeat", "interruption"),
     ("methods", "config_reference"),
     ("plan", "prompts", "config", "embeddings"),
     ("schedule", "noise", "ops", "shapes", "recipes", "transfer"),
@@ -25,7 +25,7 @@ ROOMS = [  # from the top; a room imports from rooms below it and from itself, n
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
 KNOWN_TO = {
-    "deepspeed": {"egrpo_fast.engine"},
+    "deepspeed": {"egrpo_fast.engine", "egrpo_fast.masters"},
     # The scripts that make pipelines build them from its parts; no module imports them.
     "diffusers": {"egrpo_fast.backbones.flux", "egrpo_fast.backbones.random_flux", "egrpo_fast.shapes.pretrain"},
     "torchao": {"egrpo_fast.backbones.tail"},
