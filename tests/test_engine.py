@@ -2,7 +2,6 @@
 
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from egrpo_fast.checkpoint import CheckpointReader, Checkpoints
 from egrpo_fast.config import Optimizer
-from egrpo_fast.engine import learning_rate_factor
+from egrpo_fast.engine import free_port, learning_rate_factor
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -137,17 +136,11 @@ def main(folder, stage, *overrides):
     world.close()
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 def launch(folder, stage, ranks, *overrides):
     """In processes of its own: DeepSpeed keeps one world per process."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
-    command = [*launcher, "--master_port", free_port(), __file__, str(folder), str(stage), *overrides]
+    command = [*launcher, "--master_port", str(free_port()), __file__, str(folder), str(stage), *overrides]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
 
@@ -188,7 +181,7 @@ def stall():
 
 
 def test_a_load_that_hangs_ends_and_names_rank_and_parameter():
-    world = {"MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
+    world = {"MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", **world}
     ranks = [
         subprocess.Popen(

@@ -2,7 +2,6 @@
 
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from egrpo_fast.engine import free_port
 from egrpo_fast.heartbeat import EXIT_CODE, Entry, Heartbeat, culprits, describe, name_ranks
 
 SCRIPT = Path(__file__).with_name("heartbeat_scenarios.py")
@@ -20,10 +20,8 @@ BOUND = 30
 
 def run(scenario, ranks, culprit, stall_seconds=30.0, beat=0.1, reap=False):
     """Exit code, stderr and seconds of every rank."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    port = str(free_port())
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     start = time.monotonic()
     processes = [
         subprocess.Popen(

@@ -13,6 +13,7 @@ import uvicorn
 from safetensors.torch import save
 
 from egrpo_fast import cli
+from egrpo_fast.engine import free_port
 from egrpo_fast.prompts import read_prompts
 from egrpo_fast.reward_server import check_access, is_loopback, make_app
 from egrpo_fast.rewards import RewardError, make_reward, score
@@ -29,16 +30,9 @@ def pictures(count=5):
     return torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
-def nowhere():
-    """A port of loopback that nobody listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 @contextmanager
 def serving(rewards, token=TOKEN):
-    port = nowhere()
+    port = free_port()
     server = uvicorn.Server(uvicorn.Config(make_app(rewards, token, batch=2), port=port, log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -304,7 +298,7 @@ def test_a_server_that_comes_back_is_forgiven(server):
 
 def test_an_unreachable_server_is_named_when_the_run_starts():
     with pytest.raises(ValueError, match="rewards.http: .*cannot be reached .*; 3 attempts"):
-        make_reward("http", {"reward": "clip", "url": f"http://127.0.0.1:{nowhere()}", **FAST})
+        make_reward("http", {"reward": "clip", "url": f"http://127.0.0.1:{free_port()}", **FAST})
 
 
 @pytest.mark.parametrize(

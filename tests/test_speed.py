@@ -1,7 +1,6 @@
 """What makes rollouts faster changes no rollout: two ranks under ZeRO-3, each setting against the plain one."""
 
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +16,7 @@ import torch
 from egrpo_fast import ops
 from egrpo_fast.beside import Beside
 from egrpo_fast.config import FirstBlock, Tail, load_config
+from egrpo_fast.engine import free_port
 from egrpo_fast.methods import e_grpo
 from egrpo_fast.progress import Progress
 from egrpo_fast.rollout import NoiseKey, Wavefront, find_micro_batch
@@ -156,11 +156,8 @@ def main(folder):
 @pytest.mark.slow
 def test_faster_rollouts_are_the_same_rollouts(tmp_path):
     """Out of memory on one of two ranks, at any call; rewards beside the rollout; compiled blocks across an update."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", port]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port())]
     result = subprocess.run(
         [*launcher, __file__, str(tmp_path / "run")], cwd=ROOT, env=environment, capture_output=True, text=True,
         timeout=900,

@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import random
 import signal
-import socket
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors.torch import load_file
 
 from egrpo_fast.checkpoint import Checkpoints, problems
 from egrpo_fast.config import CHECKPOINTS, CONFIG_FILE
+from egrpo_fast.engine import free_port
 from egrpo_fast.metrics import METRICS
 
 TINY = [
@@ -28,12 +28,6 @@ BOUND = 90
 IMPORTS = [
     "fault_injection", "egrpo_fast.trainer", "egrpo_fast.doctor", "egrpo_fast.rewards.clip", "egrpo_fast.rewards.shapes"
 ]  # fmt: skip
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @dataclass

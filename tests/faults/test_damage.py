@@ -5,7 +5,9 @@ import subprocess
 
 import pytest
 from fault_injection import damages, resume_from_damaged
-from forked import TINY, differences, free_port, iterations, newest, unsound
+from forked import TINY, differences, iterations, newest, unsound
+
+from egrpo_fast.engine import free_port
 
 SHORT = ["iterations=3", "evaluation.every=0"]
 

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from forked import BOUND, TINY, differences, free_port, newest, unsound
+from forked import BOUND, TINY, differences, newest, unsound
+
+from egrpo_fast.engine import free_port
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
