@@ -17,7 +17,7 @@ from egrpo_fast.config_reference import reference
 from egrpo_fast.methods import plan_of
 from egrpo_fast.plan import Plan
 from egrpo_fast.prompts import read_prompts
-from egrpo_fast.shapes import PROMPTS
+from egrpo_fast.shapes import prompts_path
 
 
 def describe(config: Config) -> dict[str, Any]:
@@ -135,8 +135,7 @@ SETTINGS = ("height", "width", "num_steps", "guidance", "shift", "max_sequence_l
 def _evaluate(arguments: argparse.Namespace) -> None:
     # Mistakes in what is quick to read are told before the seconds that diffusers takes to import.
     rewards = parse_rewards(arguments.rewards or ())
-    file = PROMPTS["held_out"] if arguments.prompts == "shapes" else arguments.prompts
-    prompts = tuple(read_prompts(file, "--prompts")[: arguments.num_prompts])
+    prompts = tuple(read_prompts(prompts_path(arguments.prompts, "held_out"), "--prompts")[: arguments.num_prompts])
 
     try:
         from egrpo_fast import evaluation

@@ -15,7 +15,7 @@ from egrpo_fast.backbones.weight_files import WeightFiles
 from egrpo_fast.config import Config, FirstBlock
 from egrpo_fast.methods import plan_of
 from egrpo_fast.plan import Plan
-from egrpo_fast.shapes import CLIP, PIPELINE
+from egrpo_fast.shapes import CLIP, EMBEDDED, pipeline_path
 
 GIB = 2**30
 Stream = Literal["image", "text", "joint", "row"]
@@ -241,7 +241,7 @@ class Pipeline:
     @classmethod
     def read(cls, path: str) -> "Pipeline":
         """Of a local diffusers folder; FLUX.1-dev for a path that is none. ValueError where it cannot be read."""
-        folder = PIPELINE if path == "shapes" else Path(path)
+        folder = Path(pipeline_path(path))
         if not folder.is_dir():
             known: Any = FLUX_DEV
             dev = Transformer(known["transformer"])
@@ -494,7 +494,7 @@ class Cost:
     @staticmethod
     def _reward(name: str, options: Mapping[str, Any]) -> float:
         kind = name.partition("/")[0]
-        if kind in ("clip", "hps") and options.get("model") == "shapes":
+        if kind in ("clip", "hps") and options.get("model") == EMBEDDED:
             return 4.0 * _count(WeightFiles(CLIP, "open_clip_model"))
         model = options.get("model", "")
         return 4.0 * (CLIP_PARAMETERS.get(model, 0) if kind == "clip" else REWARD_PARAMETERS.get(kind, 0))
@@ -506,7 +506,7 @@ class Cost:
             reward.name
             for reward in self.config.rewards
             if (kind := reward.name.partition("/")[0]) not in REWARD_PARAMETERS
-            and not (kind == "clip" and reward.options.get("model") in (*CLIP_PARAMETERS, "shapes"))
+            and not (kind == "clip" and reward.options.get("model") in (*CLIP_PARAMETERS, EMBEDDED))
         ]
 
     @property

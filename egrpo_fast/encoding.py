@@ -12,16 +12,11 @@ import torch
 from tqdm import tqdm
 
 from egrpo_fast.backbones.flux import resolve
-from egrpo_fast.backbones.flux_text import FluxTextEncoder, Truncation, encoder_fingerprint, text_widths
+from egrpo_fast.backbones.flux_text import FluxTextEncoder, encoder_fingerprint, tell_truncated, text_widths
 from egrpo_fast.config import load_config
 from egrpo_fast.embeddings import EmbeddingWriter, Index
 from egrpo_fast.prompts import read_prompts
-from egrpo_fast.shapes import PIPELINE, PROMPTS
-
-SHAPES = "shapes"
-"""As a model, the pipeline that ships with the package; as prompts, its captions, trained on and held out."""
-SHOWN = 5
-"""Truncated prompts that are told in full."""
+from egrpo_fast.shapes import EMBEDDED, PROMPTS, pipeline_path
 
 
 class _Joined(Sequence[str]):
@@ -47,7 +42,7 @@ class _Joined(Sequence[str]):
 
 def read_all(files: Iterable[str | Path], column: str = "prompt") -> tuple[Sequence[str], list[str]]:
     """(prompts of all files, warnings). `shapes` stands for the captions that ship with the package."""
-    paths = [path for file in files for path in (PROMPTS.values() if str(file) == SHAPES else (file,))]
+    paths = [path for file in files for path in (PROMPTS.values() if str(file) == EMBEDDED else (file,))]
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         prompts = _Joined([read_prompts(path, column=column) for path in paths])
@@ -56,8 +51,8 @@ def read_all(files: Iterable[str | Path], column: str = "prompt") -> tuple[Seque
 
 def default_settings(model: str) -> dict[str, Any]:
     """Arguments of `encode` that are not asked for: the trainer's defaults, or those of the `shapes` recipe."""
-    if model == SHAPES:
-        recipe = load_config(SHAPES).model
+    if model == EMBEDDED:
+        recipe = load_config("shapes").model
         return {"max_sequence_length": recipe.max_sequence_length, "dtype": recipe.dtype}
     return {"max_sequence_length": 512, "dtype": "bfloat16"}
 
@@ -65,20 +60,6 @@ def default_settings(model: str) -> dict[str, Any]:
 def _batches(prompts: Sequence[str], places: np.ndarray, size: int) -> Iterator[list[str]]:
     for start in range(0, len(places), size):
         yield [prompts[int(place)] for place in places[start : start + size]]
-
-
-def _tell_truncated(encoder: FluxTextEncoder, batches: Iterable[Sequence[str]]) -> None:
-    count = dict.fromkeys(encoder.limits, 0)
-    shown: list[Truncation] = []
-    for batch in batches:
-        for cut in encoder.truncated(batch):
-            count[cut.encoder] += 1
-            shown += [cut] if len(shown) < SHOWN else []
-    for name, limit in encoder.limits.items():
-        if count[name]:
-            print(f"{count[name]:,} prompts are longer than {name}'s {limit} tokens, and are cut")
-    for cut in shown:
-        print(f"  {cut}")
 
 
 def encode(
@@ -102,7 +83,7 @@ def encode(
     prompts, told = read_all(files, column)
     for warning in told:
         print(f"warning: {warning}")
-    path = PIPELINE if model == SHAPES else resolve(model)
+    path = resolve(pipeline_path(model))
     if not path.is_dir():
         raise ValueError(f"model.path: no folder {path}; that of a FLUX pipeline in diffusers' layout is expected")
     kind = getattr(torch, dtype)
@@ -123,7 +104,7 @@ def encode(
             return 0
         writer.check_space(len(places))
         encoder = FluxTextEncoder.from_pretrained(path, max_sequence_length, kind, device, quantization)
-        _tell_truncated(encoder, _batches(prompts, places, 1024))
+        tell_truncated(encoder, (prompts[int(place)] for place in places), "prompts")
         with tqdm(total=len(places), desc="encoding", unit="prompt") as bar:
             for some in _batches(prompts, places, batch):
                 try:

@@ -5,7 +5,7 @@ device with a model, anyone can check a score from its file, and an interrupted 
 In the folder of an evaluation:
 
     settings.json                      what must not change between its parts
-    models/MODEL/model.json            where the model came from, and a fingerprint of its weights
+    models/MODEL/model.json            where the model came from, and fingerprints of its parts
     models/MODEL/pictures/00012.png    of prompt 12, counted from 0
     models/MODEL/scores/REWARD.jsonl   {"prompt": 12, "score": 0.31} a line, whole lines only
     scores.parquet, table.md, page.html
@@ -16,8 +16,10 @@ import hashlib
 import io
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +33,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from egrpo_fast import noise, ops
-from egrpo_fast.backbones.flux import FluxBackbone, check_folder
+from egrpo_fast.backbones.flux import FluxBackbone, check_folder, resolve
+from egrpo_fast.backbones.identity import TRAINED, base_of, differing, identity
 from egrpo_fast.config import Reward, load_config
 from egrpo_fast.page import Shown, Table, write_page
 from egrpo_fast.plan import ode_plan
 from egrpo_fast.rewards import check_reward, make_reward, score
 from egrpo_fast.rollout import NoiseKey, Wavefront
 from egrpo_fast.schedule import make_schedule
-from egrpo_fast.shapes import PIPELINE
+from egrpo_fast.shapes import EMBEDDED, PIPELINE
 
-SHAPES = "shapes"
-"""As a model: the pipeline that ships with the package."""
 PAPER_REWARDS = (
     Reward(name="hps"),
     Reward(name="clip", options={"model": "ViT-H-14", "pretrained": "laion2b_s32b_b79k"}),
@@ -79,11 +80,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Model:
-    """A diffusers folder or hub id. rewards: those of the run that made it, or None."""
+    """A diffusers folder or hub id. run: the folder of the run that made it, or None. rewards: that run's, or None."""
 
     label: str
     path: str
     rewards: tuple[Reward, ...] | None = None
+    run: Path | None = None
 
     @property
     def is_shapes(self) -> bool:
@@ -97,10 +99,10 @@ class Model:
             return False  # loading it will tell
         return kept[0] == kept[1]
 
-    def recorded(self) -> dict[str, Any]:
-        folder = Path(self.path) / "transformer"
-        files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.glob("*"))]
-        return {"path": self.path, "weights": hashlib.sha256(json.dumps(files).encode()).hexdigest()}
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """Fingerprints of its parts; a hub id is downloaded for them. ValueError where it cannot be read."""
+        return identity(resolve(self.path))
 
 
 def find_model(given: str) -> Model:
@@ -108,9 +110,9 @@ def find_model(given: str) -> Model:
     label, equals, path = given.partition("=")
     if not equals or Path(given).exists():
         label, path = "", given
-    if path == SHAPES:
-        return Model(label or SHAPES, str(PIPELINE), tuple(load_config("shapes").rewards))
-    folder, rewards = Path(path), None
+    if path == EMBEDDED:
+        return Model(label or EMBEDDED, str(PIPELINE), tuple(load_config("shapes").rewards))
+    folder, rewards, run = Path(path), None, None
     if (folder / "config.yaml").is_file() and not (folder / "model_index.json").is_file():
         if not (folder / "pipeline" / "model_index.json").is_file():
             told = "has no pipeline/ yet; it is written when the run ends"
@@ -125,12 +127,13 @@ def find_model(given: str) -> Model:
         if (config := named / "config.yaml").is_file():
             try:
                 rewards = tuple(Reward.model_validate(some) for some in yaml.safe_load(config.read_text())["rewards"])
+                run = named
             except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
                 raise ValueError(f"models: {config} cannot be read: {' '.join(str(error).split())}") from None
     label = label or Path(path).name
     if not label or label != Path(label).name or label.startswith("."):
         raise ValueError(f"models: {label!r} is no name for a folder; give LABEL=PATH")
-    return Model(label, path, rewards)
+    return Model(label, path, rewards, run)
 
 
 def find_models(given: Sequence[str]) -> list[Model]:
@@ -142,6 +145,18 @@ def find_models(given: Sequence[str]) -> list[Model]:
     if len({model.is_shapes for model in models}) > 1:
         raise ValueError("models: some are of the Shapes world and some are not; nothing to compare")
     return models
+
+
+def doubts(models: Sequence[Model]) -> Iterator[str]:
+    """What makes a comparison one of something else than training: runs that did not begin with the first model."""
+    base = models[0]
+    for model in models:
+        began = base_of(model.run) if model.run else {}
+        kept = {part: was for part, was in began.items() if part != TRAINED}
+        if parts := differing(kept, model.identity):
+            yield f"{model.label}: another {parts} than it was trained with; export it again"
+        elif model.run and not base.run and (parts := differing(began, base.identity)):
+            yield f"{model.label}: began with another {parts} than {base.label}'s; its gain is not training's alone"
 
 
 def default_settings(model: Model) -> dict[str, Any]:
@@ -173,8 +188,10 @@ class Folder:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def keep(self, name: str, values: Mapping[str, Any], anew: bool = False) -> None:
-        """Write `values`, or compare them with what is there. anew: keys may be added."""
+    def keep(
+        self, name: str, values: Mapping[str, Any], anew: bool = False, notes: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write `values`, or compare them with what is there. anew: keys may be added. notes: written, not compared."""
         file = self.path / name
         now = json.loads(json.dumps(values))
         before = {}
@@ -188,7 +205,7 @@ class Folder:
                     raise ValueError(
                         f"{key}: {now.get(key)} differs from {before.get(key)} in {file}; choose another --out"
                     )
-        _write(file, (json.dumps({**before, **now}, indent=2) + "\n").encode())
+        _write(file, (json.dumps({**before, **now, **(notes or {})}, indent=2) + "\n").encode())
 
     def open(self, settings: Settings, models: Sequence[Model], rewards: Sequence[Reward]) -> None:
         # Another part of the same evaluation may be writing its settings at this moment.
@@ -202,7 +219,7 @@ class Folder:
         self.keep("settings.json", settings.recorded())
         self.keep("rewards.json", {reward.name: reward.options for reward in rewards}, anew=True)
         for model in models:
-            self.keep(f"models/{model.label}/model.json", model.recorded())
+            self.keep(f"models/{model.label}/model.json", model.identity, anew=True, notes={"path": model.path})
 
     def picture(self, model: Model, prompt: int) -> Path:
         return self.path / "models" / model.label / "pictures" / f"{prompt:05d}.png"
@@ -480,6 +497,8 @@ def evaluate(
         raise ValueError("rewards: at least one, each once")
     folder = Folder(out)
     folder.open(settings, models, rewards)
+    for told in doubts(models):
+        warnings.warn(told, stacklevel=2)
     everything = range(len(settings.prompts))
     if not part and not all(folder.picture(model, place).exists() for model in models for place in everything):
         for reward in rewards:  # hours of drawing are not to end at a weight file that is not there

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from egrpo_fast.backbones.flux import PARTS, is_hub_id, resolve, save_lora
+from egrpo_fast.backbones.identity import check_base
 from egrpo_fast.backbones.weight_files import WeightFiles
 from egrpo_fast.checkpoint import CheckpointReader, Checkpoints
 from egrpo_fast.config import CHECKPOINTS, CONFIG_FILE, RUN_FILE, Config, load_config
@@ -37,7 +39,7 @@ def export(
     weights: as trained, or their moving average. checkpoint: one of the run's; None: the newest. replace: an earlier
     export in `out`, once this one is whole. Written beside and renamed: `out` is whole or as it was; killed between two
     renames, as it was once this is called again. ValueError: no run, no such checkpoint or average, `out` in the way,
-    no room.
+    no room, another base than the run began with; adapters are written all the same, with a warning.
     """
     partial, replaced = (out.with_name(out.name + suffix) for suffix in (".partial", ".replaced"))
     if not (run / CONFIG_FILE).is_file():
@@ -52,6 +54,12 @@ def export(
         raise ValueError(f"export: {reader.path} holds no {weights} weights; train with optimizer.ema_decay for them")
     dtype = torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
     base = resolve(pipeline_path(config.model.path))
+    try:
+        check_base(run, base)
+    except ValueError as error:
+        if config.model.lora is None:
+            raise
+        warnings.warn(f"{error}; the adapters fit that one alone", stacklevel=2)
 
     def read(name: str) -> Tensor:
         return reader.tensor(name, kind).to(dtype)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from egrpo_fast import ops
 from egrpo_fast.backbones.flux import FluxBackbone, check_folder, load_vae, meta_transformer, resolve
 from egrpo_fast.backbones.flux_text import CachedText, FluxTextEncoder
+from egrpo_fast.backbones.identity import check_base
 from egrpo_fast.backbones.tail import TailModel, check_tail
 from egrpo_fast.checkpoint import CheckpointReader, problems
 from egrpo_fast.config import CONFIG_FILE, Config, EGrpo, Tail, load_config
@@ -28,10 +29,10 @@ from egrpo_fast.metrics import Stopwatch
 from egrpo_fast.objective import Objective
 from egrpo_fast.page import Table
 from egrpo_fast.plan import Plan, tail_grid
-from egrpo_fast.prompts import Prompt, PromptOrder, read_prompts
+from egrpo_fast.prompts import Prompt, PromptOrder, read_split
 from egrpo_fast.rewards import check_reward, make_reward, score
 from egrpo_fast.rollout import NoiseKey, Wavefront
-from egrpo_fast.shapes import EMBEDDED, PROMPTS, pipeline_path
+from egrpo_fast.shapes import pipeline_path
 
 WINDOW = 8
 """Checks that a run judges its tail by: those of so many times `tail.check_every` iterations."""
@@ -383,9 +384,11 @@ def fidelity(
         if one.model_copy(update={"tail": config.tail}) != config:
             raise ValueError(f"tails: {settings!r} changes more than tail.*")
         check_tail(one, pipeline_path(one.model.path))
-    model, file = config.model, config.prompts.train
-    lines = read_prompts(PROMPTS["train"] if file == EMBEDDED else file, "prompts.train", config.prompts.column)
+    model = config.model
+    lines = read_split(config.prompts.train, "train", config.prompts.column)
     check_folder(pipeline_path(model.path), model.height, model.width)
+    if reader:
+        check_base(run, resolve(pipeline_path(model.path)))
     for reward in filter(attrgetter("weight"), config.rewards):
         check_reward(reward.name, reward.options, lines, model.height, model.width)
     order = PromptOrder(lines, config.seed, config.prompts.shuffle)

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from egrpo_fast.shapes import prompts_path
+
 
 class StoredPrompts(Sequence[str]):
     """Strings in an unnamed temporary file; in memory, 8 bytes each. What happens to their source does not matter."""
@@ -81,6 +83,11 @@ def read_prompts(path: str | Path, field: str = "prompts", column: str = "prompt
         raise ValueError(f"{field}: {path} holds no prompt; one per {unit} is expected")
     _warn_of_repeats(f"{field}: {path}", unit, np.array(places), np.array(digests))
     return prompts
+
+
+def read_split(path: str, split: str, column: str = "prompt") -> Sequence[str]:
+    """`read_prompts` of what a recipe's `prompts.SPLIT` names; `shapes`: the captions that ship with the package."""
+    return read_prompts(prompts_path(path, split), f"prompts.{split}", column)
 
 
 def _checked(value: Any, where: str) -> str:

@@ -23,10 +23,9 @@ import yaml
 
 from egrpo_fast import __version__
 from egrpo_fast.config import CONFIG_FILE, RUN_FILE, Config, ConfigError, load_config, recipe_names
-from egrpo_fast.shapes import EMBEDDED, PROMPTS, pipeline_path
+from egrpo_fast.shapes import PROMPTS, pipeline_path
 
 if TYPE_CHECKING:
-    from egrpo_fast.backbones.flux_text import FluxTextEncoder
     from egrpo_fast.engine import World
     from egrpo_fast.heartbeat import Heartbeat
     from egrpo_fast.trainer import Trainer
@@ -67,6 +66,11 @@ def check_output(config: Config) -> None:
     changed = [key for key in now | before if not key.startswith(MAY_CHANGE) and now.get(key) != before.get(key)]
     if config.optimizer.decay != "constant" and now["iterations"] != before["iterations"]:
         changed.append("iterations")  # the learning rate decays towards the last one
+    if "model.path" in changed:
+        from egrpo_fast.backbones.identity import base_of
+
+        if base_of(folder):  # then what is in there is compared, once it is found
+            changed.remove("model.path")
     if changed:
         raise ConfigError(f"{', '.join(changed)}: differs from the run in {folder}; a resumed run keeps its settings")
 
@@ -87,15 +91,13 @@ def check_inputs(config: Config) -> tuple[Sequence[str], Sequence[str]]:
     Returns the training and the held-out prompts.
     """
     # DeepSpeed, diffusers and the rewards take seconds to import: a mistake in the settings is told before.
-    from egrpo_fast.prompts import read_prompts
+    from egrpo_fast.prompts import read_split
 
-    files = {split: getattr(config.prompts, split) for split in PROMPTS}
     with warnings.catch_warnings():
         if os.environ.get("RANK", "0") != "0":
             warnings.simplefilter("ignore")  # every rank reads the same files; one tells
         train_prompts, held_out_prompts = (
-            read_prompts(PROMPTS[split] if file == EMBEDDED else file, f"prompts.{split}", config.prompts.column)
-            for split, file in files.items()
+            read_split(getattr(config.prompts, split), split, config.prompts.column) for split in PROMPTS
         )
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     check_output(config)
@@ -159,13 +161,44 @@ def _holds(file: Path, text: str) -> bool:
         return False
 
 
-def tell_truncated(text: "FluxTextEncoder", prompts: Sequence[str], field: str) -> None:
-    """Say which prompts are longer than an encoder reads, and what is cut off."""
-    found = [one for start in range(0, len(prompts), 1000) for one in text.truncated(prompts[start : start + 1000])]
-    for one in found[:3]:
-        print(f"{field}: {one}")
-    if found:
-        print(f"{field}: {len(found)} of {len(prompts)} prompts are longer than an encoder reads and are cut")
+def identify(config: Config, folder: Path, world: "World") -> dict[str, str]:
+    """Fingerprints of the model in a folder, for the record of a run that begins; on rank 0.
+
+    ConfigError, on all ranks: they cannot be taken, or a resumed run began with another model.
+    """
+    from egrpo_fast.backbones.identity import check_base, identity
+
+    base: dict[str, str] = {}
+    told = ""
+    if world.is_main:
+        try:
+            if config.resume:
+                check_base(config.output_dir, folder)
+            else:
+                base = identity(folder)
+        except ValueError as error:
+            told = str(error)
+    if told := world.from_main(told):
+        raise ConfigError(told)
+    return base
+
+
+def record(config: Config, base: dict[str, str], world_size: int) -> None:
+    """What the run is, in its folder; of a resumed one, where its model lies now, for an export looks there."""
+    from egrpo_fast.doctor import commit
+
+    folder, files = config.output_dir, {}
+    if not config.resume:
+        folder.mkdir(parents=True, exist_ok=True)
+        made_by = {"version": __version__, "commit": commit(), "world_size": world_size, "base": base}
+        files = {RUN_FILE: json.dumps(made_by) + "\n", CONFIG_FILE: config.yaml()}
+    elif (before := load_config(str(folder / CONFIG_FILE))).model.path != config.model.path:
+        model = before.model.model_copy(update={"path": config.model.path})
+        files = {CONFIG_FILE: before.model_copy(update={"model": model}).yaml()}
+    for name, content in files.items():
+        beside = folder / f"{name}.tmp"
+        beside.write_text(content)
+        beside.replace(folder / name)
 
 
 def make_trainer(
@@ -183,9 +216,8 @@ def make_trainer(
         resolve,
         use_attention,
     )
-    from egrpo_fast.backbones.flux_text import CachedText, FluxTextEncoder
+    from egrpo_fast.backbones.flux_text import CachedText, FluxTextEncoder, tell_truncated
     from egrpo_fast.backbones.tail import TailModel, check_tail
-    from egrpo_fast.doctor import commit
     from egrpo_fast.engine import materialize
     from egrpo_fast.interruption import Interruption
     from egrpo_fast.rewards import make_reward
@@ -200,6 +232,7 @@ def make_trainer(
     folder = resolve(pipeline_path(model.path))
     check_folder(str(folder), model.height, model.width)
     check_tail(config, str(folder))
+    base = identify(config, folder, world)
     transformer, weights = meta_transformer(folder, model.lora, config.seed)
     use_attention(transformer, model.attention)
     compiled = CompiledFlux.of(transformer) if config.rollout.compile else None
@@ -229,13 +262,8 @@ def make_trainer(
         backbone.use_tiny_decoder(config.tail.decoder)
     if model.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
-    if world.is_main and not config.resume:
-        config.output_dir.mkdir(parents=True, exist_ok=True)
-        made_by = {"version": __version__, "commit": commit(), "world_size": world.size}
-        for name, content in ((RUN_FILE, json.dumps(made_by) + "\n"), (CONFIG_FILE, config.yaml())):
-            beside = config.output_dir / f"{name}.tmp"
-            beside.write_text(content)
-            beside.replace(config.output_dir / name)
+    if world.is_main:
+        record(config, base, world.size)
     return Trainer(
         config, world, heart, backbone, rewards, interruption, train_prompts, held_out_prompts, compiled, tail_model
     )  # fmt: skip

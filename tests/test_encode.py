@@ -15,7 +15,7 @@ from diffusers import FluxPipeline
 from safetensors.torch import load_file, save_file
 
 from egrpo_fast import cli, encoding
-from egrpo_fast.backbones.flux_text import CachedText, FluxTextEncoder, encoder_fingerprint, text_widths
+from egrpo_fast.backbones.flux_text import SHOWN, CachedText, FluxTextEncoder, encoder_fingerprint, text_widths
 from egrpo_fast.embeddings import EmbeddingCache
 from egrpo_fast.prompts import read_prompts
 from egrpo_fast.shapes import PIPELINE, PROMPTS
@@ -218,7 +218,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     count = len(read_prompts(REAL)) + 1
     assert f"warning: prompts: {twice} holds {count} of its prompts again (line {count + 1} repeats 1, " in told
     assert "prompts are longer than T5's 24 tokens, and are cut" in told and "CLIP" in told
-    assert told.count(" sees 24 of ") == encoding.SHOWN
+    assert told.count("  T5 sees 24 of ") == told.count("  CLIP sees ") == SHOWN
     cache = EmbeddingCache(out)
     for file in PROMPTS.values():
         cache.require(read_prompts(file))

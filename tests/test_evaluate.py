@@ -22,20 +22,23 @@ LABELS = ["shapes", "trained"]
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
 
+def perturb(file, seed):
+    generator = torch.Generator().manual_seed(seed)
+    save_file(
+        {
+            name: value + 0.1 * value.float().std(unbiased=False) * torch.randn(value.shape, generator=generator)
+            for name, value in load_file(file).items()
+        },
+        file,
+    )
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run's folder whose pipeline is the embedded one, perturbed."""
     run = tmp_path_factory.mktemp("runs") / "trained"
     shutil.copytree(PIPELINE, run / "pipeline")
-    generator = torch.Generator().manual_seed(0)
-    weights = load_file(PIPELINE / WEIGHTS)
-    save_file(
-        {
-            name: value + 0.1 * value.float().std(unbiased=False) * torch.randn(value.shape, generator=generator)
-            for name, value in weights.items()
-        },
-        run / "pipeline" / WEIGHTS,
-    )
+    perturb(run / "pipeline" / WEIGHTS, 0)
     (run / "config.yaml").write_text("rewards: [{name: shapes_soft}, {name: clip, options: {model: shapes}}]\n")
     return run
 
@@ -187,15 +190,37 @@ def test_models_that_cannot_be_compared(trained, tmp_path):
         evaluation.find_models(["shapes", "black-forest-labs/FLUX.1-dev"])
 
 
-def test_weights_that_changed_since_are_refused(evaluated, trained, tmp_path):
+def test_weights_that_changed_since_are_refused(evaluated, trained, tmp_path, monkeypatch):
     copy = tmp_path / "out"
     shutil.copytree(evaluated, copy)
-    model = evaluation.find_model(str(trained))
-    evaluation.Folder(copy).keep("models/trained/model.json", model.recorded())
+    moved = tmp_path / "trained"
+    shutil.copytree(trained, moved)
+    run(monkeypatch, *command(moved, copy))
     told = json.loads((copy / "models/trained/model.json").read_text())
-    (copy / "models/trained/model.json").write_text(json.dumps({**told, "weights": "others"}))
-    with pytest.raises(ValueError, match="weights: .* differs from others"):
-        evaluation.Folder(copy).keep("models/trained/model.json", model.recorded())
+    assert told == {**evaluation.find_model(str(trained)).identity, "path": str(moved / "pipeline")}
+    perturb(moved / "pipeline" / "vae/diffusion_pytorch_model.safetensors", 1)
+    with pytest.raises(SystemExit, match="vae: .* differs from .*models/trained/model.json; choose another --out"):
+        run(monkeypatch, *command(moved, copy))
+
+
+def test_a_base_that_a_run_did_not_begin_with_is_told(trained, tmp_path):
+    found = evaluation.find_models(["shapes", str(trained)])
+    assert not list(evaluation.doubts(found)), "a run that has no record"
+    shutil.copytree(trained, tmp_path / "trained")
+
+    def doubts(**changed):
+        record = json.dumps({"base": {**found[0].identity, **changed}})
+        (tmp_path / "trained" / "run.json").write_text(record)
+        given = ["shapes", str(tmp_path / "trained")]
+        backwards = evaluation.doubts(evaluation.find_models(given[::-1]))
+        return list(evaluation.doubts(evaluation.find_models(given))), list(backwards)
+
+    assert doubts() == ([], [])
+    other, nothing = doubts(transformer="another")
+    assert other == ["trained: began with another transformer than shapes's; its gain is not training's alone"]
+    assert nothing == [], "compared with a run, there is no base"
+    for told in doubts(vae="another"):
+        assert told == ["trained: another vae than it was trained with; export it again"]
 
 
 def test_defaults_are_the_papers_for_flux_and_the_recipes_for_shapes(trained):

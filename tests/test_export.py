@@ -19,6 +19,7 @@ from egrpo_fast import cli, noise, ops
 from egrpo_fast import export as module
 from egrpo_fast.backbones.flux import FluxBackbone, meta_transformer
 from egrpo_fast.backbones.flux_text import FluxTextEncoder
+from egrpo_fast.backbones.identity import identity
 from egrpo_fast.backbones.random_flux import make_pipeline
 from egrpo_fast.checkpoint import CheckpointReader, Checkpoints, Piece
 from egrpo_fast.config import CHECKPOINTS, CONFIG_FILE, RUN_FILE, Lora, load_config
@@ -378,6 +379,22 @@ def test_a_base_of_another_size_is_refused(run, tmp_path):
     with pytest.raises(ValueError, match="base/transformer: weights of another architecture: .*guidance"):
         export(moved, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_base_that_changed_since_is_refused_and_told_where_only_adapters_are_written(base, tmp_path):
+    other = tmp_path / "base"
+    shutil.copytree(base, other)
+    runs = [make_run(tmp_path / name, other, *some) for name, some in (("full", ()), ("lora", (LORA,)))]
+    for run in runs:
+        (run / RUN_FILE).write_text(json.dumps({"base": identity(other)}))
+    (other / "vae" / "config.json").write_text((base / "vae" / "config.json").read_text().replace("32", "16"))
+    told = "model.path: .*base is not the model this run began with: another vae; put that one back"
+    with pytest.raises(ValueError, match=told):
+        export(runs[0], tmp_path / "full-out")
+    assert not (tmp_path / "full-out").exists()
+    with pytest.warns(UserWarning, match=f"{told}.*; the adapters fit that one alone"):
+        export(runs[1], tmp_path / "lora-out")
+    assert (tmp_path / "lora-out" / "pytorch_lora_weights.safetensors").exists()
 
 
 def test_the_command_refuses_a_damaged_checkpoint_by_name(base, monkeypatch, tmp_path):

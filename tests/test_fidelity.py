@@ -12,11 +12,14 @@ from scipy.stats import spearmanr
 
 from egrpo_fast import fidelity as fidelity_module
 from egrpo_fast import ops
-from egrpo_fast.config import ConfigError, Tail, load_config
+from egrpo_fast.backbones.identity import identity
+from egrpo_fast.checkpoint import Checkpoints, Piece
+from egrpo_fast.config import CHECKPOINTS, CONFIG_FILE, RUN_FILE, ConfigError, Tail, load_config
 from egrpo_fast.fidelity import WINDOW, TailGuard, cheapest_strides, compare, fidelity, rank_correlation
 from egrpo_fast.methods import e_grpo, plan_of
 from egrpo_fast.objective import Objective
 from egrpo_fast.schedule import make_schedule
+from egrpo_fast.shapes import PIPELINE
 
 OPS = ops.choose("reference")
 SMALL = ["schedule.num_steps=6", "rollout.group_size=4", "schedule.active_steps=[0,2]"]
@@ -141,6 +144,16 @@ def test_what_the_search_tries_can_be_loaded(overrides, count, cached):
     found = fidelity_module._candidates(load_config("shapes", overrides))
     made = [load_config("shapes", [*overrides, *settings.split()]) for settings in found]
     assert len(made) == count and sum(config.tail.cache is not None for config in made) == cached
+
+
+def test_a_run_whose_model_has_changed_is_not_measured(tmp_path):
+    run = tmp_path / "run"
+    checkpoints = Checkpoints(run / CHECKPOINTS, 0, 1, asynchronous=False)
+    checkpoints.save(1, [Piece("a", "weight", 0, (1,), torch.ones(1))], {}, {}, "test")
+    (run / CONFIG_FILE).write_text(load_config("shapes", [f"output_dir={run}"]).yaml())
+    (run / RUN_FILE).write_text(json.dumps({"base": {**identity(PIPELINE), "transformer": "another"}}))
+    with pytest.raises(ValueError, match="model.path: .* is not the model this run began with: another transformer;"):
+        fidelity(str(run))
 
 
 def test_what_the_command_refuses(tmp_path):

@@ -14,7 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from egrpo_fast.prompts import PromptOrder, read_prompts
+from egrpo_fast.prompts import PromptOrder, read_prompts, read_split
+from egrpo_fast.shapes import PROMPTS
 
 FEW_REAL_PROMPTS = Path(__file__).parent / "data" / "prompts.txt"
 ALL_REAL_PROMPTS = Path(__file__).parents[2] / "shared" / "data" / "hpd_test_prompts.txt"
@@ -25,6 +26,14 @@ def prompt_file(request):
     if not request.param.exists():
         pytest.skip(f"{request.param.name} does not come with the repository")
     return request.param
+
+
+def test_a_split_is_the_file_that_is_named_or_the_embedded_captions():
+    for split, file in PROMPTS.items():
+        assert list(read_split("shapes", split)) == file.read_text().splitlines()
+        assert list(read_split(str(FEW_REAL_PROMPTS), split)) == list(read_prompts(FEW_REAL_PROMPTS))
+    with pytest.raises(ValueError, match="prompts.held_out: cannot read /nowhere"):
+        read_split("/nowhere", "held_out")
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -14,11 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from egrpo_fast.backbones.flux_text import FluxTextEncoder
+from egrpo_fast.backbones.flux_text import FluxTextEncoder, tell_truncated
 from egrpo_fast.checkpoint import Checkpoints
-from egrpo_fast.config import load_config
+from egrpo_fast.config import CONFIG_FILE, RUN_FILE, ConfigError, load_config
 from egrpo_fast.shapes import PIPELINE
-from egrpo_fast.train import check_inputs, claim_output, tell_truncated
+from egrpo_fast.train import check_inputs, check_output, claim_output, identify, record
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -167,7 +168,7 @@ def test_another_run_is_never_overwritten(uninterrupted):
     assert before == {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")}
 
 
-ALONE = SimpleNamespace(is_main=True, from_main=lambda value: value, gather=lambda value: [value])
+ALONE = SimpleNamespace(is_main=True, size=1, from_main=lambda value: value, gather=lambda value: [value])
 
 
 def test_a_folder_that_a_run_is_writing_to_is_refused_to_another(tmp_path):
@@ -183,11 +184,54 @@ def test_a_folder_that_some_rank_does_not_see_is_refused(tmp_path):
         claim_output(load_config("shapes", [f"output_dir={tmp_path / 'run'}"]), apart)
 
 
+@pytest.fixture
+def begun(tmp_path):
+    """A run that has begun with a pipeline in a folder of its own, and that folder."""
+    base = tmp_path / "base"
+    shutil.copytree(PIPELINE, base)
+    config = load_config("shapes", [f"output_dir={tmp_path / 'run'}", f"model.path={base}"])
+    record(config, identify(config, base, ALONE), ALONE.size)
+    return config.output_dir, base
+
+
+def resumed(run, base):
+    config = load_config("shapes", [f"output_dir={run}", f"model.path={base}", "resume=true"])
+    check_output(config)
+    assert identify(config, base, ALONE) == {}
+    record(config, {}, ALONE.size)
+    return load_config(str(run / CONFIG_FILE))
+
+
+def test_a_run_resumes_with_its_model_wherever_that_lies_now(begun):
+    run, base = begun
+    before = (run / CONFIG_FILE).read_text()
+    assert resumed(run, base).model.path == str(base) and (run / CONFIG_FILE).read_text() == before
+    moved = base.rename(base.with_name("moved"))
+    assert resumed(run, moved).model.path == str(moved), "where an export of the run will look"
+    assert (run / CONFIG_FILE).read_text() == before.replace(str(base), str(moved))
+
+
+def test_a_run_does_not_resume_with_another_model(begun):
+    run, base = begun
+    config = base / "transformer" / "config.json"
+    config.write_text(config.read_text().replace("true", "false"))
+    with pytest.raises(ConfigError, match="model.path: .*base is not the model this run began with: another transform"):
+        resumed(run, base)
+
+
+def test_a_run_that_did_not_record_its_model_keeps_its_path(begun):
+    run, base = begun
+    (run / RUN_FILE).write_text("{}")
+    resumed(run, base)
+    with pytest.raises(ConfigError, match="model.path: differs from the run"):
+        resumed(run, base.rename(base.with_name("moved")))
+
+
 def test_prompts_that_are_cut_are_told(capsys):
     text = FluxTextEncoder.from_pretrained(PIPELINE, 24)
     tell_truncated(text, ["a red circle", "a red circle " * 20], "prompts.train")
     told = capsys.readouterr().out
-    assert "prompts.train: T5 sees 24 of" in told and "of 2 prompts are longer than an encoder reads" in told
+    assert "prompts.train: 1 prompts are longer than T5's 24 tokens, and are cut\n  T5 sees 24 of" in told
     tell_truncated(text, ["a red circle"], "prompts.train")
     assert not capsys.readouterr().out
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from egrpo_fast.backbones.weight_files import WeightFiles, new_adapter
+from egrpo_fast.backbones.weight_files import WeightFiles, fingerprint, new_adapter
 
 STEM = "diffusion_pytorch_model"
 TENSORS = {
@@ -40,6 +40,31 @@ def test_what_was_written_is_read(files, tmp_path):
         assert torch.equal(weights.read(name), TENSORS[name]) and weights.read(name).dtype == TENSORS[name].dtype
     weights.check(weights.shapes)
     weights.close()
+
+
+def test_samples_see_a_tensor_that_was_touched_and_not_how_files_are_split(tmp_path, monkeypatch):
+    def sampled(name, **changed):
+        (folder := tmp_path / name).mkdir()
+        save_file({**TENSORS, "c.weight": large, **changed}, folder / f"{STEM}.safetensors")
+        return WeightFiles(folder).samples()
+
+    large = torch.arange(100_000.0).reshape(100, 1000)
+    whole = sampled("whole")
+    assert [len(part) for part in whole if part.startswith(b"c.weight torch.float32 (100, 1000)")] == [34 + 16 * 4096]
+    monkeypatch.setitem(TENSORS, "c.weight", large)
+    assert WeightFiles(sharded(tmp_path, (("c.weight", "a.weight"), ("b.weight", "a.bias")))).samples() == whole
+    assert sampled("scaled", **{"c.weight": large * 1.001}) != whole
+    assert sampled("other shape", **{"c.weight": large.reshape(1000, 100)}) != whole
+    assert sampled("other dtype", **{"b.weight": TENSORS["b.weight"].view(torch.float16)}) != whole
+    (between := large.clone()).view(-1)[1500] += 1
+    assert sampled("between the samples", **{"c.weight": between}) == whole, "as its docstring says"
+    for place in (0, -1):
+        (end := large.clone()).view(-1)[place] += 1
+        assert sampled(f"end {place}", **{"c.weight": end}) != whole
+
+
+def test_a_fingerprint_knows_where_parts_end():
+    assert len({fingerprint(parts) for parts in ([b"ab", b"c"], [b"a", b"bc"], [b"abc"], [b"c", b"ab"])}) == 4
 
 
 def header(text, body=b""):

@@ -1,11 +1,11 @@
 """FLUX's two text encoders, apart from the rest of its pipeline: prompts to conditioning, live or from a cache."""
 
-import hashlib
 import json
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,15 @@ from torch import Tensor
 from transformers import BitsAndBytesConfig, CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 from transformers.utils import logging
 
-from egrpo_fast.backbones.weight_files import WeightFiles
+from egrpo_fast.backbones.weight_files import WeightFiles, fingerprint
 from egrpo_fast.embeddings import EmbeddingCache
 from egrpo_fast.transfer import to_device
 
 ENCODERS = {"text_encoder": "clip_text_model", "text_encoder_2": "t5"}
 """Subfolders, and the `model_type` their config names."""
 TOKENIZERS = ("tokenizer", "tokenizer_2")
-SAMPLES, SAMPLE_BYTES = 16, 4096
-"""What the fingerprint reads of a tensor: so many pieces, evenly spaced, or all of a small one."""
+SHOWN = 3
+"""Prompts that an encoder truncates which are told in full."""
 
 
 @dataclass(frozen=True)
@@ -79,23 +79,13 @@ def text_widths(path: str | Path) -> tuple[int, int]:
         raise ValueError(f"model.path: a text encoder's config.json in {path} gives no width ({error})") from None
 
 
-def _sample(tensor: Tensor) -> bytes:
-    raw = tensor.reshape(-1).view(torch.uint8)
-    if len(raw) <= SAMPLES * SAMPLE_BYTES:
-        return raw.numpy().tobytes()
-    starts = (place * (len(raw) - SAMPLE_BYTES) // (SAMPLES - 1) for place in range(SAMPLES))
-    return b"".join(raw[start : start + SAMPLE_BYTES].numpy().tobytes() for start in starts)
-
-
 def encoder_fingerprint(
     path: str | Path, max_sequence_length: int = 512, quantization: str = "none", dtype: torch.dtype = torch.float32
 ) -> str:
     """SHA-256, in hex, over what decides the embeddings of a pipeline folder; loads no model, reads a few megabytes.
 
-    Covered: the arguments after `path`; every byte of both encoders' `config.json` and of both tokenizer folders; of
-    every weight its name, dtype, shape and 16 evenly spaced pieces of 4 KiB (of 64 KiB and less, everything). So other
-    weights differ where training or merging touched a whole tensor; a few changed numbers between the pieces may pass.
-    Neither where the folder lies nor how its weights are split into files matters. ValueError names what is missing.
+    Covered: the arguments after `path`; every byte of both encoders' `config.json` and of both tokenizer folders;
+    `WeightFiles.samples` of both. Where the folder lies does not matter. ValueError names what is missing.
     """
     folder = Path(path)
     parts = [f"{max_sequence_length} {quantization} {dtype}".encode()]
@@ -107,14 +97,8 @@ def encoder_fingerprint(
     for name in ENCODERS:
         _config(folder, name)
         weights = _weights(folder, name)
-        parts += [name.encode(), (folder / name / "config.json").read_bytes()]
-        samples = {}
-        for weight, shape in weights.shapes.items():
-            tensor = weights.read(weight)
-            samples[weight] = f"{weight} {tensor.dtype} {shape}".encode() + _sample(tensor)
-        weights.close()
-        parts += [samples[weight] for weight in sorted(samples)]
-    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+        parts += [name.encode(), (folder / name / "config.json").read_bytes(), *weights.samples()]
+    return fingerprint(parts)
 
 
 def _quantized(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -220,6 +204,22 @@ class FluxTextEncoder:
                 if len(offsets) > limit:  # the last token kept is the end mark: the one in its place is the first cut
                     found.append(Truncation(prompt, encoder, len(offsets), limit, prompt[offsets[limit - 1][0] :]))
         return found
+
+
+def tell_truncated(encoder: FluxTextEncoder, prompts: Iterable[str], field: str) -> None:
+    """Print how many prompts are longer than each encoder reads, and what is cut off the first few. field: whose."""
+    found: dict[str, list[Truncation]] = {name: [] for name in encoder.limits}
+    count = dict.fromkeys(encoder.limits, 0)
+    rest = iter(prompts)
+    while batch := list(islice(rest, 1024)):
+        for cut in encoder.truncated(batch):
+            count[cut.encoder] += 1
+            found[cut.encoder] += [cut] if count[cut.encoder] <= SHOWN else []
+    for name, limit in encoder.limits.items():
+        if count[name]:
+            print(f"{field}: {count[name]:,} prompts are longer than {name}'s {limit} tokens, and are cut")
+        for cut in found[name]:
+            print(f"  {cut}")
 
 
 class CachedText:

@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import os
 import struct
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -11,10 +12,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 _HEADER_LIMIT = 100_000_000
+SAMPLES, SAMPLE_BYTES = 16, 4096
+"""What a fingerprint reads of a tensor: so many pieces, evenly spaced, or all of a small one."""
 
 
-def _header(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes in a safetensors file. ValueError where it is not one, or not all of one."""
+def fingerprint(parts: Iterable[bytes]) -> str:
+    """SHA-256, in hex, of the parts' own SHA-256: where one ends and the next begins counts, too."""
+    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+
+
+def _header(path: Path) -> dict[str, tuple[tuple[int, ...], int]]:
+    """Name -> shape and place in bytes, of a safetensors file. ValueError where it is not one, or not all of one."""
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
@@ -22,13 +30,14 @@ def _header(path: Path) -> dict[str, tuple[int, ...]]:
                 raise ValueError("no safetensors header")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
-        size = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        data = 8 + length
+        found = {name: (tuple(entry["shape"]), data + entry["data_offsets"][0]) for name, entry in header.items()}
+        size = data + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read as safetensors: {error}") from None
     if path.stat().st_size != size:
         raise ValueError(f"{path} has {path.stat().st_size:,} bytes, its header asks for {size:,}: download it again")
-    return shapes
+    return found
 
 
 class WeightFiles:
@@ -56,12 +65,11 @@ class WeightFiles:
         if missing:
             raise ValueError(f"{folder} lacks {', '.join(missing)}")
         self._folder = folder
-        self._where: dict[str, Path] = {}
+        self._where: dict[str, tuple[Path, int]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for path in paths:
-            shapes = _header(path)
-            self.shapes |= shapes
-            self._where |= dict.fromkeys(shapes, path)
+            for name, (shape, place) in _header(path).items():
+                self.shapes[name], self._where[name] = shape, (path, place)
         self.largest_file = max(path.stat().st_size for path in paths)
         self._open: tuple[Path, safe_open] | None = None
 
@@ -84,7 +92,7 @@ class WeightFiles:
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU, in the file's dtype. One file is open at a time: read in the files' order."""
-        path = self._where[name]
+        path, _ = self._where[name]
         try:
             if self._open is None or self._open[0] != path:
                 self._open = (path, safe_open(path, framework="pt"))
@@ -92,9 +100,35 @@ class WeightFiles:
         except (OSError, SafetensorError, RuntimeError) as error:
             raise ValueError(f"{path}: {name} cannot be read: {error}") from None
 
+    def samples(self) -> list[bytes]:
+        """For a `fingerprint`: of every weight, by name, its name, dtype, shape and 16 evenly spaced pieces of 4 KiB.
+
+        At most 64 KiB of a weight are read, all of a smaller one. So other weights differ where training or merging
+        touched a whole tensor; a few changed numbers between the pieces may pass. How they are split into files does
+        not matter.
+        """
+        found = {}
+        for name, (path, place) in self._where.items():
+            tensor = self.read(name)  # its bytes are not read by that
+            about = f"{name} {tensor.dtype} {self.shapes[name]}".encode()
+            try:
+                found[name] = about + _sample(path, place, tensor.nbytes)
+            except OSError as error:
+                raise ValueError(f"{path}: {name} cannot be read: {error}") from None
+        self.close()
+        return [found[name] for name in sorted(found)]
+
     def close(self) -> None:
         """Let go of the file that is open, and of the memory it is mapped to."""
         self._open = None
+
+
+def _sample(path: Path, offset: int, size: int) -> bytes:
+    """Of `size` bytes of a file. Not through the memory map, which reads ahead of every page that it is asked for."""
+    whole = size <= SAMPLES * SAMPLE_BYTES
+    starts = [0] if whole else [place * (size - SAMPLE_BYTES) // (SAMPLES - 1) for place in range(SAMPLES)]
+    with path.open("rb", buffering=0) as file:
+        return b"".join(os.pread(file.fileno(), size if whole else SAMPLE_BYTES, offset + start) for start in starts)
 
 
 def new_adapter(name: str, shape: tuple[int, ...], seed: int) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from egrpo_fast.rewards.preprocess import Preprocess
 from egrpo_fast.rewards.scorer import Dtype, Scorer
-from egrpo_fast.shapes import CLIP
+from egrpo_fast.shapes import CLIP, EMBEDDED
 
 
 class OpenClipCosine(Scorer):
@@ -56,7 +56,7 @@ class ClipScore(OpenClipCosine):
         offload: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
-        name = f"local-dir:{CLIP}" if model == "shapes" else model
+        name = f"local-dir:{CLIP}" if model == EMBEDDED else model
         home = "cpu" if offload else device
         # Without weights open_clip would hand out a random model, and a run would train on noise.
         network = open_clip.create_model(

@@ -16,3 +16,8 @@ EMBEDDED = "shapes"
 def pipeline_path(path: str) -> str:
     """The pipeline that a recipe's `model.path` means: the embedded one's folder for `shapes`, else as it is."""
     return str(PIPELINE) if path == EMBEDDED else path
+
+
+def prompts_path(path: str, split: str) -> str:
+    """The file that a recipe's `prompts.SPLIT` means: the embedded captions for `shapes`, else as it is."""
+    return str(PROMPTS[split]) if path == EMBEDDED else path

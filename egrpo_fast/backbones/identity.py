@@ -1,0 +1,56 @@
+"""Which model a run began with: fingerprints of a pipeline's parts, kept in `run.json` and compared ever after."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from egrpo_fast.backbones.flux_text import encoder_fingerprint
+from egrpo_fast.backbones.weight_files import WeightFiles, fingerprint
+from egrpo_fast.config import CONFIG_FILE, RUN_FILE
+
+TRAINED = "transformer"
+"""The part that a run changes."""
+
+
+def identity(folder: Path) -> dict[str, str]:
+    """Fingerprints of what training uses of a pipeline folder, by part: transformer, VAE, text encoders.
+
+    Of the transformer and the VAE: `config.json`, but for keys that begin with `_`, which say who wrote it, and
+    `WeightFiles.samples`; of the text encoders: `encoder_fingerprint`. Neither where the folder lies nor how weights
+    are split into files matters. At most 64 KiB of a weight are read, for FLUX.1-dev some 60 MB in all: a changed part
+    is seen where training or merging touched whole tensors, a few numbers edited between the samples may pass. The
+    scheduler is not looked at. ValueError names what is missing.
+    """
+    found = {}
+    for part in (TRAINED, "vae"):
+        file = folder / part / "config.json"
+        try:
+            config = {key: value for key, value in json.loads(file.read_text()).items() if not key.startswith("_")}
+            weights = WeightFiles(folder / part)
+        except (OSError, ValueError, AttributeError) as error:
+            raise ValueError(f"model.path: the {part} of {folder} cannot be read: {error}") from None
+        found[part] = fingerprint([json.dumps(config, sort_keys=True).encode(), *weights.samples()])
+    return {**found, "text encoders": encoder_fingerprint(folder)}
+
+
+def base_of(run: Path) -> dict[str, str]:
+    """`identity` of the model that a run began with; {} where that was not recorded. ValueError: it cannot be read."""
+    file = run / RUN_FILE
+    try:
+        return json.loads(file.read_text()).get("base", {}) if file.exists() else {}
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from None
+
+
+def differing(one: Mapping[str, str], other: Mapping[str, str]) -> str:
+    """The parts of which both say something, and not the same; "": none."""
+    return " and ".join(part for part in one if part in other and one[part] != other[part])
+
+
+def check_base(run: Path, folder: Path) -> None:
+    """ValueError where the pipeline in a folder is not the one that a run began with, as far as that was recorded."""
+    if (began := base_of(run)) and (parts := differing(began, identity(folder))):
+        raise ValueError(
+            f"model.path: {folder} is not the model this run began with: another {parts}; put that one back, or let "
+            f"model.path, which `egrpo export` reads in {run / CONFIG_FILE}, name the folder where it is now"
+        )
