@@ -153,7 +153,7 @@ def test_a_run_whose_model_has_changed_is_not_measured(tmp_path):
     (run / CONFIG_FILE).write_text(load_config("shapes", [f"output_dir={run}"]).yaml())
     (run / RUN_FILE).write_text(json.dumps({"base": {**identity(PIPELINE), "transformer": "another"}}))
     with pytest.raises(ValueError, match="model.path: .* is not the model this run began with: another transformer;"):
-        fidelity(str(run))
+        fidelity(str(run), SMALL, ["tail.stride=2"], num_prompts=1)
 
 
 def test_what_the_command_refuses(tmp_path):
