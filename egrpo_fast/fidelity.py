@@ -214,7 +214,7 @@ class _Sampler:
             plan, 1, self.backbone.latent_shape, self._ops, self.device, model_dtype=self._dtype,
             micro_batch=config.rollout.most_rows,
         )  # fmt: skip
-        model = TailModel.of(config.tail, self._folder, self.backbone, self._dtype, self.device)
+        model = TailModel.of(config, self._folder, self.backbone, self._dtype, self.device)
         if config.tail.decoder is not None:
             self.backbone.use_tiny_decoder(config.tail.decoder)
         watch, rewards = Stopwatch(self.device), []

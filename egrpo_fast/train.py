@@ -257,7 +257,7 @@ def make_trainer(
     )  # fmt: skip
     if model.vae_tiling:
         backbone.tile_decoding()
-    tail_model = TailModel.of(config.tail, folder, backbone, dtype, world.device)
+    tail_model = TailModel.of(config, folder, backbone, dtype, world.device)
     if config.tail.decoder is not None:
         backbone.use_tiny_decoder(config.tail.decoder)
     if model.gradient_checkpointing:

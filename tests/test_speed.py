@@ -102,7 +102,7 @@ def check_cached_tail(trainer, prompts, plain):
     sampler = trainer.sampler
     velocity = out_of_memory_at(trainer, 1, lambda call, rows: call == 7)
     settings = Tail(cache=FirstBlock(name="first_block", threshold=1e-9))
-    model = TailModel.of(settings, PIPELINE, sampler.backbone, torch.float32, trainer.world.device)
+    model = TailModel(settings, PIPELINE, sampler.backbone, torch.float32, trainer.world.device)
     sampler._tail_model = model
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -3,6 +3,8 @@
 import copy
 import shutil
 import sys
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +15,9 @@ from torch.utils._pytree import tree_leaves
 
 from egrpo_fast import ops
 from egrpo_fast.backbones import tail as tail_models
-from egrpo_fast.backbones.flux import FluxBackbone, check_cache, meta_transformer, save_lora
+from egrpo_fast.backbones.flux import CompiledFlux, FluxBackbone, check_cache, meta_transformer, save_lora
 from egrpo_fast.backbones.tail import TailModel, check_tail
-from egrpo_fast.config import FirstBlock, Lora, Tail, TaylorSeer, load_config
+from egrpo_fast.config import FirstBlock, Lora, Rollout, Tail, TaylorSeer, load_config
 from egrpo_fast.cost import Cluster, Cost
 from egrpo_fast.methods import e_grpo
 from egrpo_fast.rollout import NoiseKey, Wavefront
@@ -60,7 +62,9 @@ def another(backbone, scale=1.1):
 
 
 def model_of(backbone, **settings):
-    return TailModel.of(Tail(**settings), PIPELINE, backbone, torch.float32, CPU)
+    return TailModel.of(
+        SimpleNamespace(tail=Tail(**settings), rollout=Rollout()), PIPELINE, backbone, torch.float32, CPU
+    )
 
 
 def velocity(backbone, module, latents, conditioning):
@@ -128,6 +132,25 @@ def test_eight_bits_follow_the_policy(backbone, conditioning, latents):
             found = model.velocity(latents, TIME, conditioning, ROWS)
         expected = velocity(backbone, policy, latents, conditioning)
         assert 0 < ((found - expected).norm() / expected.norm()).item() < 0.03
+
+
+@pytest.mark.parametrize("weights", ["exact", pytest.param("int8", marks=pytest.mark.slow)])
+def test_compiled_it_is_the_same_and_compiled_once(weights, backbone, conditioning, latents, monkeypatch):
+    """Whatever the policy's weights, and for any number of rows; in 8 bits too."""
+    pytest.importorskip("torchao")
+    compiled = SimpleNamespace(of=partial(CompiledFlux.of, backend="aot_eager"))
+    monkeypatch.setattr(tail_models, "CompiledFlux", compiled)
+    settings = Tail(weights=weights), PIPELINE, backbone, torch.float32, CPU
+    model, eager = TailModel(*settings, compiled=True), TailModel(*settings)
+    graphs, made = torch._dynamo.utils.counters["stats"], []
+    for policy in (backbone.transformer, another(backbone)):
+        for rows in (2, 1):
+            arguments = latents[:rows], TIME, conditioning, ROWS[:rows]
+            with model.following(policy), eager.following(policy):
+                assert torch.allclose(model.velocity(*arguments), eager.velocity(*arguments), atol=1e-4)
+            made.append(graphs["unique_graphs"])
+    assert len(set(made)) == 1 and made[0] > 0
+    assert not isinstance(TailModel(*settings)._backbone.transformer, CompiledFlux)
 
 
 def addresses(module):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from egrpo_fast.backbones.flux import (
+    CompiledFlux,
     FluxBackbone,
     FluxCache,
     check_cache,
@@ -73,16 +74,24 @@ class TailModel:
     precision that `tail` asks for, and otherwise none. The Linear layers of the blocks are quantised (torchao), but
     those of modulation. Memory: 2 bytes a weight in bfloat16, 1 in 8 bits; nothing for a weight that is the policy's.
 
-    cache: of the hooks that skip some of its blocks; None: none do.
+    compiled: its blocks are, unless hooks skip some of them. cache: of those hooks; None: there are none.
     """
 
     def __init__(
-        self, settings: Tail, policy: Path, backbone: FluxBackbone, dtype: torch.dtype, device: torch.device
+        self,
+        settings: Tail,
+        policy: Path,
+        backbone: FluxBackbone,
+        dtype: torch.dtype,
+        device: torch.device,
+        compiled: bool = False,
     ) -> None:
         transformer, weights = meta_transformer(resolve(settings.path) if settings.path else policy)
+        use_same_attention(transformer, backbone.transformer)
+        if compiled and settings.cache is None:
+            transformer = CompiledFlux.of(transformer)
         self._backbone = copy.copy(backbone)
         self._backbone.transformer = transformer.requires_grad_(False).eval()
-        use_same_attention(transformer, backbone.transformer)
         self._dtype, self._device = dtype, device
         self._hollow = dict(transformer.named_parameters())
         self._lora = lora_layers("tail.lora", settings.lora, transformer) if settings.lora else {}
@@ -95,10 +104,12 @@ class TailModel:
 
     @classmethod
     def of(
-        cls, settings: Tail, policy: Path, backbone: FluxBackbone, dtype: torch.dtype, device: torch.device
+        cls, config: Config, policy: Path, backbone: FluxBackbone, dtype: torch.dtype, device: torch.device
     ) -> "TailModel | None":
-        """None where the tail's model is the policy."""
-        return cls(settings, policy, backbone, dtype, device) if settings.has_model else None
+        """A run's own; None where the tail's model is the policy."""
+        if not config.tail.has_model:
+            return None
+        return cls(config.tail, policy, backbone, dtype, device, config.rollout.compile)
 
     @contextmanager
     def following(self, policy: nn.Module) -> Iterator[None]:
