@@ -17,8 +17,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from egrpo_fast import ops
-from egrpo_fast.backbones.flux import FluxBackbone, check_folder, load_vae, meta_transformer, resolve
-from egrpo_fast.backbones.flux_text import CachedText, FluxTextEncoder
+from egrpo_fast.backbones.flux import (
+    CompiledFlux,
+    FluxBackbone,
+    check_attention,
+    check_folder,
+    meta_transformer,
+    resolve,
+    use_attention,
+)
+from egrpo_fast.backbones.flux_text import open_text
 from egrpo_fast.backbones.identity import check_base
 from egrpo_fast.backbones.tail import TailModel, check_tail
 from egrpo_fast.checkpoint import CheckpointReader, problems
@@ -184,6 +192,7 @@ class _Sampler:
         model, self._dtype, self.device = config.model, getattr(torch, config.model.dtype), device
         self._folder = resolve(pipeline_path(model.path))
         transformer, weights = meta_transformer(self._folder, model.lora, config.seed)
+        use_attention(transformer, model.attention)
         trained = set(reader.names()) if reader else set()
         for name, _ in list(transformer.named_parameters()):
             value = reader.tensor(name) if reader and name in trained else weights(name)
@@ -191,17 +200,12 @@ class _Sampler:
             filled = nn.Parameter(value.to(device, self._dtype), requires_grad=False)
             setattr(transformer.get_submodule(owner), leaf, filled)
         weights.files.close()
-        encoder = (
-            self._folder, model.max_sequence_length, self._dtype, device, model.text_encoder_quantization
-        )  # fmt: skip
-        cached = config.prompts.embeddings
-        text = CachedText.open(cached, *encoder) if cached else FluxTextEncoder.from_pretrained(*encoder)
-        self.backbone = FluxBackbone(
-            transformer.eval(), load_vae(self._folder, self._dtype, device), text, model.height, model.width,
-            model.guidance, model.decode_batch,
-        )  # fmt: skip
-        if model.vae_tiling:
-            self.backbone.tile_decoding()
+        text = open_text(config, self._folder, device)
+        self.backbone = FluxBackbone.of(config, self._folder, transformer.eval(), text, device)
+        self._module: nn.Module = transformer
+        if config.rollout.compile:
+            self._module = CompiledFlux.of(transformer)
+            self._module.load_state_dict(dict(transformer.named_parameters()), assign=True)
         self._ops = ops.choose(config.rollout.backend, device)
         self._trained = [reward for reward in config.rewards if reward.weight]
         self._judges = {reward.name: make_reward(reward.name, reward.options, device) for reward in self._trained}
@@ -224,7 +228,7 @@ class _Sampler:
                 text = self.backbone.encode([prompt.text])
 
                 def velocity(latents: Tensor, t: float, rows: Tensor, text: Any = text) -> Tensor:
-                    return self.backbone.velocity(self.backbone.transformer, latents, t, text, rows)
+                    return self.backbone.velocity(self._module, latents, t, text, rows)
 
                 def tail_velocity(latents: Tensor, t: float, rows: Tensor, text: Any = text) -> Tensor:
                     assert model is not None
@@ -386,6 +390,7 @@ def fidelity(
         check_tail(one, pipeline_path(one.model.path))
     model = config.model
     lines = read_split(config.prompts.train, "train", config.prompts.column)
+    check_attention(model.attention)
     check_folder(pipeline_path(model.path), model.height, model.width)
     if reader:
         check_base(run, resolve(pipeline_path(model.path)))

@@ -211,19 +211,18 @@ def make_trainer(
         CompiledFlux,
         FluxBackbone,
         check_folder,
-        load_vae,
         meta_transformer,
         resolve,
         use_attention,
     )
-    from egrpo_fast.backbones.flux_text import CachedText, FluxTextEncoder, tell_truncated
+    from egrpo_fast.backbones.flux_text import CachedText, open_text, tell_truncated
     from egrpo_fast.backbones.tail import TailModel, check_tail
     from egrpo_fast.engine import materialize
     from egrpo_fast.interruption import Interruption
     from egrpo_fast.rewards import make_reward
     from egrpo_fast.trainer import Trainer
 
-    model, dtype = config.model, getattr(torch, config.model.dtype)
+    model = config.model
     interruption = Interruption(config.guards.stop_seconds)
     torch.manual_seed(config.seed)  # nothing here draws from it; a user's reward may
     torch.set_float32_matmul_precision("high" if model.tf32 else "highest")
@@ -236,30 +235,18 @@ def make_trainer(
     transformer, weights = meta_transformer(folder, model.lora, config.seed)
     use_attention(transformer, model.attention)
     compiled = CompiledFlux.of(transformer) if config.rollout.compile else None
-    encoder = (folder, model.max_sequence_length, dtype, world.device, model.text_encoder_quantization)
-    text: FluxTextEncoder | CachedText
-    if config.prompts.embeddings is None:
-        text = FluxTextEncoder.from_pretrained(*encoder)
-        if world.is_main:
-            tell_truncated(text, train_prompts, "prompts.train")
-            tell_truncated(text, held_out_prompts, "prompts.held_out")
-    else:
-        text = CachedText.open(config.prompts.embeddings, *encoder)
-        for split, prompts in (("train", train_prompts), ("held_out", held_out_prompts)):
+    text = open_text(config, folder, world.device)
+    for split, prompts in (("train", train_prompts), ("held_out", held_out_prompts)):
+        if isinstance(text, CachedText):
             text.require(prompts, f"prompts.{split}")
+        elif world.is_main:
+            tell_truncated(text, prompts, f"prompts.{split}")
     rewards = {reward.name: make_reward(reward.name, reward.options, world.device) for reward in config.rewards}
     told = materialize(transformer, weights, config, world, heart)
     weights.files.close()
     print(f"rank {world.rank}: {told}")
-    backbone = FluxBackbone(
-        transformer, load_vae(folder, dtype, world.device), text, model.height, model.width, model.guidance,
-        model.decode_batch,
-    )  # fmt: skip
-    if model.vae_tiling:
-        backbone.tile_decoding()
-    tail_model = TailModel.of(config, folder, backbone, dtype, world.device)
-    if config.tail.decoder is not None:
-        backbone.use_tiny_decoder(config.tail.decoder)
+    backbone = FluxBackbone.of(config, folder, transformer, text, world.device)
+    tail_model = TailModel.of(config, folder, backbone, getattr(torch, model.dtype), world.device)
     if model.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if world.is_main:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from egrpo_fast.backbones.flux_text import Conditioning, FluxTextEncoder
 from egrpo_fast.backbones.weight_files import WeightFiles, new_adapter
-from egrpo_fast.config import FirstBlock, Lora, TailCache
+from egrpo_fast.config import Config, FirstBlock, Lora, TailCache
 
 LATENT_PATCH = 2
 """FLUX packs 2 x 2 latent pixels into one token."""
@@ -351,6 +351,20 @@ class FluxBackbone:
         )
 
     @classmethod
+    def of(
+        cls, config: Config, folder: Path, transformer: FluxTransformer2DModel, text: Text, device: torch.device
+    ) -> "FluxBackbone":
+        """A run's own, around its transformer: the pipeline folder's VAE, and the decoder of its tail."""
+        model = config.model
+        vae = load_vae(folder, getattr(torch, model.dtype), device)
+        if model.vae_tiling:  # tile by tile, where a picture is larger than the VAE's own tile size
+            vae.enable_tiling()
+        backbone = cls(transformer, vae, text, model.height, model.width, model.guidance, model.decode_batch)
+        if config.tail.decoder is not None:
+            backbone.use_tiny_decoder(config.tail.decoder)
+        return backbone
+
+    @classmethod
     def from_pretrained(
         cls,
         path: str,
@@ -410,10 +424,6 @@ class FluxBackbone:
             img_ids=self._image_ids,
             return_dict=False,
         )[0]
-
-    def tile_decoding(self) -> None:
-        """Have `decode` work tile by tile where a picture is larger than the VAE's own tile size."""
-        self._vae.enable_tiling()
 
     def use_tiny_decoder(self, folder: str) -> None:
         """Have `decode` with `tiny` use diffusers' AutoencoderTiny in a folder, such as TAEF1. ValueError."""

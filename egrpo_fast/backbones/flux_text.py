@@ -15,6 +15,7 @@ from transformers import BitsAndBytesConfig, CLIPTextModel, CLIPTokenizer, T5Enc
 from transformers.utils import logging
 
 from egrpo_fast.backbones.weight_files import WeightFiles, fingerprint
+from egrpo_fast.config import Config
 from egrpo_fast.embeddings import EmbeddingCache
 from egrpo_fast.transfer import to_device
 
@@ -258,3 +259,12 @@ class CachedText:
         """The rows of these prompts, on the device."""
         t5, pooled = self.cache.encode(prompts)
         return Conditioning(to_device(t5, self._device), to_device(pooled, self._device))
+
+
+def open_text(config: Config, folder: Path, device: torch.device) -> FluxTextEncoder | CachedText:
+    """A run's text encoders, of the pipeline folder, or the cache of what they gave (`prompts.embeddings`)."""
+    model = config.model
+    which = folder, model.max_sequence_length, getattr(torch, model.dtype), device, model.text_encoder_quantization
+    if config.prompts.embeddings is None:
+        return FluxTextEncoder.from_pretrained(*which)
+    return CachedText.open(config.prompts.embeddings, *which)
