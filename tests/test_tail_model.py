@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import AutoencoderTiny, FluxTransformer2DModel
+from diffusers.models.attention_dispatch import AttentionBackendName
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch.utils._pytree import tree_leaves
@@ -78,7 +79,8 @@ def test_without_a_model_of_its_own_there_is_none(backbone):
 
 def test_attention_is_computed_as_the_policys(backbone):
     policy = another(backbone)
-    policy.set_attention_backend("_native_math")
+    for processor in policy.attn_processors.values():  # the setter would change the default of this process, too
+        processor._attention_backend = AttentionBackendName._NATIVE_MATH
     chosen = copy.copy(backbone)
     chosen.transformer = policy
     processors = model_of(chosen, cache="first_block")._backbone.transformer.attn_processors.values()
