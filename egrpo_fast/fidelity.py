@@ -26,7 +26,7 @@ from egrpo_fast.backbones.flux import (
     resolve,
     use_attention,
 )
-from egrpo_fast.backbones.flux_text import open_text
+from egrpo_fast.backbones.flux_text import Conditioning, open_text
 from egrpo_fast.backbones.identity import check_base
 from egrpo_fast.backbones.tail import TailModel, check_tail
 from egrpo_fast.checkpoint import CheckpointReader, problems
@@ -223,23 +223,29 @@ class _Sampler:
             self.backbone.use_tiny_decoder(config.tail.decoder)
         watch, rewards = Stopwatch(self.device), []
         cache = model.cache if model else None
+
+        def latents_of(prompt: Prompt, text: Conditioning) -> Tensor:
+            """[pictures, L, C]."""
+
+            def velocity(latents: Tensor, t: float, rows: Tensor) -> Tensor:
+                return self.backbone.velocity(self._module, latents, t, text, rows)
+
+            def tail_velocity(latents: Tensor, t: float, rows: Tensor) -> Tensor:
+                assert model is not None
+                return model.velocity(latents, t, text, rows)
+
+            key = NoiseKey(config.seed, 0, torch.tensor([prompt.number], device=self.device))
+            rollout = wavefront.run(velocity, key, tail_velocity=tail_velocity if model else None, tail_cache=cache)
+            return rollout.final_latents[0]
+
         with model.following(self.backbone.transformer) if model else nullcontext():
+            if config.rollout.compile:  # that takes its time at the first calls
+                latents_of(prompts[0], self.backbone.encode([prompts[0].text]))
             for prompt in tqdm(prompts, desc=told, unit=" prompts", leave=False, dynamic_ncols=True):
                 text = self.backbone.encode([prompt.text])
-
-                def velocity(latents: Tensor, t: float, rows: Tensor, text: Any = text) -> Tensor:
-                    return self.backbone.velocity(self._module, latents, t, text, rows)
-
-                def tail_velocity(latents: Tensor, t: float, rows: Tensor, text: Any = text) -> Tensor:
-                    assert model is not None
-                    return model.velocity(latents, t, text, rows)
-
-                key = NoiseKey(config.seed, 0, torch.tensor([prompt.number], device=self.device))
                 with watch.phase("rollout"):
-                    rollout = wavefront.run(
-                        velocity, key, tail_velocity=tail_velocity if model else None, tail_cache=cache
-                    )
-                rewards.append(self._score(rollout.final_latents[0], prompt.text, tiny=config.tail.decoder is not None))
+                    latents = latents_of(prompt, text)
+                rewards.append(self._score(latents, prompt.text, tiny=config.tail.decoder is not None))
         computed = cache.computed / cache.asked if cache else 1.0
         return _Sampled(torch.stack(rewards, dim=1), watch.read()["seconds/rollout"], computed)
 
