@@ -1,6 +1,6 @@
 #!/bin/sh
 # Everything that needs a GPU, in one call of under ten minutes: correctness on the device, then benchmarks, then
-# benchmarks/results/<gpu>.csv. Nothing is fetched: PYTHON (default python3) has torch, triton, pytest,
+# benchmarks/results/<gpu>.csv. Nothing is fetched: PYTHON (default python3) has torch, triton, pydantic, PyYAML, pytest,
 # pytest-benchmark, hypothesis, scipy and setuptools; the package is installed from this folder, its extension with it.
 set -eu
 cd "$(dirname "$0")/.."

@@ -10,16 +10,21 @@
 - batched:    the same for a group of pictures at a time: nothing is shared across active steps
 - exact:      the trainer's own: one prefix, one wavefront, one update forward per active step
 - compiled:   the same through `rollout.compile`
-- fast:       compiled, with two thirds of the tail's steps left out (`tail.stride`)
+- fast:       compiled, with two thirds of the tail's steps left out (`tail.stride`), of second order (`tail.solver`)
 
 Variants take turns, round by round. All but the last do the same work: their pictures, rewards and the norm of their
-gradient are compared. Written to `benchmarks/results/iteration-<device>.json`, one entry per model.
+gradient are compared. On a CPU each one's memory is that of a process of its own, what compiling takes included
+(`--together`: that of this one, which is sooner done). Written to `benchmarks/results/iteration-<device>.json`, one
+entry per model.
 """
 
 import argparse
 import json
+import os
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -289,7 +294,15 @@ def report(result):
         print(f"{name:<10}{counts}{seconds}{ratios}{row['peak_mib']:>8.0f}")
 
 
-def measure(trainer, meter, variants, rounds, flops, peak):
+def memory_alone(name):
+    """Peak of a variant's memory in a process like this one, in MiB: what it allocates there nothing was left for."""
+    command = [sys.executable, *sys.argv, "--memory-of", name]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MASTER_")}
+    told = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return float(told.split()[-1])
+
+
+def measure(trainer, meter, variants, rounds, flops, peak, alone):
     device, runs = trainer.world.device, {name: [] for name in variants}
     told, first = {}, None
     for round_ in range(rounds + 1):
@@ -305,7 +318,8 @@ def measure(trainer, meter, variants, rounds, flops, peak):
             (calls, rows), (calls_with, rows_with) = meter.calls[False], meter.calls[True]
             told[name] = {
                 "calls": calls, "evaluations": rows, "calls_with_gradient": calls_with,
-                "evaluations_with_gradient": rows_with, "peak_mib": memory.mebibytes,
+                "evaluations_with_gradient": rows_with,
+                "peak_mib": memory.mebibytes if meter.cuda or not alone else memory_alone(name),
             }  # fmt: skip
             first = first or (latents, rewards, norm)
             if len(latents) == len(first[0]) and name != "fast":
@@ -378,6 +392,14 @@ def main():
     parser.add_argument("--rounds", type=int, default=3, help="counted rounds after one warm-up")
     parser.add_argument("--leave-out", action="append", default=[], metavar="VARIANT", help="a variant not to run")
     parser.add_argument("--profile", type=Path, metavar="OUT", help="write a profile into this folder instead")
+    parser.add_argument(
+        "--together",
+        action="store_true",
+        help="on a CPU measure memory in one process, where a variant reuses another's",
+    )
+    parser.add_argument(
+        "--memory-of", metavar="VARIANT", help="print the peak of one variant's memory, in MiB, instead"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder that iteration-<device>.json is in")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     arguments = parser.parse_args()
@@ -395,7 +417,7 @@ def main():
         whole = max(group.size for group in trainer.sampler.wavefront.plan.groups)
         most = min(whole, config.rollout.most_rows or (whole if arguments.model != "flux" else 4))
         compiled = CompiledFlux.of(backbone.transformer)
-        fast = config.with_tail(stride=3)
+        fast = config.with_tail(stride=3, solver="dpm2m")
         variants = {
             "naive": (lambda: unshared(trainer, meter, prompt, 1), None, config),
             "batched": (lambda: unshared(trainer, meter, prompt, most), None, config),
@@ -404,11 +426,17 @@ def main():
             "fast": (lambda: shared(trainer, meter, prompt), compiled, fast),
         }
         variants = {name: variant for name, variant in variants.items() if name not in arguments.leave_out}
+        if arguments.memory_of:
+            run, trainer.engine._stand_in, trainer.sampler.config = variants[arguments.memory_of]
+            with PeakMemory(world.device) as memory:
+                run()
+            print(memory.mebibytes)
+            return
         dtype = torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
         text = backbone.encode([prompt.text]).t5.shape[1]
         flops = Transformer(dict(backbone.transformer.config)).flops(backbone.latent_shape[0], text)["total"]
         peak = matmul_peak(meter, dtype)
-        told = measure(trainer, meter, variants, arguments.rounds, flops, peak)
+        told = measure(trainer, meter, variants, arguments.rounds, flops, peak, not arguments.together)
     cuda = world.device.type == "cuda"
     result = {
         "model": arguments.model,

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS = [  # from the top; a room imports from rooms below it and from itself, never from its own floor or above
     ("train", "cli"),
+    ("run_folder",),
     ("trainer", "evaluation", "reward_server", "encoding", "cost", "doctor"),
     ("report",),
     ("sampler",),

@@ -25,7 +25,9 @@ def run(*arguments):
 
 
 def test_its_variants_are_one_iteration(tmp_path):
-    told = run("--rounds", "1", "--leave-out", "compiled", "--leave-out", "fast", "--results", str(tmp_path))
+    told = run(
+        "--rounds", "1", "--leave-out", "compiled", "--leave-out", "fast", "--together", "--results", str(tmp_path)
+    )
     variants = json.loads((tmp_path / "iteration-cpu.json").read_text())["shapes"]["variants"]
     plan = plan_of(load_config("shapes", SMALL), 0)
     evaluations = {"naive": plan.evaluations_alone, "batched": plan.evaluations_alone, "exact": plan.evaluations}

@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from egrpo_fast.backbones.flux_text import FluxTextEncoder, tell_truncated
 from egrpo_fast.checkpoint import Checkpoints
 from egrpo_fast.config import CONFIG_FILE, RUN_FILE, ConfigError, load_config
+from egrpo_fast.run_folder import check_output, claim_output, identify, record
 from egrpo_fast.shapes import PIPELINE
-from egrpo_fast.train import check_inputs, check_output, claim_output, identify, record
+from egrpo_fast.train import check_inputs
 
 ROOT = Path(__file__).parents[1]
 TINY = [
