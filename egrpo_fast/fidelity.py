@@ -24,11 +24,12 @@ from egrpo_fast.backbones.flux import (
     check_folder,
     meta_transformer,
     resolve,
+    use_arithmetic,
     use_attention,
 )
 from egrpo_fast.backbones.flux_text import Conditioning, open_text
 from egrpo_fast.backbones.identity import check_base
-from egrpo_fast.backbones.tail import TailModel, check_tail
+from egrpo_fast.backbones.tail import TailModel, check_tail, with_local_tail
 from egrpo_fast.checkpoint import CheckpointReader, problems
 from egrpo_fast.config import CONFIG_FILE, Config, EGrpo, Tail, load_config
 from egrpo_fast.export import find_checkpoint
@@ -141,7 +142,7 @@ class TailGuard:
 
 @dataclass(frozen=True)
 class Measured:
-    """A tail against the exact one. speedup: of the whole rollout's seconds.
+    """A tail against the exact one. speedup: of rollouts alone; decoding, and a copy of the policy, come on top.
 
     evaluations: of its tails, as a share; what a cache leaves out of them is counted block by block and not in it.
     """
@@ -191,6 +192,7 @@ class _Sampler:
     def __init__(self, config: Config, reader: CheckpointReader | None, device: torch.device) -> None:
         model, self._dtype, self.device = config.model, getattr(torch, config.model.dtype), device
         self._folder = resolve(pipeline_path(model.path))
+        use_arithmetic(model)
         transformer, weights = meta_transformer(self._folder, model.lora, config.seed)
         use_attention(transformer, model.attention)
         trained = set(reader.names()) if reader else set()
@@ -218,7 +220,7 @@ class _Sampler:
             plan, 1, self.backbone.latent_shape, self._ops, self.device, model_dtype=self._dtype,
             micro_batch=config.rollout.most_rows,
         )  # fmt: skip
-        model = TailModel.of(config, self._folder, self.backbone, self._dtype, self.device)
+        model = TailModel.of(with_local_tail(config), self._folder, self.backbone, self._dtype, self.device)
         if config.tail.decoder is not None:
             self.backbone.use_tiny_decoder(config.tail.decoder)
         watch, rewards = Stopwatch(self.device), []
@@ -332,14 +334,17 @@ class _Search:
     def suggest(self, measured: Sequence[Measured], target: float) -> Measured | None:
         """The cheapest that reaches the target on prompts that it was not chosen by; None: none tried does.
 
-        Composed ones are chosen by the luck of their prompts, so those that aim higher are tried as well.
+        Cheap is few evaluations, and of equally many the faster one. Composed ones are chosen by the luck of their
+        prompts, so those that aim higher are tried as well. Several may be tried on the further prompts, of which the
+        first that passes is somewhat lucky there, too.
         """
-        costs = {one.settings: one.evaluations for one in measured if one.comparison.correlation >= target}
+        passing = (one for one in measured if one.comparison.correlation >= target)
+        costs = {one.settings: (one.evaluations, -one.speedup) for one in passing}
         if isinstance(self.config("").method, EGrpo):
             by_name = {one.settings: one for one in measured}
             aims = [target + (1.0 - target) * part / MARGINS for part in range(MARGINS)]
             composed = (self._by_step(solver, by_name, aim) for solver in SOLVERS for aim in aims)
-            costs = {settings: self._cost(settings) for settings in composed if settings} | costs
+            costs = {settings: (self._cost(settings), 0.0) for settings in composed if settings} | costs
         for settings in sorted(costs, key=lambda settings: (costs[settings], settings))[:TRIES]:
             result = self.measure(settings, part=1)
             if result.comparison.correlation >= target:
@@ -393,7 +398,7 @@ def fidelity(
     for settings, one in zip(candidates, configs):
         if one.model_copy(update={"tail": config.tail}) != config:
             raise ValueError(f"tails: {settings!r} changes more than tail.*")
-        check_tail(one, pipeline_path(one.model.path))
+        check_tail(with_local_tail(one), pipeline_path(one.model.path))
     model = config.model
     lines = read_split(config.prompts.train, "train", config.prompts.column)
     check_attention(model.attention)

@@ -1,5 +1,6 @@
 """Where this rank is: iteration and phase, told to heartbeat and stopwatch; and where all ranks agree to leave it."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -24,16 +25,20 @@ class OutOfMemory(Exception):
 
 
 class Progress:
-    """iteration: done so far. committed: the one under way has changed the weights, so it is brought to its end."""
+    """iteration: done so far. committed: the one under way has changed the weights, so it is brought to its end.
+
+    Of the thread that makes it: what others do beside is not told, for every rank says the same in the same order.
+    """
 
     def __init__(self, world: World, heart: Heartbeat, interruption: Interruption) -> None:
         self._world, self._heart, self._interruption = world, heart, interruption
         self.stopwatch = Stopwatch(world.device)
-        self.iteration, self.committed = 0, False
+        self.iteration, self.committed, self._thread = 0, False, threading.get_ident()
 
     def at(self, place: str, detail: str = "") -> None:
         """What this rank does now, for the heartbeat."""
-        self._heart.at(place, f"(iteration {self.iteration + 1}{detail})")
+        if threading.get_ident() == self._thread:
+            self._heart.at(place, f"(iteration {self.iteration + 1}{detail})")
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

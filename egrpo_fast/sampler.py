@@ -47,6 +47,14 @@ class Experience:
 
 
 @dataclass(frozen=True)
+class TailCheck:
+    """What the exact tail says of an approximated one's samples, on every rank. correlations: of all ranks' groups."""
+
+    correlations: list[float]
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
 class HeldOut:
     """A held-out evaluation, on every rank: mean of each reward, and on rank 0 the first pictures [N, 3, H, W]."""
 
@@ -143,14 +151,13 @@ class Sampler:
                 batch.append(Experience(tuple(chunk), rollout, conditioning, rewards, dropped, finite))
             return batch
 
-    def check_tail(self, experience: Experience) -> tuple[dict[str, float], str | None]:
+    def check_tail(self, experience: Experience) -> TailCheck | None:
         """Every `tail.check_every` iterations: the same samples finished by the exact tail, and what both rewards say.
 
-        A small sample, one wavefront of every rank; all come to the same verdict. Returns metrics, and why the
-        approximated tail was given up, if it was.
+        A small sample, one wavefront of every rank. Changes nothing: `judge_tail` does, once the iteration is done.
         """
         if not self._tail_guard.due(self._progress.iteration):
-            return {}, None
+            return None
         with self._progress.phase("tail check"):
             plan = plan_of(self.config.with_tail(), self._progress.iteration)
             self.wavefront.use(plan)
@@ -159,14 +166,18 @@ class Sampler:
                 rollout = self._roll_out(self.wavefront, velocity, experience.rollout.key)
             exact, _ = self._score(rollout, experience.prompts)
             if self._world.agree(not exact.isfinite().all()):
-                return {}, None
+                return TailCheck([], {"tail/not_finite": 1.0})
             found = compare(plan, self._objective, exact, experience.rewards)
             correlations = [one for rank in self._world.gather(found.correlations.flatten().tolist()) for one in rank]
             flips, bias = self._world.mean(torch.stack((found.flips.mean(), found.bias))).tolist()
-        told = self._tail_guard.judge(correlations)
         known = [value for value in correlations if not math.isnan(value)]
-        values = {"tail/sign_flips": flips, "tail/reward_bias": bias, "tail/exact": float(self._tail_guard.fallen)}
-        return values | ({"tail/rank_correlation": sum(known) / len(known)} if known else {}), told
+        correlation = {"tail/rank_correlation": sum(known) / len(known)} if known else {}
+        return TailCheck(correlations, {"tail/sign_flips": flips, "tail/reward_bias": bias} | correlation)
+
+    def judge_tail(self, check: TailCheck) -> tuple[dict[str, float], str | None]:
+        """The same verdict on every rank. Returns metrics, and why the tail is exact from now on, if it is."""
+        told = self._tail_guard.judge(check.correlations) if check.correlations else None
+        return check.metrics | {"tail/exact": float(self._tail_guard.fallen)}, told
 
     def evaluate(self, prompts: Sequence[str]) -> HeldOut:
         """Every reward on these prompts, each from its own fixed noise, whatever the ranks and batches."""
@@ -317,7 +328,14 @@ class Sampler:
         repeated = [prompt for prompt in prompts for _ in range(latents.shape[1])]
         size, scores = self.config.model.decode_batch, []
         for some, of_prompts in zip(latents.flatten(0, 1).split(size), _chunks(repeated, size)):
-            images = self.backbone.decode(some, tiny)
+            try:
+                images = self.backbone.decode(some, tiny)
+            except torch.OutOfMemoryError as error:
+                beside = " and rollout.overlap=false" if self.beside else ""
+                told = (
+                    f"model.decode_batch: no memory to decode {len(some)} pictures; take fewer{beside}, or vae_tiling"
+                )
+                raise torch.OutOfMemoryError(f"{told} ({error})") from error
             scores.append(torch.stack([self._call(name, images, of_prompts) for name in self._trained]))
         rewards = torch.cat(scores, dim=1).unflatten(1, latents.shape[:2])
         if self.config.objective.on_error == "drop":

@@ -87,10 +87,11 @@ def make_trainer(
         check_folder,
         meta_transformer,
         resolve,
+        use_arithmetic,
         use_attention,
     )
     from egrpo_fast.backbones.flux_text import CachedText, open_text, tell_truncated
-    from egrpo_fast.backbones.tail import TailModel, check_tail
+    from egrpo_fast.backbones.tail import TailModel, check_tail, slow_tail, with_local_tail
     from egrpo_fast.engine import materialize
     from egrpo_fast.interruption import Interruption
     from egrpo_fast.rewards import make_reward
@@ -99,12 +100,16 @@ def make_trainer(
     model = config.model
     interruption = Interruption(config.guards.stop_seconds)
     torch.manual_seed(config.seed)  # nothing here draws from it; a user's reward may
-    torch.set_float32_matmul_precision("high" if model.tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = model.tf32
+    use_arithmetic(model)
     heart.at("finding", config.model.path, limit=DOWNLOAD_LIMIT)
     folder = resolve(pipeline_path(model.path))
     check_folder(str(folder), model.height, model.width)
-    check_tail(config, str(folder))
+    if config.tail.path is not None:
+        heart.at("finding", config.tail.path, limit=DOWNLOAD_LIMIT)
+    local = with_local_tail(config)
+    check_tail(local, str(folder))
+    if world.is_main and (told := slow_tail(config)):
+        warnings.warn(told, stacklevel=2)
     base = identify(config, folder, world)
     transformer, weights = meta_transformer(folder, model.lora, config.seed)
     use_attention(transformer, model.attention)
@@ -120,7 +125,8 @@ def make_trainer(
     weights.files.close()
     print(f"rank {world.rank}: {told}")
     backbone = FluxBackbone.of(config, folder, transformer, text, world.device)
-    tail_model = TailModel.of(config, folder, backbone, getattr(torch, model.dtype), world.device)
+    heart.at("loading", "the tail's model")
+    tail_model = TailModel.of(local, folder, backbone, getattr(torch, model.dtype), world.device)
     if model.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if world.is_main:
@@ -165,8 +171,8 @@ def main() -> None:
     try:
         status = run(load_config(arguments.recipe, arguments.overrides))
     except ValueError as error:
-        if os.environ.get("RANK", "0") != "0":
-            raise SystemExit(1) from None  # every rank finds the same mistake; one tells
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            raise SystemExit(1) from None  # every rank of a machine finds the same mistake; one tells
         raise SystemExit("\n".join(f"error: {line}" for line in str(error).splitlines())) from None
     raise SystemExit(status)
 

@@ -132,12 +132,13 @@ class Trainer:
             batch = self.sampler.sample(prompts)
             # A latent or reward that is not finite, on whichever rank: nothing is changed on any.
             skipped = self.world.agree(not all(experience.finite for experience in batch))
-            checked, fallen = ({}, None) if skipped else self.sampler.check_tail(batch[0])
+            check = None if skipped else self.sampler.check_tail(batch[0])
             with progress.phase("update"):
                 values = {"lr": self.engine.rate, "skipped_steps": 1} if skipped else self.update(batch)
             progress.iteration += 1
             progress.committed = False
-            self._tell(values | checked, batch, [fallen] if fallen else [])
+            checked, given_up = self.sampler.judge_tail(check) if check else ({}, None)
+            self._tell(values | checked, batch, [given_up] if given_up else [])
 
     def update(self, batch: Sequence[Experience]) -> dict[str, float]:
         """One forward and backward per group and wavefront; one optimizer step per iteration or group.
@@ -244,12 +245,13 @@ class Trainer:
             "guard": self.guard.state,
             "tail": self.sampler.state,
         }
-        if self._saved != (self.iteration, len(self.history)):
-            self._saved = self.iteration, len(self.history)
+        now = self.iteration, len(self.history)
+        if self.world.agree(self._saved != now):  # one rank alone may not have been able to
             attempt = self.world.from_main(uuid.uuid4().hex[:8])
             self.report.sync()  # no checkpoint outlives its lines
             with self.progress.phase("checkpoint"):
                 self._or_warn(self.checkpoints.wait)
+                self._saved = now
                 pieces, local, best = self.engine.pieces(), self.engine.local(), self._is_best()
                 self._or_warn(
                     lambda: self.checkpoints.save(self.iteration, pieces, local, state, attempt, best), needed
@@ -286,7 +288,7 @@ class Trainer:
                 with self.progress.phase("restoring"):
                     self.engine.restore(reader, reader.state["optimizer_steps"])
                 self.progress.iteration, self.guard.state = reader.state["iteration"], reader.state["guard"]
-                self.sampler.state = reader.state["tail"]
+                self.sampler.state = reader.state.get("tail", self.sampler.state)  # older ones know no tails
                 self.history = [(iteration, rewards) for iteration, rewards in reader.state["held_out"]]
                 self._saved = self.iteration, len(self.history)
                 return

@@ -275,7 +275,7 @@ def measure_a_step(stage, dtype, checkpointing):
     ("stage", "dtype", "checkpointing"),
     [
         (3, "bfloat16", False),
-        (2, "bfloat16", True),
+        pytest.param(2, "bfloat16", True, marks=pytest.mark.slow),
         pytest.param(3, "bfloat16", True, marks=pytest.mark.slow),
         pytest.param(3, "float32", False, marks=pytest.mark.slow),
         pytest.param(2, "bfloat16", False, marks=pytest.mark.slow),

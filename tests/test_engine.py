@@ -212,7 +212,8 @@ def test_other_places_for_weights_and_optimizer(overrides, tmp_path):
     assert load_file(tmp_path / "full-3-2.safetensors")
 
 
-@pytest.mark.parametrize("stage", [1, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (2, 3))])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_an_iteration_in_bfloat16(stage, tmp_path):
     """With float32 master weights and gradients, whichever of DeepSpeed's optimizers that takes."""
     launch(tmp_path, stage, 2, "model.dtype=bfloat16")

@@ -2,6 +2,8 @@
 
 import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -368,3 +370,16 @@ def test_full_size_hps(tmp_path):
     single, alone = min(times), torch.cat(scores)
     print(f"\nViT-H-14: {batched:.2f} s per picture in a batch of 8, {single:.2f} s alone: {single / batched:.2f} x")
     assert torch.allclose(together, alone, rtol=0, atol=1e-5)
+
+
+def test_a_reward_is_called_without_gradient_in_whichever_thread():
+    """Its parameters may well ask for one: the update is no place for them, and activations would wait for it."""
+    layer = torch.nn.Linear(3, 1)
+
+    def judge(images, prompts):
+        return layer(images.mean((2, 3))).flatten()
+
+    with ThreadPoolExecutor(1) as beside:
+        for call in (score, partial(beside.submit, score)):
+            scores = call("mine", judge, torch.rand(2, 3, 8, 8), ["a", "b"])
+            assert not (scores if isinstance(scores, torch.Tensor) else scores.result()).requires_grad

@@ -241,6 +241,32 @@ def test_work_beside_comes_in_order_and_raises_where_it_is_waited_for():
     assert done == [("a", False), ("", False), ("bc", False)]
 
 
+def test_what_is_done_beside_is_not_told_to_the_heartbeat():
+    """It counts what a rank says, and every rank says the same in the same order."""
+    said = []
+    progress = Progress(
+        SimpleNamespace(device=torch.device("cpu")), SimpleNamespace(at=lambda *at: said.append(at)), None
+    )
+    Beside(torch.device("cpu")).begin(partial(progress.at, "rewards"))()
+    assert not said
+    progress.at("rewards")
+    assert said == [("rewards", "(iteration 1)")]
+
+
+def test_no_memory_to_decode_names_what_to_change():
+    sampler = Sampler.__new__(Sampler)
+    sampler._progress, sampler.beside = SimpleNamespace(at=lambda *place: None), object()
+    sampler.config = load_config("shapes", ["model.decode_batch=3"])
+
+    def decode(latents, tiny):
+        raise torch.OutOfMemoryError("injected")
+
+    sampler.backbone = SimpleNamespace(decode=decode)
+    rollout = SimpleNamespace(final_latents=torch.zeros(1, 5, 4, 4))
+    with pytest.raises(torch.OutOfMemoryError, match=r"model.decode_batch: .* 3 pictures; .*rollout.overlap=false"):
+        sampler._score(rollout, ["a"])
+
+
 def test_the_trial_of_rows_per_call():
     """A device that is busy from 8 rows on, with room for 40."""
     asked = []

@@ -1,6 +1,7 @@
 """The tail's own model and decoder: the policy's weights, other checkpoints, LoRAs, 8 bits, caches; what is refused."""
 
 import copy
+import re
 import shutil
 import sys
 from functools import partial
@@ -15,9 +16,10 @@ from safetensors.torch import save_file
 from torch.utils._pytree import tree_leaves
 
 from egrpo_fast import ops
+from egrpo_fast.backbones import flux
 from egrpo_fast.backbones import tail as tail_models
 from egrpo_fast.backbones.flux import CompiledFlux, FluxBackbone, check_cache, meta_transformer, save_lora
-from egrpo_fast.backbones.tail import TailModel, check_tail
+from egrpo_fast.backbones.tail import TailModel, check_tail, slow_tail, with_local_tail
 from egrpo_fast.config import FirstBlock, Lora, Rollout, Tail, TaylorSeer, load_config
 from egrpo_fast.cost import Cluster, Cost
 from egrpo_fast.methods import e_grpo
@@ -374,6 +376,38 @@ def test_a_first_block_needs_others():
         with pytest.raises(ValueError, match=f"tail.cache: first_block needs a .* two blocks or more, .* has {blocks}"):
             check_cache(FirstBlock(name="first_block"), transformer)
         check_cache(TaylorSeer(name="taylor_seer"), transformer)
+
+
+def test_a_hub_id_is_found_before_it_is_looked_at(monkeypatch):
+    """By its own setting's name where it is not; a folder is left as it is."""
+    config = load_config("shapes", ["tail.path=owner/name"])
+    monkeypatch.setattr(flux, "snapshot_download", lambda path, **options: str(PIPELINE))
+    assert with_local_tail(config).tail.path == str(PIPELINE)
+    assert config.tail.path == "owner/name" and with_local_tail(load_config("shapes")).tail.path is None
+
+    def absent(path, **options):
+        raise OSError("no network")
+
+    monkeypatch.setattr(flux, "snapshot_download", absent)
+    with pytest.raises(ValueError, match=r"^tail.path: owner/name is no folder here and could not be downloaded"):
+        with_local_tail(config)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ([], None),
+        (["tail.stride=3", "rollout.compile=true"], None),
+        (["tail.cache=taylor_seer"], None),
+        (["tail.weights=int8", "rollout.compile=true"], None),
+        (["tail.weights=int8"], "tail.weights: int8 .* compiled: with rollout.compile$"),
+        (["tail.weights=int8", "rollout.compile=true", "tail.cache=taylor_seer"], "compiled: without tail.cache$"),
+        (["rollout.compile=true", "tail.cache=first_block"], "^rollout.compile: .* because of tail.cache$"),
+    ],
+)
+def test_what_is_slower_than_it_seems_is_said(overrides, told):
+    found = slow_tail(load_config("shapes", overrides))
+    assert found is None if told is None else re.search(told, found)
 
 
 def test_a_lora_of_another_model_is_refused(tmp_path):

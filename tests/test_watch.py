@@ -14,9 +14,9 @@ from egrpo_fast.config import ConfigError, load_config
 from egrpo_fast.figures import curves
 from egrpo_fast.guards import Guard, verdict
 from egrpo_fast.plan import ode_plan
-from egrpo_fast.progress import Progress
+from egrpo_fast.progress import Asked, Progress
 from egrpo_fast.prompts import PromptOrder
-from egrpo_fast.sampler import HeldOut
+from egrpo_fast.sampler import HeldOut, TailCheck
 from egrpo_fast.schedule import make_schedule
 from egrpo_fast.trainer import Trainer
 
@@ -90,7 +90,14 @@ class ScriptedSampler:
     def sample(self, prompts):
         return [SimpleNamespace(finite=True)]
 
+    def __init__(self):
+        self.state = 0  # judged checks
+
     def check_tail(self, experience):
+        return TailCheck([0.5], {})
+
+    def judge_tail(self, check):
+        self.state += 1
         return {}, None
 
     def statistics(self, batch):
@@ -144,6 +151,20 @@ def test_the_loop_stops_saves_and_finishes(tmp_path):
     again = Scripted(tmp_path, falling, 4, trainer.saved[4])
     again.train()
     assert again.ended == (4, 0.9) and again.history == trainer.history and not again.saved
+
+
+def test_a_tail_is_judged_with_the_iteration_that_it_was_checked_in(tmp_path):
+    """A run asked to end within an update leaves the iteration, and the verdict, to the one that continues it."""
+    trainer = Scripted(tmp_path, [0.9] * 7)
+    update, states = trainer.update, []
+
+    def asked_in_the_third(batch):
+        if trainer.iteration == 2:
+            raise Asked(15)
+        return update(batch)
+
+    trainer.update, trainer.save = asked_in_the_third, lambda needed=False: states.append(trainer.sampler.state)
+    assert trainer.train() == 15 and trainer.iteration == states[-1] == 2
 
 
 def test_the_stop_is_marked_in_the_curves(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from egrpo_fast.backbones.flux_text import Conditioning, FluxTextEncoder
 from egrpo_fast.backbones.weight_files import WeightFiles, new_adapter
-from egrpo_fast.config import Config, FirstBlock, Lora, TailCache
+from egrpo_fast.config import Config, FirstBlock, Lora, Model, TailCache
 
 LATENT_PATCH = 2
 """FLUX packs 2 x 2 latent pixels into one token."""
@@ -36,22 +36,25 @@ def is_hub_id(path: str) -> bool:
     return not Path(path).exists() and path.count("/") == 1 and not path.startswith((".", "/", "~"))
 
 
-def resolve(path: str) -> Path:
-    """The local folder of a pipeline: `path` itself, or that of a hub id, downloaded if need be. ValueError."""
+def resolve(path: str, field: str = "model.path") -> Path:
+    """The local folder of a pipeline: `path` itself, or that of a hub id, downloaded if need be.
+
+    ValueError, which begins with `field`.
+    """
     if not is_hub_id(path):
         return Path(path)
     try:
         return Path(snapshot_download(path, allow_patterns=list(FILES)))
     except GatedRepoError:
         raise ValueError(
-            f"model.path: {path} is gated: accept its licence at https://huggingface.co/{path} and set HF_TOKEN"
+            f"{field}: {path} is gated: accept its licence at https://huggingface.co/{path} and set HF_TOKEN"
         ) from None
     except RepositoryNotFoundError:
-        raise ValueError(f"model.path: there is neither a folder nor a hub repository {path}") from None
+        raise ValueError(f"{field}: there is neither a folder nor a hub repository {path}") from None
     except (OSError, ValueError, RuntimeError) as error:
         told = " ".join(str(error).split())
         raise ValueError(
-            f"model.path: {path} is no folder here and could not be downloaded; without a network, give the path of a "
+            f"{field}: {path} is no folder here and could not be downloaded; without a network, give the path of a "
             f"folder that holds it ({told})"
         ) from None
 
@@ -150,6 +153,12 @@ def check_attention(name: str) -> None:
         raise ValueError(f"model.attention: {name} is not installed: {' '.join(str(error).split())}") from None
     if not torch.cuda.is_available():
         raise ValueError(f"model.attention: {name} needs a CUDA device; allowed here: native")
+
+
+def use_arithmetic(model: Model) -> None:
+    """What float32 products may round to on a GPU (`model.tf32`), for this process."""
+    torch.set_float32_matmul_precision("high" if model.tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = model.tf32
 
 
 def use_attention(transformer: FluxTransformer2DModel, name: str) -> None:

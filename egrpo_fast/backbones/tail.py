@@ -67,6 +67,25 @@ def check_tail(config: Config, policy: str) -> None:
                 check_decoder(tail.decoder, Path(policy))
 
 
+def with_local_tail(config: Config) -> Config:
+    """The same with a folder for `tail.path`, which is downloaded if it is a hub id. ValueError: it cannot be."""
+    if config.tail.path is None:
+        return config
+    tail = config.tail.model_copy(update={"path": str(resolve(config.tail.path, "tail.path"))})
+    return config.model_copy(update={"tail": tail})
+
+
+def slow_tail(config: Config) -> str | None:
+    """What of a tail's settings is slower than it seems: blocks that hooks skip cannot be compiled."""
+    tail, compiled = config.tail, config.rollout.compile
+    if tail.weights != "exact" and (tail.cache is not None or not compiled):
+        less = "without tail.cache" if compiled else "with rollout.compile"
+        return f"tail.weights: {tail.weights} saves memory, but is fast only where it is compiled: {less}"
+    if compiled and tail.cache is not None:
+        return "rollout.compile: calls of the tail, nearly all of a rollout, are not compiled because of tail.cache"
+    return None
+
+
 class TailModel:
     """A transformer for the tail alone, whole on the device, without gradient.
 
@@ -86,7 +105,7 @@ class TailModel:
         device: torch.device,
         compiled: bool = False,
     ) -> None:
-        transformer, weights = meta_transformer(resolve(settings.path) if settings.path else policy)
+        transformer, weights = meta_transformer(Path(settings.path) if settings.path else policy)
         use_same_attention(transformer, backbone.transformer)
         if compiled and settings.cache is None:
             transformer = CompiledFlux.of(transformer)

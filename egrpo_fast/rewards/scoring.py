@@ -87,7 +87,8 @@ def _require(wrong: Tensor, name: str, told: str, prompts: Sequence[str]) -> Non
 
 def _call(name: str, reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
     try:
-        scores = reward(images, prompts)
+        with torch.no_grad():  # here, for it is a matter of the thread that calls
+            scores = reward(images, prompts)
     except Exception as error:
         raise RewardError(f"rewards.{name}: {type(error).__name__}: {error}") from error
     if not isinstance(scores, Tensor) or scores.shape != (len(images),):
