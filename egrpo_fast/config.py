@@ -62,7 +62,7 @@ class Model(_Section):
     tf32: bool = False
     """Let GPUs round the inputs of float32 products and convolutions to TF32; bfloat16 ones are not concerned."""
     attention: Literal[
-        "native", "cudnn", "efficient", "flash", "flash_varlen", "flash_hub", "flash_3_hub", "xformers"
+        "native", "cudnn", "efficient", "flash", "flash_varlen", "flash_hub", "flash_3_hub", "flash_4_hub", "xformers"
     ] = "native"
     """Who computes attention, by diffusers' dispatcher: PyTorch by its own choice, cuDNN, or a package to install."""
     lora: Lora | None = None

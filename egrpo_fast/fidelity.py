@@ -1,7 +1,4 @@
-"""What an approximated tail costs: the same samples finished exactly and fast, their rewards compared within groups.
-
-`compare` and `TailGuard` serve the trainer; `fidelity` is the command that measures many tails and suggests one.
-"""
+"""`egrpo fidelity`: the same samples finished exactly and by many tails; suggests the cheapest that ranks them so."""
 
 import json
 import math
@@ -31,113 +28,24 @@ from egrpo_fast.backbones.flux_text import Conditioning, open_text
 from egrpo_fast.backbones.identity import check_base
 from egrpo_fast.backbones.tail import TailModel, check_tail, with_local_tail
 from egrpo_fast.checkpoint import CheckpointReader, problems
-from egrpo_fast.config import CONFIG_FILE, Config, EGrpo, Tail, load_config
+from egrpo_fast.config import CONFIG_FILE, Config, EGrpo, load_config
 from egrpo_fast.export import find_checkpoint
 from egrpo_fast.methods import plan_of
 from egrpo_fast.metrics import Stopwatch
 from egrpo_fast.objective import Objective
 from egrpo_fast.page import Table
-from egrpo_fast.plan import Plan, tail_grid
+from egrpo_fast.plan import tail_grid
 from egrpo_fast.prompts import Prompt, PromptOrder, read_split
 from egrpo_fast.rewards import check_reward, make_reward, score
 from egrpo_fast.rollout import NoiseKey, Wavefront
 from egrpo_fast.shapes import pipeline_path
+from egrpo_fast.tail_check import Comparison, compare
 
-WINDOW = 8
-"""Checks that a run judges its tail by: those of so many times `tail.check_every` iterations."""
 STRIDES, SOLVERS = (2, 3, 4, 5, 6), ("euler", "ab2", "dpm2m")
 CACHED = "tail.cache=taylor_seer", "tail.cache=taylor_seer tail.stride=2 tail.solver=dpm2m"
 """What `egrpo fidelity` measures unless it is told: every stride with every solver, and these caches."""
 MARGINS, TRIES = 5, 8
 """Margins above the target that it composes strides for, and settings that it tries on further prompts."""
-
-
-def _ranks(values: Tensor) -> Tensor:
-    """Ranks from 0 along the last dimension; equal values share the mean of theirs."""
-    ordered = values.sort(-1).values
-    first, last = (torch.searchsorted(ordered, values, right=right) for right in (False, True))
-    return (first + last - 1).double() / 2
-
-
-def rank_correlation(exact: Tensor, tail: Tensor) -> Tensor:
-    """Spearman's within each group, ties by average ranks: [..., G] twice -> [...] float64.
-
-    NaN where the exact values are all equal, for there is nothing to tell apart; 0 where only the tail's are.
-    """
-    a, b = (ranks - ranks.mean(-1, keepdim=True) for ranks in map(_ranks, (exact.contiguous(), tail.contiguous())))
-    size = (a.square().sum(-1) * b.square().sum(-1)).sqrt()
-    return torch.where(a.any(-1), torch.where(size > 0, (a * b).sum(-1) / size, 0.0), torch.nan)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Of P prompts' groups. correlations [N, P]: rank correlation of the advantages of every group, NaN where none is.
-
-    flips [N, P]: share of a group's advantages whose sign is the opposite one. bias []: mean of the tail's reward (the
-    weighted sum) less the exact one's.
-    """
-
-    correlations: Tensor
-    flips: Tensor
-    bias: Tensor
-
-    @property
-    def correlation(self) -> float:
-        return self.correlations.nanmean().item()
-
-    @property
-    def standard_error(self) -> float:
-        """Of `correlation`, over groups."""
-        found = self.correlations[~self.correlations.isnan()]
-        return found.std().item() / math.sqrt(len(found) or 1)
-
-
-def compare(plan: Plan, objective: Objective, exact: Tensor, tail: Tensor) -> Comparison:
-    """exact, tail [K, P, pictures]: rewards of the same samples, finished by the exact tail and by another."""
-    correlations, flips = [], []
-    for group, both in zip(plan.groups, zip(plan.by_group(exact), plan.by_group(tail))):
-        ours, theirs = (objective.advantages(group, rewards) for rewards in both)
-        correlations.append(rank_correlation(ours, theirs))
-        flips.append((ours * theirs < 0).double().mean(-1))
-    weights = torch.tensor(objective.weights, dtype=torch.float64, device=exact.device)
-    bias = torch.einsum("k,kpn->pn", weights, (tail - exact).double()).mean()
-    return Comparison(torch.stack(correlations), torch.stack(flips), bias)
-
-
-class TailGuard:
-    """Judges a run's tail by its last checks. Its `state` goes into checkpoints: a tail once given up stays so."""
-
-    def __init__(self, settings: Tail) -> None:
-        self._settings = settings
-        self.fallen = False
-        self._checks: list[list[float]] = []
-
-    @property
-    def state(self) -> dict[str, Any]:
-        return {"fallen": self.fallen, "checks": self._checks}
-
-    @state.setter
-    def state(self, state: Mapping[str, Any]) -> None:
-        self.fallen, self._checks = state["fallen"], [list(check) for check in state["checks"]]
-
-    def due(self, iteration: int) -> bool:
-        every = self._settings.check_every
-        return bool(every) and not self.fallen and not self._settings.exact and iteration % every == 0
-
-    def judge(self, correlations: Sequence[float]) -> str | None:
-        """correlations: of a check's groups, the same on every rank. Returns why the tail is given up, or None.
-
-        It is where the mean of the last WINDOW checks is below the target by more than its standard error.
-        """
-        self._checks = [*self._checks, [value for value in correlations if not math.isnan(value)]][-WINDOW:]
-        pooled = torch.tensor([value for check in self._checks for value in check], dtype=torch.float64)
-        if len(pooled) < 2 or pooled.mean() + pooled.std() / math.sqrt(len(pooled)) >= self._settings.target:
-            return None
-        self.fallen = True
-        return (
-            f"rewards of the approximated tail rank samples as the exact one's do with a correlation of "
-            f"{pooled.mean():.3f} (tail.target {self._settings.target:g}): the exact tail from now on"
-        )
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from egrpo_fast.backbones.tail import TailModel
 from egrpo_fast.beside import Beside
 from egrpo_fast.config import Config
 from egrpo_fast.engine import Engine, World
-from egrpo_fast.fidelity import TailGuard, compare
 from egrpo_fast.methods import plan_of
 from egrpo_fast.metrics import Stopwatch
 from egrpo_fast.objective import Objective
@@ -28,6 +27,7 @@ from egrpo_fast.prompts import Prompt
 from egrpo_fast.rewards import Reward, RewardError, fill_dropped, score, score_or_nan
 from egrpo_fast.rollout import Cache, NoiseKey, Rollout, Velocity, Wavefront, find_micro_batch
 from egrpo_fast.schedule import make_schedule
+from egrpo_fast.tail_check import TailGuard, compare
 from egrpo_fast.transfer import on_device
 
 

@@ -12,10 +12,10 @@ ROOT = Path(__file__).parents[1]
 ROOMS = [  # from the top; a room imports from rooms below it and from itself, never from its own floor or above
     ("train", "cli"),
     ("run_folder",),
-    ("trainer", "evaluation", "reward_server", "encoding", "cost", "doctor"),
+    ("trainer", "evaluation", "fidelity", "reward_server", "encoding", "cost", "doctor"),
     ("report",),
     ("sampler",),
-    ("fidelity", "progress"),
+    ("tail_check", "progress"),
     ("export",),
     ("engine", "metrics", "figures", "page", "guards", "rewards", "backbones", "objective"),
     ("rollout", "beside", "checkpoint", "masters", "heartbeat", "interruption"),

@@ -15,11 +15,12 @@ from egrpo_fast import ops
 from egrpo_fast.backbones.identity import identity
 from egrpo_fast.checkpoint import Checkpoints, Piece
 from egrpo_fast.config import CHECKPOINTS, CONFIG_FILE, RUN_FILE, ConfigError, Tail, load_config
-from egrpo_fast.fidelity import WINDOW, TailGuard, cheapest_strides, compare, fidelity, rank_correlation
+from egrpo_fast.fidelity import cheapest_strides, fidelity
 from egrpo_fast.methods import e_grpo, plan_of
 from egrpo_fast.objective import Objective
 from egrpo_fast.schedule import make_schedule
 from egrpo_fast.shapes import PIPELINE
+from egrpo_fast.tail_check import WINDOW, TailGuard, compare, rank_correlation
 
 OPS = ops.choose("reference")
 SMALL = ["schedule.num_steps=6", "rollout.group_size=4", "schedule.active_steps=[0,2]"]
