@@ -28,7 +28,8 @@ from diffusers import FluxPipeline
 from safetensors.torch import load_file, save_file
 
 from egrpo_fast import noise, ops
-from egrpo_fast.backbones.flux import FluxBackbone, meta_transformer
+from egrpo_fast.backbones.flux import FluxBackbone
+from egrpo_fast.backbones.flux_folder import meta_transformer
 from egrpo_fast.backbones.flux_text import FluxTextEncoder
 from egrpo_fast.config import CONFIG_FILE, load_config
 from egrpo_fast.doctor import commit

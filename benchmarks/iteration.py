@@ -39,7 +39,8 @@ from peft import LoraConfig
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from egrpo_fast import noise
-from egrpo_fast.backbones.flux import CompiledFlux, FluxBackbone
+from egrpo_fast.backbones.flux import FluxBackbone
+from egrpo_fast.backbones.flux_forward import CompiledFlux
 from egrpo_fast.backbones.flux_text import Conditioning
 from egrpo_fast.backbones.random_flux import make_pipeline
 from egrpo_fast.config import load_config

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from egrpo_fast.backbones.flux import resolve
+from egrpo_fast.backbones.flux_folder import resolve
 from egrpo_fast.backbones.flux_text import FluxTextEncoder, encoder_fingerprint, tell_truncated, text_widths
 from egrpo_fast.config import load_config
 from egrpo_fast.embeddings import EmbeddingWriter, Index

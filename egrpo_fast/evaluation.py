@@ -33,7 +33,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from egrpo_fast import noise, ops
-from egrpo_fast.backbones.flux import FluxBackbone, check_folder, resolve
+from egrpo_fast.backbones.flux import FluxBackbone
+from egrpo_fast.backbones.flux_folder import check_folder, resolve
 from egrpo_fast.backbones.identity import TRAINED, base_of, differing, identity
 from egrpo_fast.config import Reward, load_config
 from egrpo_fast.page import Shown, Table, write_page

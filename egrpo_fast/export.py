@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from egrpo_fast.backbones.flux import PARTS, is_hub_id, resolve, save_lora
+from egrpo_fast.backbones.flux_folder import PARTS, is_hub_id, resolve, save_lora
 from egrpo_fast.backbones.identity import check_base
 from egrpo_fast.backbones.weight_files import WeightFiles
 from egrpo_fast.checkpoint import CheckpointReader, Checkpoints

@@ -14,16 +14,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from egrpo_fast import ops
-from egrpo_fast.backbones.flux import (
-    CompiledFlux,
-    FluxBackbone,
-    check_attention,
-    check_folder,
-    meta_transformer,
-    resolve,
-    use_arithmetic,
-    use_attention,
-)
+from egrpo_fast.backbones.flux import FluxBackbone
+from egrpo_fast.backbones.flux_folder import check_folder, meta_transformer, resolve
+from egrpo_fast.backbones.flux_forward import CompiledFlux, check_attention, use_arithmetic, use_attention
 from egrpo_fast.backbones.flux_text import Conditioning, open_text
 from egrpo_fast.backbones.identity import check_base
 from egrpo_fast.backbones.tail import TailModel, check_tail, with_local_tail

@@ -61,7 +61,8 @@ def check_inputs(config: Config) -> tuple[Sequence[str], Sequence[str]]:
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError("wandb: not installed; pip install 'egrpo_fast[wandb]', or wandb=false")
 
-    from egrpo_fast.backbones.flux import check_attention, check_folder
+    from egrpo_fast.backbones.flux_folder import check_folder
+    from egrpo_fast.backbones.flux_forward import check_attention
     from egrpo_fast.backbones.tail import check_tail
     from egrpo_fast.rewards import check_reward
 
@@ -81,15 +82,9 @@ def make_trainer(
     """Load everything. ValueError: what the user must mend."""
     import torch
 
-    from egrpo_fast.backbones.flux import (
-        CompiledFlux,
-        FluxBackbone,
-        check_folder,
-        meta_transformer,
-        resolve,
-        use_arithmetic,
-        use_attention,
-    )
+    from egrpo_fast.backbones.flux import FluxBackbone
+    from egrpo_fast.backbones.flux_folder import check_folder, meta_transformer, resolve
+    from egrpo_fast.backbones.flux_forward import CompiledFlux, use_arithmetic, use_attention
     from egrpo_fast.backbones.flux_text import CachedText, open_text, tell_truncated
     from egrpo_fast.backbones.tail import TailModel, check_tail, slow_tail, with_local_tail
     from egrpo_fast.engine import materialize

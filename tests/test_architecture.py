@@ -28,7 +28,13 @@ FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
 KNOWN_TO = {
     "deepspeed": {"egrpo_fast.engine", "egrpo_fast.masters"},
     # The scripts that make pipelines build them from its parts; no module imports them.
-    "diffusers": {"egrpo_fast.backbones.flux", "egrpo_fast.backbones.random_flux", "egrpo_fast.shapes.pretrain"},
+    "diffusers": {
+        "egrpo_fast.backbones.flux",
+        "egrpo_fast.backbones.flux_folder",
+        "egrpo_fast.backbones.flux_forward",
+        "egrpo_fast.backbones.random_flux",
+        "egrpo_fast.shapes.pretrain",
+    },
     "torchao": {"egrpo_fast.backbones.tail"},
     "open_clip": {"egrpo_fast.rewards.clip", "egrpo_fast.rewards.hps", "egrpo_fast.shapes.pretrain"},
     "pyarrow": {"egrpo_fast.evaluation", "egrpo_fast.prompts"},

@@ -69,7 +69,7 @@ def plain_iteration(trainer, transformer, batch):
 
 def check(world, heart, folder, overrides, saved):
     """One iteration, ours and by plain PyTorch on all ranks' experience. saved: where the trained weights go."""
-    from egrpo_fast.backbones.flux import meta_transformer
+    from egrpo_fast.backbones.flux_folder import meta_transformer
     from egrpo_fast.config import load_config
     from egrpo_fast.rollout import NoiseKey
     from egrpo_fast.shapes import PIPELINE
@@ -161,7 +161,7 @@ def test_an_iteration_under_zero_equals_plain_pytorch(stage, ranks, tmp_path):
 
 def stall():
     """Two ranks load; rank 0's disk does not answer at one parameter."""
-    from egrpo_fast.backbones.flux import meta_transformer
+    from egrpo_fast.backbones.flux_folder import meta_transformer
     from egrpo_fast.config import load_config
     from egrpo_fast.engine import World, materialize
     from egrpo_fast.heartbeat import Heartbeat, group_store

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from egrpo_fast import cli, noise, ops
 from egrpo_fast import export as module
-from egrpo_fast.backbones.flux import FluxBackbone, meta_transformer
+from egrpo_fast.backbones.flux import FluxBackbone
+from egrpo_fast.backbones.flux_folder import meta_transformer
 from egrpo_fast.backbones.flux_text import FluxTextEncoder
 from egrpo_fast.backbones.identity import identity
 from egrpo_fast.backbones.random_flux import make_pipeline

@@ -17,17 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from egrpo_fast import noise, ops
-from egrpo_fast.backbones import flux
-from egrpo_fast.backbones.flux import (
-    CompiledFlux,
-    FluxBackbone,
-    FluxCache,
-    check_folder,
-    load_vae,
-    meta_transformer,
-    resolve,
-    save_lora,
-)
+from egrpo_fast.backbones import flux_folder
+from egrpo_fast.backbones.flux import FluxBackbone
+from egrpo_fast.backbones.flux_folder import check_folder, load_vae, meta_transformer, resolve, save_lora
+from egrpo_fast.backbones.flux_forward import CompiledFlux, FluxCache
 from egrpo_fast.backbones.flux_text import Conditioning
 from egrpo_fast.backbones.random_flux import make_pipeline
 from egrpo_fast.config import Lora, TaylorSeer
@@ -185,7 +178,7 @@ def without_a_weight(part):
         pytest.param(lambda f: (f / "model_index.json").write_text('{"_class_name": "X"}'), "holds a X", id="class"),
         *(
             pytest.param(lambda f, part=part: shutil.rmtree(f / part), f"lacks {part}$", id=f"no {part}")
-            for part in flux.PARTS
+            for part in flux_folder.PARTS
         ),
         pytest.param(cut("transformer"), "transformer/diff.* its header asks for", id="truncated transformer"),
         pytest.param(
@@ -245,7 +238,7 @@ def test_a_hub_id_that_cannot_be_had_is_refused_by_name(error, told, monkeypatch
     def download(*_, **__):
         raise error
 
-    monkeypatch.setattr(flux, "snapshot_download", download)
+    monkeypatch.setattr(flux_folder, "snapshot_download", download)
     check_folder("someone/FLUX", 720, 720)  # nothing is fetched to check the settings
     with pytest.raises(ValueError, match=f"model.path: .*{told.replace('ID', 'someone/FLUX')}"):
         resolve("someone/FLUX")
@@ -253,7 +246,9 @@ def test_a_hub_id_that_cannot_be_had_is_refused_by_name(error, told, monkeypatch
 
 def test_of_a_hub_id_the_pipeline_and_its_licence_are_fetched(monkeypatch, tmp_path):
     asked = {}
-    monkeypatch.setattr(flux, "snapshot_download", lambda name, **options: asked.update(options) or str(tmp_path))
+    monkeypatch.setattr(
+        flux_folder, "snapshot_download", lambda name, **options: asked.update(options) or str(tmp_path)
+    )
     assert resolve("someone/FLUX") == tmp_path
     assert {"model_index.json", "README.md", "LICENSE*", "transformer/*", "scheduler/*"} <= set(asked["allow_patterns"])
     assert not any("flux1-dev.safetensors".endswith(pattern.lstrip("*")) for pattern in asked["allow_patterns"])

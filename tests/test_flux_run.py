@@ -16,7 +16,7 @@ from diffusers import FluxPipeline
 from safetensors.torch import load_file, save_file
 
 from egrpo_fast import noise
-from egrpo_fast.backbones.flux import meta_transformer
+from egrpo_fast.backbones.flux_folder import meta_transformer
 from egrpo_fast.backbones.random_flux import make_pipeline
 from egrpo_fast.checkpoint import CheckpointReader, problems
 from egrpo_fast.config import CHECKPOINTS, CONFIG_FILE, load_config

@@ -114,7 +114,7 @@ def check_cached_tail(trainer, prompts, plain):
 
 
 def check_compiled(trainer, prompts, plain):
-    from egrpo_fast.backbones.flux import CompiledFlux
+    from egrpo_fast.backbones.flux_forward import CompiledFlux
 
     graphs, before = torch._dynamo.utils.counters["stats"], trainer.engine._stand_in
     assert before is None

@@ -16,9 +16,11 @@ from safetensors.torch import save_file
 from torch.utils._pytree import tree_leaves
 
 from egrpo_fast import ops
-from egrpo_fast.backbones import flux
+from egrpo_fast.backbones import flux_folder
 from egrpo_fast.backbones import tail as tail_models
-from egrpo_fast.backbones.flux import CompiledFlux, FluxBackbone, check_cache, meta_transformer, save_lora
+from egrpo_fast.backbones.flux import FluxBackbone
+from egrpo_fast.backbones.flux_folder import meta_transformer, save_lora
+from egrpo_fast.backbones.flux_forward import CompiledFlux, check_cache
 from egrpo_fast.backbones.tail import TailModel, check_tail, slow_tail, with_local_tail
 from egrpo_fast.config import FirstBlock, Lora, Rollout, Tail, TaylorSeer, load_config
 from egrpo_fast.cost import Cluster, Cost
@@ -381,14 +383,14 @@ def test_a_first_block_needs_others():
 def test_a_hub_id_is_found_before_it_is_looked_at(monkeypatch):
     """By its own setting's name where it is not; a folder is left as it is."""
     config = load_config("shapes", ["tail.path=owner/name"])
-    monkeypatch.setattr(flux, "snapshot_download", lambda path, **options: str(PIPELINE))
+    monkeypatch.setattr(flux_folder, "snapshot_download", lambda path, **options: str(PIPELINE))
     assert with_local_tail(config).tail.path == str(PIPELINE)
     assert config.tail.path == "owner/name" and with_local_tail(load_config("shapes")).tail.path is None
 
     def absent(path, **options):
         raise OSError("no network")
 
-    monkeypatch.setattr(flux, "snapshot_download", absent)
+    monkeypatch.setattr(flux_folder, "snapshot_download", absent)
     with pytest.raises(ValueError, match=r"^tail.path: owner/name is no folder here and could not be downloaded"):
         with_local_tail(config)
 

@@ -11,19 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from egrpo_fast.backbones.flux import (
-    CompiledFlux,
-    FluxBackbone,
-    FluxCache,
-    check_cache,
+from egrpo_fast.backbones.flux import FluxBackbone
+from egrpo_fast.backbones.flux_folder import (
     check_decoder,
     check_folder,
     is_hub_id,
     lora_layers,
     meta_transformer,
     resolve,
-    use_same_attention,
 )
+from egrpo_fast.backbones.flux_forward import CompiledFlux, FluxCache, check_cache, use_same_attention
 from egrpo_fast.backbones.flux_text import Conditioning
 from egrpo_fast.config import Config, Tail
 
