@@ -30,6 +30,7 @@ INLINE = re.compile(r"`([^`]+)`")
 LINK = re.compile(r"\[[^\]]*\]\(([^)]+)\)")
 COMMAND = re.compile(r"(?:^|[;&|]\s*|\bdo\s+)(?:\w+=\S+\s+)*((?:egrpo|deepspeed|make|python|pytest)\s[^;&|]*)")
 DOTTED = re.compile(r"(?<![\w/.])(\w+)\.(\w+)((?:\.\w+)*)(?![\w*/])")
+PHASES = ("rollout", "decode", "rewards", "update")
 SUFFIXES = {"py", "md", "txt", "json", "jsonl", "yaml", "html", "csv", "cu", "h"}
 OUR_FILE = re.compile(r"(?:tests|docs|benchmarks|egrpo_fast|csrc|kernels)/[\w./-]+")
 
@@ -251,6 +252,22 @@ def test_the_picture_of_the_rooms_is_what_the_imports_are_held_to():
     assert set(re.findall(r"(\w+) -\.- (\w+)", picture)) == known
     table = " ".join(spans(page))
     assert all(re.search(rf"\b{room}(\.py|/)", table) for floor in held.ROOMS for room in floor)
+
+
+def test_the_figures_of_an_iteration_are_the_recorded_ones():
+    recorded = json.loads((ROOT / "benchmarks" / "results" / "iteration-cpu.json").read_text())
+    page, readme = ((ROOT / name).read_text() for name in ("docs/performance.md", "README.md"))
+    for told in recorded.values():
+        for name, row in told["variants"].items():
+            calls = row["calls"] + row["calls_with_gradient"]
+            seconds = " | ".join(f"{row['seconds'][phase]:.2f}" for phase in (*PHASES, "all"))
+            evaluations = f"{row['evaluations']:,} + {row['evaluations_with_gradient']}"
+            ratios = f"{row['ratio']:.1f} | {row['rollout_ratio']:.1f} | {row['share_of_peak']:.0%}"
+            assert f"| {name} | {calls:,} | {evaluations} | {seconds} | {ratios} | {row['peak_mib']:,.0f} |" in page
+    for row in recorded["shapes"]["variants"].values():
+        calls = row["calls"] + row["calls_with_gradient"]
+        evaluations = row["evaluations"] + row["evaluations_with_gradient"]
+        assert f"| {calls:,} | {evaluations:,} | {row['seconds']['all']:.1f} | {row['ratio']:.1f} |" in readme
 
 
 def test_the_figures_of_the_measured_spread_are_the_recorded_ones():
