@@ -30,7 +30,7 @@ from egrpo_fast.page import Table
 from egrpo_fast.plan import tail_grid
 from egrpo_fast.prompts import Prompt, PromptOrder, read_split
 from egrpo_fast.rewards import check_reward, make_reward, score
-from egrpo_fast.rollout import NoiseKey, Wavefront
+from egrpo_fast.rollout import NoiseKey, TailVelocity, Wavefront
 from egrpo_fast.shapes import pipeline_path
 from egrpo_fast.tail_check import Comparison, compare
 
@@ -138,7 +138,7 @@ class _Sampler:
                 return model.velocity(latents, t, text, rows)
 
             key = NoiseKey(config.seed, 0, torch.tensor([prompt.number], device=self.device))
-            rollout = wavefront.run(velocity, key, tail_velocity=tail_velocity if model else None, tail_cache=cache)
+            rollout = wavefront.run(velocity, key, tail=TailVelocity(tail_velocity, cache) if model else None)
             return rollout.final_latents[0]
 
         with model.following(self.backbone.transformer) if model else nullcontext():

@@ -32,6 +32,17 @@ class Cache(Protocol):
 
 
 @dataclass(frozen=True)
+class TailVelocity:
+    """Another model for rows in their tail (`Plan.tails`), in calls of its own.
+
+    cache: of that model, whose calls are then of one family (`Plan.families`) of one prompt each.
+    """
+
+    velocity: Velocity
+    cache: Cache | None = None
+
+
+@dataclass(frozen=True)
 class NoiseKey:
     """What, with a plan's draws, names every noise stream of a rollout. prompts: int64 [P] on the rollout's device."""
 
@@ -110,26 +121,24 @@ class Wavefront:
     def _index(self, rows: Sequence[int]) -> Tensor:
         return on_device(rows, self._device, torch.int64)
 
-    def rows_per_call(self, tail_cache: Cache | None = None) -> int:
-        """Most rows of one model call of a run, with that cache."""
+    def rows_per_call(self, tail: TailVelocity | None = None) -> int:
+        """Most rows of one model call of a run, with that tail."""
         rows = [self.num_prompts * len(wave.sources) for wave in self.plan.waves]
-        if tail_cache is not None:
-            rows = [count - self.num_prompts * len(tail) for count, tail in zip(rows, self.plan.tails)]
+        if tail is not None and tail.cache is not None:
+            rows = [count - self.num_prompts * len(in_tail) for count, in_tail in zip(rows, self.plan.tails)]
             rows += [len(family) for family in self.plan.families]
         return min(self.micro_batch or max(rows), max(rows))
 
-    def _velocity(
-        self, velocity: Velocity, tail_velocity: Velocity | None, tail_cache: Cache | None, table: WaveTable
-    ) -> Tensor:
-        """[S, L, C] at the wave's sources; of rows in their tail by `tail_velocity`, where there is one."""
-        if tail_velocity is None or table.tail is None:
+    def _velocity(self, velocity: Velocity, tail: TailVelocity | None, table: WaveTable) -> Tensor:
+        """[S, L, C] at the wave's sources; of rows in their tail by its model, where there is one."""
+        if tail is None or table.tail is None:
             return self._call(velocity, table)
         parts = [] if table.exact is None else [(table.exact, self._call(velocity, table, table.exact))]
-        if tail_cache is None:
-            parts.append((table.tail, self._call(tail_velocity, table, table.tail)))
+        if tail.cache is None:
+            parts.append((table.tail, self._call(tail.velocity, table, table.tail)))
         else:
             parts += [
-                (places, self._call(tail_velocity, table, places, partial(tail_cache.sequence, family)))
+                (places, self._call(tail.velocity, table, places, partial(tail.cache.sequence, family)))
                 for family, places in table.families
             ]
         (_, v), *more = parts
@@ -185,13 +194,11 @@ class Wavefront:
         velocity: Velocity,
         key: NoiseKey,
         noise_step: int = noise.INITIAL,
-        tail_velocity: Velocity | None = None,
-        tail_cache: Cache | None = None,
+        tail: TailVelocity | None = None,
     ) -> Rollout:
         """Roll the plan out from the prompts' initial noise (stream word `noise_step`) to the pictures.
 
-        tail_velocity: another model for rows in their tail (`Plan.tails`), in calls of its own; None: the same.
-        tail_cache: of that model, whose calls are then of one family (`Plan.families`) of one prompt each.
+        tail: another model for rows in their tail; None: the same.
         Between host and device nothing is copied and nothing is waited for.
         """
         plan, num_prompts = self.plan, self.num_prompts
@@ -207,7 +214,7 @@ class Wavefront:
         states, velocities = [], []
         try:
             for wave, table in zip(plan.waves, self.tables):
-                v = self._velocity(velocity, tail_velocity, tail_cache, table)
+                v = self._velocity(velocity, tail, table)
                 if wave.index in self._left:
                     rows, places = self._left[wave.index]
                     states.append(by_prompt[:, rows].flatten(0, 1))
@@ -219,8 +226,8 @@ class Wavefront:
                 )  # fmt: skip
                 self._mirror(table)
         finally:
-            if tail_cache is not None:
-                tail_cache.forget()
+            if tail is not None and tail.cache is not None:
+                tail.cache.forget()
 
         return Rollout(
             plan=plan,

@@ -25,7 +25,7 @@ from egrpo_fast.plan import ode_plan
 from egrpo_fast.progress import OutOfMemory, Progress
 from egrpo_fast.prompts import Prompt
 from egrpo_fast.rewards import Reward, RewardError, fill_dropped, score, score_or_nan
-from egrpo_fast.rollout import Cache, NoiseKey, Rollout, Velocity, Wavefront, find_micro_batch
+from egrpo_fast.rollout import NoiseKey, Rollout, TailVelocity, Velocity, Wavefront, find_micro_batch
 from egrpo_fast.schedule import make_schedule
 from egrpo_fast.tail_check import TailGuard, compare
 from egrpo_fast.transfer import on_device
@@ -136,8 +136,7 @@ class Sampler:
                         self.wavefront,
                         self.velocity(module, conditioning),
                         key,
-                        tail_velocity=self._tail_velocity(conditioning),
-                        tail_cache=self._tail_cache,
+                        tail=self._tail(conditioning),
                     )
                     rollouts.append(rollout)
                     scoring = partial(self._score, rollout, chunk, tiny=not exact)
@@ -249,11 +248,8 @@ class Sampler:
     def _policy(self) -> contextlib.AbstractContextManager[nn.Module]:
         return self._engine.inference(self.config.rollout.weights == "gathered")
 
-    @property
-    def _tail_cache(self) -> Cache | None:
-        return self._tail_model.cache if self._tail_model else None
-
-    def _tail_velocity(self, conditioning: Conditioning) -> Velocity | None:
+    def _tail(self, conditioning: Conditioning) -> TailVelocity | None:
+        """The model of the tail for the prompts of `conditioning`; None: the policy's own."""
         if (model := self._tail_model) is None:
             return None
 
@@ -261,7 +257,7 @@ class Sampler:
             self._progress.at_model_call(t)
             return model.velocity(latents, t, conditioning, rows)
 
-        return velocity
+        return TailVelocity(velocity, model.cache)
 
     def _roll_out(
         self,
@@ -269,8 +265,7 @@ class Sampler:
         velocity: Velocity,
         key: NoiseKey,
         noise_step: int = noise.INITIAL,
-        tail_velocity: Velocity | None = None,
-        tail_cache: Cache | None = None,
+        tail: TailVelocity | None = None,
     ) -> Rollout:
         """A wavefront on every rank. Where one runs out of memory, all begin again with half the rows per model call.
 
@@ -281,15 +276,15 @@ class Sampler:
         while True:
             with contextlib.suppress(OutOfMemory):
                 try:
-                    rollout = wavefront.run(velocity, key, noise_step, tail_velocity, tail_cache)
+                    rollout = wavefront.run(velocity, key, noise_step, tail)
                 except torch.OutOfMemoryError:
-                    if not alone or wavefront.rows_per_call(tail_cache) == 1:
+                    if not alone or wavefront.rows_per_call(tail) == 1:
                         raise
                     self._progress.may_end(out_of_memory=True)
                 if alone:
                     self._progress.may_end()
                 return rollout
-            rows = wavefront.rows_per_call(tail_cache)
+            rows = wavefront.rows_per_call(tail)
             wavefront.micro_batch = rows // 2
             if self._world.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -313,7 +308,7 @@ class Sampler:
                 timed += watch.read().values()
             return min(timed[1:])
 
-        found = -self._world.agree(-find_micro_batch(seconds, self.wavefront.rows_per_call(self._tail_cache)))
+        found = -self._world.agree(-find_micro_batch(seconds, self.wavefront.rows_per_call(self._tail(conditioning))))
         if self._world.is_main:
             print(f"rollout.micro_batch: auto, found {found}")
         return found

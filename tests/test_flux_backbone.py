@@ -27,7 +27,7 @@ from egrpo_fast.config import Lora, TaylorSeer
 from egrpo_fast.methods import e_grpo
 from egrpo_fast.objective import Objective, policy_mismatch
 from egrpo_fast.plan import ode_plan
-from egrpo_fast.rollout import NoiseKey, Wavefront
+from egrpo_fast.rollout import NoiseKey, TailVelocity, Wavefront
 from egrpo_fast.schedule import make_schedule
 from egrpo_fast.shapes import PIPELINE, PROMPTS
 
@@ -362,7 +362,7 @@ def test_a_wavefront_never_waits_for_its_device(backbone, monkeypatch):
         lambda x, t, rows, module=module: meta.velocity(module, x, t, conditioning, rows)
         for module in (transformer, other)
     )
-    for options in ({}, {"tail_velocity": tail, "tail_cache": cache}):
+    for options in ({}, {"tail": TailVelocity(tail, cache)}):
         seen = []
         with NumbersOfTheHost(seen), Crossings(seen) as crossings:
             rollout = made.run(policy, key, **options)

@@ -13,7 +13,7 @@ from egrpo_fast.kernels.reference.philox import philox_normal
 from egrpo_fast.methods import e_grpo, granular_grpo, mix_grpo, tempflow_grpo
 from egrpo_fast.objective import Objective
 from egrpo_fast.plan import ode_plan, tail_grid
-from egrpo_fast.rollout import NoiseKey, Wavefront
+from egrpo_fast.rollout import NoiseKey, TailVelocity, Wavefront
 from egrpo_fast.schedule import make_schedule
 
 SHAPE = (6, 8)
@@ -89,7 +89,7 @@ def test_approximated_tails_equal_every_branch_alone(solver, tail, cached, micro
     plan = e_grpo(SCHEDULE, SIZES, STRIDES, solver=solver)
     tails = None if tail is matrix and not cached else tail(PROMPTS)
     cache = Sequences() if cached else None
-    rollout = wavefront(PROMPTS, plan=plan, micro_batch=micro_batch, tail_velocity=tails, tail_cache=cache)
+    rollout = wavefront(PROMPTS, plan=plan, micro_batch=micro_batch, tail=tails and TailVelocity(tails, cache))
     assert_alone(rollout, solver=solver, tail=tail)
 
 
@@ -166,7 +166,7 @@ def test_no_approximation_of_a_tail_reaches_what_is_trained(both, cached):
         watched = Watched()
         made = Wavefront(plan, 3, SHAPE, watched)
         key, cache = NoiseKey(7, 3, torch.tensor(PROMPTS)), Sequences() if tail and cached else None
-        rollout = made.run(element_wise(PROMPTS), key, tail_velocity=tail, tail_cache=cache)
+        rollout = made.run(element_wise(PROMPTS), key, tail=tail and TailVelocity(tail, cache))
         seen.append((rollout, watched.samples))
     (exact, samples), (fast, fast_samples) = seen
     for ours, theirs in zip((fast.states, fast.velocities), (exact.states, exact.velocities)):
@@ -222,7 +222,7 @@ def test_a_sequence_has_the_same_rows_at_every_step(both, num_prompts, micro_bat
         made, cache = Wavefront(plan, num_prompts, SHAPE, OPS, micro_batch=micro_batch), Sequences()
         key = NoiseKey(7, 3, torch.tensor(PROMPTS[:num_prompts]))
         most, asked = 0, 0
-        made.run(counted, key, tail_velocity=cache.velocity, tail_cache=cache)
+        made.run(counted, key, tail=TailVelocity(cache.velocity, cache))
         for calls in cache.calls.values():
             times, latents, rows = zip(*calls)
             assert all(torch.equal(x, latents[0]) for x in latents) and sorted(set(times), reverse=True) == list(times)
@@ -230,7 +230,7 @@ def test_a_sequence_has_the_same_rows_at_every_step(both, num_prompts, micro_bat
             most = max(most, len(latents[0]))
             asked += sum(map(len, latents))
         assert asked == num_prompts * plan.tail_evaluations
-        assert cache.forgotten == 1 and most == made.rows_per_call(cache)
+        assert cache.forgotten == 1 and most == made.rows_per_call(TailVelocity(cache.velocity, cache))
 
 
 def test_families_are_the_tails_that_take_the_same_steps():
@@ -246,7 +246,7 @@ def test_a_cache_forgets_where_a_run_fails():
         raise torch.OutOfMemoryError
 
     with pytest.raises(torch.OutOfMemoryError):
-        wavefront(PROMPTS, tail_velocity=fails, tail_cache=cache)
+        wavefront(PROMPTS, tail=TailVelocity(fails, cache))
     assert cache.forgotten == 1
 
 

@@ -25,7 +25,7 @@ from egrpo_fast.backbones.tail import TailModel, check_tail, slow_tail, with_loc
 from egrpo_fast.config import FirstBlock, Lora, Rollout, Tail, TaylorSeer, load_config
 from egrpo_fast.cost import Cluster, Cost
 from egrpo_fast.methods import e_grpo
-from egrpo_fast.rollout import NoiseKey, Wavefront
+from egrpo_fast.rollout import NoiseKey, TailVelocity, Wavefront
 from egrpo_fast.schedule import make_schedule
 from egrpo_fast.shapes import PIPELINE
 
@@ -193,10 +193,8 @@ def roll_out(backbone, model, prompts=("a red circle",), micro_batch=None, cache
     if model is None:
         return made.run(policy, key).final_latents
     with model.following(backbone.transformer):
-        return made.run(
-            policy, key, tail_velocity=lambda x, t, rows: model.velocity(x, t, conditioning, rows),
-            tail_cache=cache or model.cache,
-        ).final_latents  # fmt: skip
+        tail = TailVelocity(lambda x, t, rows: model.velocity(x, t, conditioning, rows), cache or model.cache)
+        return made.run(policy, key, tail=tail).final_latents
 
 
 def first_block(backbone, threshold):
