@@ -417,3 +417,7 @@ def test_a_lora_of_another_model_is_refused(tmp_path):
     assert "is for another architecture (transformer_blocks.0.attn.to_q)" in refused(f"tail.lora={tmp_path}")
     save_file({"x": torch.zeros(1)}, tmp_path / "pytorch_lora_weights.safetensors")
     assert "tail.lora: " in refused(f"tail.lora={tmp_path}")
+    layer = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    encoder = {f"{layer}.lora_A.weight": torch.zeros(2, 7), f"{layer}.lora_B.weight": torch.zeros(7, 2)}
+    save_file(encoder, tmp_path / "pytorch_lora_weights.safetensors")
+    assert "changes more than linear layers of the transformer (text_encoder." in refused(f"tail.lora={tmp_path}")

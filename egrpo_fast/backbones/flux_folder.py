@@ -171,7 +171,8 @@ def _read_lora(lora: Lora, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, T
 def lora_layers(field: str, path: str, transformer: FluxTransformer2DModel) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """A LoRA of any rank in a layout that diffusers reads: layer -> A [r, in], B [out, r] and scale [], in float32.
 
-    ValueError, which begins with `field`: it cannot be read, or is of another architecture.
+    ValueError, which begins with `field`: it cannot be read, changes more than a transformer's linear layers, or is of
+    another architecture.
     """
     if not Path(path).exists():
         raise ValueError(f"{field}: no file or folder {path}")
@@ -182,10 +183,12 @@ def lora_layers(field: str, path: str, transformer: FluxTransformer2DModel) -> d
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{field}: {path} cannot be read: {' '.join(str(error).split())}") from None
     shapes = {name: tuple(parameter.shape) for name, parameter in transformer.named_parameters()}
+    adapters = [key for key in given if key.startswith("transformer.") and (".lora_A." in key or ".lora_B." in key)]
+    if more := sorted(given.keys() - set(adapters)):
+        raise ValueError(f"{field}: {path} changes more than linear layers of the transformer ({more[0]}, ...)")
     found = {}
-    for key, down in given.items():
-        if ".lora_A." not in key:
-            continue
+    for key in filter(lambda key: ".lora_A." in key, adapters):
+        down = given[key]
         layer, up = key.removeprefix("transformer.").partition(".lora_A.")[0], given.get(key.replace("_A.", "_B."))
         if up is None or shapes.get(f"{layer}.weight") != (len(up), down.shape[-1]):
             raise ValueError(f"{field}: {path} is for another architecture ({layer})")
