@@ -132,12 +132,8 @@ class Sampler:
                     if self.config.rollout.micro_batch == "auto" and self.wavefront.micro_batch is None:
                         self.wavefront.micro_batch = self._find_micro_batch(module, conditioning)
                     key = NoiseKey(self.config.seed, self._progress.iteration, some)
-                    rollout = self._roll_out(
-                        self.wavefront,
-                        self.velocity(module, conditioning),
-                        key,
-                        tail=self._tail(conditioning),
-                    )
+                    velocity, tail = self.velocity(module, conditioning), self._tail(conditioning)
+                    rollout = self._roll_out(self.wavefront, velocity, key, tail=tail)
                     rollouts.append(rollout)
                     scoring = partial(self._score, rollout, chunk, tiny=not exact)
                     scored.append(self.beside.begin(scoring) if self.beside else scoring)
@@ -180,11 +176,8 @@ class Sampler:
 
     def evaluate(self, prompts: Sequence[str]) -> HeldOut:
         """Every reward on these prompts, each from its own fixed noise, whatever the ranks and batches."""
-        settings, names, rank = (
-            self.config.evaluation,
-            [reward.name for reward in self.config.rewards],
-            self._world.rank,
-        )
+        settings, rank = self.config.evaluation, self._world.rank
+        names = [reward.name for reward in self.config.rewards]
         if self._held_out is None:
             size = min(settings.prompts_per_call, -(-len(prompts) // self._world.size))
             plan = ode_plan(make_schedule(settings.num_steps, self.config.schedule.shift))

@@ -34,6 +34,7 @@ def test_every_damage_to_every_file_goes_one_back_and_is_told(server, tmp_path, 
     )
 
 
+@pytest.mark.slow
 def test_the_command_resumes_from_the_one_before(server, one_rank, tmp_path):
     run = tmp_path / "run"
     server.run(run, signal_at={0: (15, "update", 6)})  # whose update is then left
