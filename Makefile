@@ -63,7 +63,7 @@ profile: $(VENV)/.installed-dev
 plot: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/plot.py
 
-# Kernels, extension and rollouts on a GPU, and their benchmarks, on a machine that has torch and triton but perhaps no network: no .venv is made.
+# Kernels, extension and rollouts on a GPU that perhaps has no network: no .venv is made.
 gpu:
 	PYTHON=$(PYTHON) benchmarks/gpu.sh
 

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Everything that needs a GPU, in one call of under ten minutes: correctness on the device, then benchmarks, then
+# Kernels, extension and rollouts on a GPU, in one call of under ten minutes: correctness, then benchmarks, then
 # benchmarks/results/<gpu>.csv. Nothing is fetched: PYTHON (default python3) has torch, triton, pydantic, PyYAML, pytest,
 # pytest-benchmark, hypothesis, scipy and setuptools; the package is installed from this folder, its extension with it.
 set -eu

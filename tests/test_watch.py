@@ -84,6 +84,21 @@ def test_a_rule_that_cannot_be(overrides, told):
         load_config("shapes", overrides)
 
 
+class ScriptedReport:
+    """Tells nothing, and remembers how the run was finished."""
+
+    finished = None
+
+    def __init__(self, *arguments):
+        pass
+
+    def finish(self, done, after, stopped):
+        self.finished = done, after.rewards["clip"]
+
+    def __getattr__(self, name):
+        return lambda *told: None
+
+
 class ScriptedSampler:
     wavefront = SimpleNamespace(plan=ode_plan(make_schedule(2)))
 
@@ -125,32 +140,29 @@ class Scripted(Trainer):
     def update(self, batch):
         return {"skipped_steps": 0}
 
-    @property
-    def ended(self):
-        return self.history[-1][0], self.history[-1][1]["clip"]
-
     def save(self, needed=False):
         if self._saved != (self.iteration, len(self.history)):
             self.saved[self.iteration] = list(self.history)
 
 
-def test_the_loop_stops_saves_and_finishes(tmp_path):
+def test_the_loop_stops_saves_and_finishes(tmp_path, monkeypatch):
     """Alarms at iterations 3 and 4: a checkpoint there, then the end; without alarms the run is as long as asked."""
+    monkeypatch.setattr("egrpo_fast.trainer.Report", ScriptedReport)
     falling = [0.9, 0.9, 0.95, 0.9, 0.9, 0.9, 0.9]
     trainer = Scripted(tmp_path, falling)
     trainer.train()
-    assert trainer.ended == (4, 0.9) and list(trainer.saved) == [4]
+    assert trainer.report.finished == (4, 0.9) and list(trainer.saved) == [4]
     whole = Scripted(tmp_path, [0.9] * 7)
     whole.train()
-    assert whole.ended == (6, 0.9)
+    assert whole.report.finished == (6, 0.9)
     # Interrupted after its first alarm, with what its checkpoint held: the next alarm is the second.
     resumed = Scripted(tmp_path, falling, 3, trainer.saved[4][:4])
     resumed.train()
-    assert resumed.ended == (4, 0.9) and resumed.history == trainer.history
+    assert resumed.report.finished == (4, 0.9) and resumed.history == trainer.history
     # Resumed after the stop: evaluates and finishes, trains no more.
     again = Scripted(tmp_path, falling, 4, trainer.saved[4])
     again.train()
-    assert again.ended == (4, 0.9) and again.history == trainer.history and not again.saved
+    assert again.report.finished == (4, 0.9) and again.history == trainer.history and not again.saved
 
 
 def test_a_tail_is_judged_with_the_iteration_that_it_was_checked_in(tmp_path):

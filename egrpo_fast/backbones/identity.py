@@ -17,7 +17,7 @@ def identity(folder: Path) -> dict[str, str]:
 
     Of the transformer and the VAE: `config.json`, but for keys that begin with `_`, which say who wrote it, and
     `WeightFiles.samples`; of the text encoders: `encoder_fingerprint`. Neither where the folder lies nor how weights
-    are split into files matters. At most 64 KiB of a weight are read, for FLUX.1-dev some 60 MB in all: a changed part
+    are split into files matters. At most 64 KiB of a weight are read, by estimate 60 MB of FLUX.1-dev: a changed part
     is seen where training or merging touched whole tensors, a few numbers edited between the samples may pass. The
     scheduler is not looked at. ValueError names what is missing.
     """
