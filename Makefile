@@ -6,9 +6,6 @@ RECIPE ?= shapes
 OUT ?= runs/$(RECIPE)-$(shell date +%Y%m%d-%H%M%S)
 ARGS ?=
 
-# Run from here, Python would otherwise find the folder `kernels/` under a bare name that belongs to another package.
-export PYTHONSAFEPATH := 1
-
 .PHONY: train test test-slow lint docs parity plan bench profile plot gpu learning compare ablations faults soak sanitize resources clean
 
 train: $(VENV)/.installed

@@ -1,7 +1,7 @@
 """The mapped layout, and the build of the extension in `csrc/`. Everything else: pyproject.toml.
 
-`kernels/` at the top level is imported as `egrpo_fast.kernels`. The extension is one library on PyTorch's stable ABI,
-`kernels/extension/_C.abi3.so`, for every Python >= 3.10 and torch >= 2.10. EGRPO_BUILD says what to build:
+The folders of `kernels/` are imported as `egrpo_fast.kernels.*`. The extension is one library on PyTorch's stable ABI,
+`kernels/extension/_C.abi3.so`, for every Python >= 3.11 and torch >= 2.10. EGRPO_BUILD says what to build:
 
 - auto (default): CUDA where nvcc and a CUDA build of torch are found, else CPU, else (no C++ compiler) nothing
 - cuda, cpu: that, or an error; none: nothing
@@ -169,13 +169,11 @@ class BuildLibrary(build_ext):
             raise CompileError(f"{tool} failed (above); EGRPO_BUILD=cpu or none does without")
 
 
+BACKENDS = {f"egrpo_fast.kernels.{name}": f"kernels/{name}" for name in find_packages("kernels")}
+
 setup(
-    packages=[
-        *find_packages(include=["egrpo_fast", "egrpo_fast.*"]),
-        "egrpo_fast.kernels",
-        *(f"egrpo_fast.kernels.{name}" for name in find_packages("kernels")),
-    ],
-    package_dir={"egrpo_fast": "egrpo_fast", "egrpo_fast.kernels": "kernels"},
+    packages=[*find_packages(include=["egrpo_fast", "egrpo_fast.*"]), *BACKENDS],
+    package_dir={"egrpo_fast": "egrpo_fast", **BACKENDS},
     ext_modules=[
         Extension(
             "egrpo_fast.kernels.extension._C",
@@ -185,5 +183,5 @@ setup(
         )
     ],
     cmdclass={"build_ext": BuildLibrary},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

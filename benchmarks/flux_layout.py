@@ -55,7 +55,7 @@ SETTINGS = [
 
 def ranks(count, *command):
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(count), "--master_port", "29517"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([*launcher, *map(str, command)], cwd=ROOT, env=environment, check=True)
 
 
@@ -173,8 +173,7 @@ def export(run, out, *options):
     """`egrpo export`: seconds, and the largest memory of the process that was seen."""
     start = time.perf_counter()
     command = [sys.executable, "-m", "egrpo_fast.cli", "export", run, out, *options]
-    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
-    with subprocess.Popen(command, cwd=ROOT, env=environment) as process:
+    with subprocess.Popen(command, cwd=ROOT) as process:
         watched, peak = psutil.Process(process.pid), 0
         while process.poll() is None:
             try:

@@ -5,7 +5,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
-export PYTHONSAFEPATH=1 TRITON_INTERPRET=0
+export TRITON_INTERPRET=0
 "$PYTHON" -c 'import torch; assert torch.cuda.is_available(), "no CUDA device is visible"'
 "$PYTHON" -m pip install --quiet --no-index --no-deps --no-build-isolation --editable .
 # A failure stops the script here, and no row is written.

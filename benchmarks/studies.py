@@ -156,7 +156,7 @@ def train(folder: Path, seed: int, iterations: int, overrides: Iterable[str], th
             cwd=ROOT,
             stdout=log,
             stderr=log,
-            env=os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONSAFEPATH": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
         )
         _, status, usage = os.wait4(process.pid, 0)
     if status:

@@ -45,7 +45,7 @@ SHOWN = frozenset((
     "CUDA_DEVICE_ORDER", "CUDA_HOME", "CUDA_LAUNCH_BLOCKING", "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR",
     "DS_SKIP_CUDA_CHECK", "EGRPO_BUILD", "EGRPO_EXTENSION", "GLOO_SOCKET_IFNAME", "HF_HOME", "HF_HUB_CACHE",
     "HF_HUB_OFFLINE", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "LD_PRELOAD", "LOCAL_RANK", "MKL_NUM_THREADS", "NCCL_DEBUG",
-    "NCCL_IB_DISABLE", "NCCL_P2P_DISABLE", "NCCL_SOCKET_IFNAME", "OMP_NUM_THREADS", "PYTHONPATH", "PYTHONSAFEPATH",
+    "NCCL_IB_DISABLE", "NCCL_P2P_DISABLE", "NCCL_SOCKET_IFNAME", "OMP_NUM_THREADS", "PYTHONPATH",
     "PYTHONUTF8", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "RANK", "TMPDIR", "TORCH_CUDA_ARCH_LIST",
     "TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCH_NCCL_BLOCKING_WAIT", "TRANSFORMERS_OFFLINE", "TRITON_CACHE_DIR",
     "TRITON_INTERPRET", "WANDB_MODE", "WORLD_SIZE",
@@ -323,7 +323,7 @@ class Child:
         self.name, self.remedy = name, remedy
         self._process = subprocess.Popen(
             [sys.executable, "-c", code], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            text=True, errors="replace", env={**os.environ, "PYTHONSAFEPATH": "1"},
+            text=True, errors="replace",
         )  # fmt: skip
 
     def finding(self) -> Finding:

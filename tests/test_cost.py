@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -171,7 +172,8 @@ def test_a_local_folder_is_counted_from_its_files():
 @pytest.mark.parametrize(("image", "text"), [(64, 16), (24, 96)])
 def test_flops_of_an_evaluation(image, text):
     model = make_transformer(CONFIGS["small"])
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    # The counter does not know the CPU's fused attention in every version of torch; it always knows matrix products.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         evaluate(model, 2, image, text)
     ours = Transformer(CONFIGS["small"]).flops(image, text)["total"]
     assert 2 * ours == pytest.approx(counter.get_total_flops(), rel=0.02)
@@ -285,7 +287,7 @@ def measure_a_step(stage, dtype, checkpointing):
 def test_memory_of_training_steps_under_deepspeed(stage, dtype, checkpointing):
     """Weights, gradients, optimizer and activations of real steps, each within 15%."""
     command = [sys.executable, __file__, str(stage), dtype, str(checkpointing)]
-    environment = {**os.environ, "PYTHONSAFEPATH": "1", "MASTER_PORT": str(29700 + os.getpid() % 200)}
+    environment = {**os.environ, "MASTER_PORT": str(29700 + os.getpid() % 200)}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-2000:]
     measured = json.loads(result.stdout.strip().splitlines()[-1])

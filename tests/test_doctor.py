@@ -34,7 +34,7 @@ def test_the_command_tells_no_secret(tmp_path):
     (tmp_path / "token").write_text(in_a_file)
     out = tmp_path / f"runs-{SECRETS['AWS_SECRET_ACCESS_KEY']}"
     environment = {
-        **os.environ, **SECRETS, "HF_HOME": str(tmp_path), "PYTHONSAFEPATH": "1",
+        **os.environ, **SECRETS, "HF_HOME": str(tmp_path),
         "LD_LIBRARY_PATH": f"/opt/{SECRETS['WANDB_API_KEY']}:https://user:short@host/lib",
     }  # fmt: skip
     told = subprocess.run(

@@ -138,7 +138,7 @@ def main(folder, stage, *overrides):
 
 def launch(folder, stage, ranks, *overrides):
     """In processes of its own: DeepSpeed keeps one world per process."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
     command = [*launcher, "--master_port", str(free_port()), __file__, str(folder), str(stage), *overrides]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
@@ -182,7 +182,7 @@ def stall():
 
 def test_a_load_that_hangs_ends_and_names_rank_and_parameter():
     world = {"MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", **world}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **world}
     ranks = [
         subprocess.Popen(
             [sys.executable, __file__, "stall"], cwd=ROOT, stderr=subprocess.PIPE, text=True,

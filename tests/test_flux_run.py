@@ -95,7 +95,7 @@ def main(what, folder):
 
 def launch(ranks, what, folder):
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", "29671"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [*launcher, __file__, what, str(folder)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
     )

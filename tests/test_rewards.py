@@ -37,6 +37,17 @@ def test_shapes_rewards_know_their_own_pictures(pictures):
     assert score("shapes_strict", strict, pictures, CAPTIONS).tolist() == [1.0] * 6
 
 
+def test_a_reward_of_ones_own_lies_beside_the_command(tmp_path, monkeypatch):
+    """A module in the working directory is found, also where Python was not started there."""
+    (tmp_path / "rewards_of_my_own.py").write_text("def score(images, prompts): return images.mean((1, 2, 3))")
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    with pytest.raises(ValueError, match="rewards_of_my_own is not installed"):
+        check_reward("rewards_of_my_own:score", {}, CAPTIONS, 32, 32)
+    monkeypatch.chdir(tmp_path)
+    check_reward("rewards_of_my_own:score", {}, CAPTIONS, 32, 32)
+    assert sys.path[-1] == str(tmp_path)  # so it comes before nothing that is installed
+
+
 def test_clip_prefers_the_right_caption(pictures, clip):
     assert clip(pictures, CAPTIONS).mean() > clip(pictures, CAPTIONS[::-1]).mean() + 0.1
 

@@ -35,7 +35,7 @@ def command(output, *overrides, ranks=1, port=29611):
     """`deepspeed --num_gpus RANKS egrpo_fast/train.py shapes ...`, one thread per rank."""
     launcher = [*LAUNCHER, "--num_gpus", str(ranks), "--master_port", str(port)]
     arguments = [*launcher, "egrpo_fast/train.py", "shapes", *TINY, f"output_dir={output}", *overrides]
-    return {"args": arguments, "cwd": ROOT, "env": {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}}
+    return {"args": arguments, "cwd": ROOT, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
 
 
 def launch(output, *overrides, **options):

@@ -216,7 +216,7 @@ def train(folder, *overrides, ranks=1, port=29641):
     result = subprocess.run(
         [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(port),
          "egrpo_fast/train.py", "shapes", *arguments, *overrides],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "PYTHONPATH": path},
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]

@@ -5,7 +5,9 @@ have a static `check(prompts, height, width)` that raises ValueError for prompts
 """
 
 import inspect
+import os
 import pickle
+import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib import import_module
@@ -41,10 +43,13 @@ def _find(name: str) -> Any:
     if not colon:
         raise ValueError(f"rewards: no reward {name!r}; there are: {', '.join(REGISTRY)}, or any module:attribute")
     try:
+        if kind not in REGISTRY and (here := os.getcwd()) not in sys.path:
+            sys.path.append(here)  # a user's own file beside the command; last, so it shadows nothing
         reward = getattr(import_module(module), attribute)
     except ModuleNotFoundError as error:
-        extra = "http" if kind == "http" else "rewards"
-        told = f"pip install 'egrpo_fast[{extra}]'" if kind in REGISTRY else "is it on Python's path?"
+        told = "it is neither in this folder nor on Python's path"
+        if kind in REGISTRY:
+            told = f"pip install 'egrpo_fast[{'http' if kind == 'http' else 'rewards'}]'"
         raise ValueError(f"rewards.{name}: {error.name} is not installed; {told}") from None
     except (AttributeError, ImportError) as error:
         raise ValueError(f"rewards.{name}: {error}") from None

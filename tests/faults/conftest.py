@@ -37,7 +37,6 @@ def server():
     paths = [HERE, *filter(None, [os.environ.get("PYTHONPATH")])]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("PYTHONSAFEPATH", "1")
         patch.setenv("PYTHONPATH", os.pathsep.join(paths))
         yield Server()
 

@@ -26,7 +26,7 @@ class Launched:
         launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
         arguments = ["egrpo_fast/train.py", "shapes", *TINY, f"output_dir={folder}", *overrides]
         paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "PYTHONPATH": paths}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
         with self._log.open("w") as log:
             self.process = subprocess.Popen(
                 [*launcher, "--master_port", str(free_port()), *arguments],
