@@ -33,6 +33,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from egrpo_fast.files import follow_umask
+
 FORMAT = 1
 INDEX = "checkpoint.json"
 LOCAL = "local"
@@ -250,6 +252,7 @@ class _Attempt:
             )
         file = self._file
         save_file(dict(tensors), file)
+        follow_umask(file)
         _fsync(file)
         with safe_open(file, "pt") as staged:
             for key, tensor in tensors.items():

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from egrpo_fast import cost
 from egrpo_fast.config import Config, Reward, load_config, recipe_names
 from egrpo_fast.config_reference import reference
+from egrpo_fast.files import read_text
 from egrpo_fast.methods import plan_of
 from egrpo_fast.plan import Plan
 from egrpo_fast.prompts import read_prompts
@@ -164,7 +165,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     token = os.environ.get(reward_server.TOKEN_VARIABLE)
     if arguments.token_file:
         try:
-            token = arguments.token_file.read_text().strip()
+            token = read_text(arguments.token_file, 1 << 16).strip()
         except OSError as error:
             raise ValueError(f"--token-file: cannot read {arguments.token_file}: {error.strerror}") from None
     reward_server.serve(

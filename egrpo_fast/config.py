@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from egrpo_fast.files import read_text
 from egrpo_fast.schedule import Schedule, SdeForm, Solver, make_schedule
 
 CONFIG_FILE, RUN_FILE, CHECKPOINTS, PIPELINE = "config.yaml", "run.json", "checkpoints", "pipeline"
@@ -685,11 +686,11 @@ def _read_recipe(recipe: str) -> dict[str, Any]:
     packaged = resources.files("egrpo_fast.recipes") / f"{recipe}.yaml"
     if packaged.is_file():
         text = packaged.read_text()
-    elif Path(recipe).is_file():
+    elif Path(recipe).exists():
         try:
-            text = Path(recipe).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"recipe: cannot read {recipe}: {error}") from None
+            text = read_text(recipe, 1 << 20)
+        except OSError as error:
+            raise ConfigError(f"recipe: cannot read {recipe}: {error.strerror}") from None
     else:
         raise ConfigError(f"recipe: no file and no recipe {recipe!r}; there are: {', '.join(recipe_names())}")
     try:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from egrpo_fast.backbones.weight_files import WeightFiles
 from egrpo_fast.config import Config, FirstBlock
+from egrpo_fast.files import read_text
 from egrpo_fast.methods import plan_of
 from egrpo_fast.plan import Plan
 from egrpo_fast.shapes import CLIP, EMBEDDED, pipeline_path
@@ -247,7 +248,7 @@ class Pipeline:
             dev = Transformer(known["transformer"])
             return cls("FLUX.1-dev", dev, Vae(known["vae"]), known["parameters"])
         try:
-            configs = [json.loads((folder / part / "config.json").read_text()) for part in ("transformer", "vae")]
+            configs = [json.loads(read_text(folder / part / "config.json")) for part in ("transformer", "vae")]
             stems = {"vae": "diffusion_pytorch_model", "text_encoder": "model", "text_encoder_2": "model"}
             frozen = {part: _count(WeightFiles(folder / part, stem)) for part, stem in stems.items()}
             pipeline = cls(str(path), Transformer(configs[0]), Vae(configs[1]), frozen)

@@ -28,6 +28,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from egrpo_fast.files import read_bytes
+
 INDEX_FILE = "index.json"
 LOCK_FILE = "lock"
 PARTIAL = ".partial"
@@ -105,7 +107,7 @@ def _checksum(keys: Tensor, sums: Tensor) -> str:
 def _read_index(folder: Path) -> Index:
     file = folder / INDEX_FILE
     try:
-        return Index.model_validate_json(file.read_bytes())
+        return Index.model_validate_json(read_bytes(file))
     except FileNotFoundError:
         raise ValueError(f"embeddings: {folder} holds no {INDEX_FILE}; make the folder with `egrpo encode`") from None
     except OSError as error:

@@ -37,6 +37,7 @@ from egrpo_fast.backbones.flux import FluxBackbone
 from egrpo_fast.backbones.flux_folder import check_folder, resolve
 from egrpo_fast.backbones.identity import TRAINED, base_of, differing, identity
 from egrpo_fast.config import Reward, load_config
+from egrpo_fast.files import read_text
 from egrpo_fast.page import Shown, Table, write_page
 from egrpo_fast.plan import ode_plan
 from egrpo_fast.rewards import check_reward, make_reward, score
@@ -95,8 +96,8 @@ class Model:
         if not theirs.is_file():
             return False
         try:
-            kept = [{k: v for k, v in json.loads(p.read_text()).items() if k[0] != "_"} for p in (ours, theirs)]
-        except (ValueError, AttributeError):
+            kept = [{k: v for k, v in json.loads(read_text(p)).items() if k[0] != "_"} for p in (ours, theirs)]
+        except (OSError, ValueError, AttributeError):
             return False  # loading it will tell
         return kept[0] == kept[1]
 
@@ -127,7 +128,7 @@ def find_model(given: str) -> Model:
         label = label or named.name
         if (config := named / "config.yaml").is_file():
             try:
-                rewards = tuple(Reward.model_validate(some) for some in yaml.safe_load(config.read_text())["rewards"])
+                rewards = tuple(Reward.model_validate(some) for some in yaml.safe_load(read_text(config))["rewards"])
                 run = named
             except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
                 raise ValueError(f"models: {config} cannot be read: {' '.join(str(error).split())}") from None

@@ -22,6 +22,7 @@ from egrpo_fast.backbones.identity import check_base
 from egrpo_fast.backbones.weight_files import WeightFiles
 from egrpo_fast.checkpoint import CheckpointReader, Checkpoints
 from egrpo_fast.config import CHECKPOINTS, CONFIG_FILE, RUN_FILE, Config, load_config
+from egrpo_fast.files import follow_umask
 from egrpo_fast.metrics import RunLog
 from egrpo_fast.shapes import pipeline_path
 
@@ -76,6 +77,7 @@ def export(
             _copy_rest(base, partial)
             _write_transformer(partial / "transformer", shapes, dtype, read, shard_bytes)
         _write_card(run, partial, base, config, reader, weights)
+        follow_umask(partial)
         if out.exists():
             shutil.rmtree(replaced, ignore_errors=True)
             out.rename(replaced)

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from egrpo_fast import figures
 from egrpo_fast.config import CHECKPOINTS, PIPELINE, Config
 from egrpo_fast.export import export
+from egrpo_fast.files import follow_umask
 from egrpo_fast.guards import Verdict
 from egrpo_fast.metrics import RunLog
 from egrpo_fast.plan import Plan
@@ -89,6 +90,7 @@ class Report:
         figures.picture_grid(self._folder / "pictures" / f"iteration-{done:06d}.png", held_out.pictures, captions)
         if done == 0:
             save_file({"pictures": held_out.pictures.contiguous()}, self._folder / BASE_PICTURES)
+            follow_umask(self._folder / BASE_PICTURES)
 
     def finish(self, done: int, after: HeldOut, stopped: bool) -> None:
         """The run is over: curves, before and after, `summary.json`, the trained pipeline."""

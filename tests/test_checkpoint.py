@@ -136,6 +136,16 @@ def test_training_goes_on_while_it_writes(tmp_path):
     assert not reader.tensor("w").any() and not reader.local(0, 1)["l"].any() and reader.state == {"history": [1.5]}
 
 
+def test_files_can_be_read_by_whom_the_umask_says(tmp_path):
+    before = os.umask(0o022)
+    try:
+        save(opened(tmp_path, 2), 1)
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
+    assert modes == {0o644}
+
+
 def test_synchronous_and_non_finite(tmp_path):
     checkpoints = Checkpoints(tmp_path, asynchronous=False)
     whole = torch.tensor([[1.0, float("nan")], [float("inf"), -0.0]]).T  # not contiguous

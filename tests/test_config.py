@@ -85,6 +85,14 @@ def test_a_recipe_that_is_not_text(tmp_path):
         load_config(str(tmp_path / "recipe.yaml"))
 
 
+def test_a_recipe_that_never_ends_or_is_too_large_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="recipe: cannot read /dev/zero: it is a device"):
+        load_config("/dev/zero")
+    (tmp_path / "r.yaml").write_bytes(b"#" * 2**21)
+    with pytest.raises(ConfigError, match="r.yaml: it is larger than 1,048,576 bytes"):
+        load_config(str(tmp_path / "r.yaml"))
+
+
 def test_an_unknown_recipe_lists_the_known():
     with pytest.raises(ConfigError, match="no recipe 'flux'; there are: .*shapes"):
         load_config("flux")

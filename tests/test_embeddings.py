@@ -1,6 +1,7 @@
 """The embedding cache: what is written is read, whatever is damaged is refused, whatever interrupts is made good."""
 
 import json
+import os
 import resource
 import shutil
 import tracemalloc
@@ -163,6 +164,12 @@ def test_a_bad_index_is_refused(tmp_path, text, told):
         with pytest.raises(ValueError, match=f"embeddings: .*{told}"):
             use()
     assert (tmp_path / "shard-00000.safetensors").exists(), "a folder that is not understood is left as it is"
+
+
+def test_an_index_that_is_a_pipe_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "index.json")
+    with pytest.raises(ValueError, match="embeddings: cannot read .*index.json: it is a pipe"):
+        EmbeddingCache(tmp_path)
 
 
 def test_an_index_does_not_lead_out_of_its_folder(tmp_path):

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import resource
 import shutil
 import sys
@@ -108,6 +109,19 @@ def contents(folder):
 def weights_of(folder):
     files = (folder / "transformer").glob("*.safetensors")
     return {name: value for file in files for name, value in load_file(file).items()}
+
+
+@pytest.mark.parametrize("lora", [[], ["model.lora={rank: 2}"]], ids=["full", "lora"])
+def test_files_can_be_read_by_whom_the_umask_says(lora, base, tmp_path):
+    """Whatever the base's own files allow; those that diffusers writes allow nobody but their owner."""
+    before = os.umask(0o022)
+    try:
+        export(make_run(tmp_path / "run", base, *lora), tmp_path / "out")
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o644}
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755
 
 
 @pytest.mark.parametrize("shard_bytes", [module.SHARD_BYTES, 400_000], ids=["one file", "shards"])

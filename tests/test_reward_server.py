@@ -108,6 +108,8 @@ def test_a_token_file_is_read(server, monkeypatch, tmp_path):
     assert make_reward("http", {"reward": "clip", "url": server, "token_file": str(tmp_path / "token")})
     with pytest.raises(ValueError, match="No such file"):
         make_reward("http", {"reward": "clip", "url": server, "token_file": str(tmp_path / "none")})
+    with pytest.raises(ValueError, match="token_file: cannot read /dev/zero: it is a device"):
+        make_reward("http", {"reward": "clip", "url": server, "token_file": "/dev/zero"})
 
 
 def test_what_the_server_cannot_judge_is_the_pictures_fault(server):
@@ -342,6 +344,10 @@ def test_the_command_tells_what_to_mend(monkeypatch):
         (["--rewards", "shapes_soft", "shapes_soft"], "--rewards: one is named twice"),
         (["--rewards", "shapes_soft", "--device", "abacus"], "--device: 'abacus' cannot be used"),
         (["--rewards", "shapes_soft", "--token-file", "/nowhere"], "--token-file: cannot read /nowhere"),
+        (
+            ["--rewards", "shapes_soft", "--token-file", "/dev/zero"],
+            "--token-file: cannot read /dev/zero: it is a device",
+        ),
     ):
         monkeypatch.setattr("sys.argv", ["egrpo", "serve-rewards", *arguments])
         with pytest.raises(SystemExit, match=f"error: .*{told}"):

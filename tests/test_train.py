@@ -69,6 +69,9 @@ def test_a_run_leaves_everything_it_promises(uninterrupted):
         assert (uninterrupted / name).stat().st_size > 0
     assert len(list((uninterrupted / "checkpoints").glob("iteration-*"))) == 2, "checkpoint.keep"
     assert list((uninterrupted / "tensorboard").iterdir())
+    (uninterrupted.parent / "new").touch()
+    modes = {path.stat().st_mode for path in uninterrupted.rglob("*") if path.is_file()}
+    assert modes == {(uninterrupted.parent / "new").stat().st_mode}, "the umask says who may read a run"
     told = json.loads((uninterrupted / "summary.json").read_text())
     assert told["held_out"]["clip"]["after"] == evaluations[-1]["held_out/clip"]
     base = load_file(PIPELINE / "transformer" / "diffusion_pytorch_model.safetensors")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from egrpo_fast.backbones.weight_files import WeightFiles, new_adapter
 from egrpo_fast.config import Lora
+from egrpo_fast.files import read_text
 
 LATENT_PATCH = 2
 """FLUX packs 2 x 2 latent pixels into one token."""
@@ -64,15 +65,15 @@ def check_folder(path: str, height: int, width: int) -> None:
     if not index.is_file():
         raise ValueError(f"model.path: {path} has no model_index.json; a diffusers FLUX pipeline folder is expected")
     try:
-        components = json.loads(index.read_text())
+        components = json.loads(read_text(index))
         found = components.get("_class_name") if isinstance(components, dict) else type(components).__name__
         if found != "FluxPipeline":
             raise ValueError(f"model.path: {path} holds a {found}; FluxPipeline is expected")
         missing = [part for part in PARTS if not (folder / part).is_dir()]
         if missing:
             raise ValueError(f"model.path: {path} lacks {', '.join(missing)}")
-        blocks = len(json.loads((folder / "vae" / "config.json").read_text())["block_out_channels"])
-        architecture = json.loads((folder / "transformer" / "config.json").read_text())["_class_name"]
+        blocks = len(json.loads(read_text(folder / "vae" / "config.json"))["block_out_channels"])
+        architecture = json.loads(read_text(folder / "transformer" / "config.json"))["_class_name"]
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"model.path: {path} cannot be read as a FLUX pipeline: {error!r}") from None
     if architecture != "FluxTransformer2DModel":
@@ -115,7 +116,7 @@ def meta_transformer(
     lora: adapters are added and alone need gradients. ValueError where files and architecture do not match.
     """
     try:
-        settings = json.loads((folder / "transformer" / "config.json").read_text())
+        settings = json.loads(read_text(folder / "transformer" / "config.json"))
         with torch.device("meta"):
             transformer = FluxTransformer2DModel.from_config(settings)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -211,7 +212,7 @@ def save_lora(folder: Path, adapters: Mapping[str, Tensor], lora: Lora) -> None:
 def check_decoder(folder: str, pipeline: Path) -> None:
     """ValueError, before any weight is read, where this is no tiny decoder of the pipeline's latents."""
     try:
-        theirs, ours = (json.loads((at / "config.json").read_text()) for at in (Path(folder), pipeline / "vae"))
+        theirs, ours = (json.loads(read_text(at / "config.json")) for at in (Path(folder), pipeline / "vae"))
         WeightFiles(folder)
         if theirs["_class_name"] != "AutoencoderTiny":
             raise ValueError(f"it is a {theirs['_class_name']}; AutoencoderTiny is expected")

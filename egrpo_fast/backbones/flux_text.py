@@ -17,6 +17,7 @@ from transformers.utils import logging
 from egrpo_fast.backbones.weight_files import WeightFiles, fingerprint
 from egrpo_fast.config import Config
 from egrpo_fast.embeddings import EmbeddingCache
+from egrpo_fast.files import read_bytes, read_text
 from egrpo_fast.transfer import to_device
 
 ENCODERS = {"text_encoder": "clip_text_model", "text_encoder_2": "t5"}
@@ -52,7 +53,7 @@ class Truncation:
 def _config(folder: Path, name: str) -> dict[str, Any]:
     file = folder / name / "config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(read_text(file))
     except FileNotFoundError:
         raise ValueError(f"model.path: {folder} lacks {name}/config.json") from None
     except (OSError, ValueError) as error:
@@ -94,11 +95,12 @@ def encoder_fingerprint(
         files = [file for file in sorted((folder / name).rglob("*")) if file.is_file() and file.name[0] != "."]
         if not files:
             raise ValueError(f"model.path: {folder} lacks {name}")
-        parts += [part for file in files for part in (str(file.relative_to(folder)).encode(), file.read_bytes())]
+        for file in files:
+            parts += [str(file.relative_to(folder)).encode(), read_bytes(file, 1 << 28)]
     for name in ENCODERS:
         _config(folder, name)
         weights = _weights(folder, name)
-        parts += [name.encode(), (folder / name / "config.json").read_bytes(), *weights.samples()]
+        parts += [name.encode(), read_bytes(folder / name / "config.json"), *weights.samples()]
     return fingerprint(parts)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from egrpo_fast.backbones.flux_text import encoder_fingerprint
 from egrpo_fast.backbones.weight_files import WeightFiles, fingerprint
 from egrpo_fast.config import CONFIG_FILE, RUN_FILE
+from egrpo_fast.files import read_text
 
 TRAINED = "transformer"
 """The part that a run changes."""
@@ -25,7 +26,7 @@ def identity(folder: Path) -> dict[str, str]:
     for part in (TRAINED, "vae"):
         file = folder / part / "config.json"
         try:
-            config = {key: value for key, value in json.loads(file.read_text()).items() if not key.startswith("_")}
+            config = {key: value for key, value in json.loads(read_text(file)).items() if not key.startswith("_")}
             weights = WeightFiles(folder / part)
         except (OSError, ValueError, AttributeError) as error:
             raise ValueError(f"model.path: the {part} of {folder} cannot be read: {error}") from None
@@ -37,7 +38,7 @@ def base_of(run: Path) -> dict[str, str]:
     """`identity` of the model that a run began with; {} where that was not recorded. ValueError: it cannot be read."""
     file = run / RUN_FILE
     try:
-        return json.loads(file.read_text()).get("base", {}) if file.exists() else {}
+        return json.loads(read_text(file)).get("base", {}) if file.exists() else {}
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from None
 

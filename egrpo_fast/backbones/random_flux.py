@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from egrpo_fast import shapes
+from egrpo_fast.files import follow_umask
 
 TEXT_WIDTH = 64
 SIZES = {
@@ -108,6 +109,7 @@ def main() -> None:
     arguments = parser.parse_args()
     pipeline = make_pipeline(arguments.size, arguments.seed, not arguments.schnell)
     pipeline.to(getattr(torch, arguments.dtype)).save_pretrained(arguments.out, max_shard_size=arguments.shard_size)
+    follow_umask(arguments.out)
     millions = pipeline.transformer.num_parameters() / 1e6
     files = len(list((arguments.out / "transformer").glob("*.safetensors")))
     print(f"{arguments.out}: a transformer of {millions:.1f} million parameters in {files} file(s)")

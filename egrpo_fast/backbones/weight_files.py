@@ -11,6 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from egrpo_fast.files import read_text
+
 _HEADER_LIMIT = 100_000_000
 SAMPLES, SAMPLE_BYTES = 16, 4096
 """What a fingerprint reads of a tensor: so many pieces, evenly spaced, or all of a small one."""
@@ -51,7 +53,7 @@ class WeightFiles:
         index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
         if index.is_file():
             try:
-                names = set(json.loads(index.read_text())["weight_map"].values())
+                names = set(json.loads(read_text(index))["weight_map"].values())
                 paths = [folder / Path(name).name for name in sorted(names)]
             except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
                 raise ValueError(f"{index} cannot be read: {error!r}") from None

@@ -9,7 +9,6 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal, get_args
 from urllib.parse import quote
 
@@ -18,6 +17,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
+
+from egrpo_fast.files import read_text
 
 TOKEN_VARIABLE = "EGRPO_REWARD_TOKEN"
 Precision = Literal["uint8", "float16", "float32"]
@@ -104,7 +105,12 @@ class HttpReward:
         self.url, self.reward = url.rstrip("/"), reward
         self._timeout, self._retries, self._backoff = timeout, retries, backoff
         self._batch, self._precision = batch, precision
-        token = Path(token_file).read_text().strip() if token_file else os.environ.get(token_variable, "")
+        token = os.environ.get(token_variable, "")
+        if token_file:
+            try:
+                token = read_text(token_file, 1 << 16).strip()
+            except OSError as error:
+                raise ValueError(f"token_file: cannot read {token_file}: {error.strerror}") from None
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._tls = httpx2.create_ssl_context() if address.scheme == "https" else False
         # A wrong address, token or name is told when the run starts, not after its first rollout.

@@ -38,6 +38,7 @@ from torchvision.transforms.functional import gaussian_blur
 from tqdm import tqdm, trange
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
+from egrpo_fast.files import follow_umask
 from egrpo_fast.shapes import checker, world
 from egrpo_fast.shapes.world import Scene
 
@@ -457,6 +458,7 @@ def main() -> None:
         torch.manual_seed(arguments.seed)
         start = time.monotonic()
         result = STAGES[stage](arguments.out, arguments.scale, arguments.seed)
+        follow_umask(arguments.out)
         record[stage] = result | {"stage seconds": round(time.monotonic() - start, 1)}
         record["seed"], record["scale"] = arguments.seed, arguments.scale
         record["versions"] = {"python": platform.python_version()} | {
