@@ -136,7 +136,11 @@ SETTINGS = ("height", "width", "num_steps", "guidance", "shift", "max_sequence_l
 def _evaluate(arguments: argparse.Namespace) -> None:
     # Mistakes in what is quick to read are told before the seconds that diffusers takes to import.
     rewards = parse_rewards(arguments.rewards or ())
-    prompts = tuple(read_prompts(prompts_path(arguments.prompts, "held_out"), "--prompts")[: arguments.num_prompts])
+    prompts = tuple(
+        read_prompts(prompts_path(arguments.prompts, "held_out"), "--prompts", arguments.column)[
+            : arguments.num_prompts
+        ]
+    )
 
     try:
         from egrpo_fast import evaluation
@@ -264,7 +268,8 @@ def _parser() -> argparse.ArgumentParser:
     add = evaluate.add_argument
     add("models", nargs="+", metavar="[LABEL=]MODEL",
         help="a run's folder, a diffusers folder, a hub id, or `shapes`; the first is the base")  # fmt: skip
-    add("--prompts", required=True, metavar="FILE", help="one prompt per line, or `shapes`")
+    add("--prompts", required=True, metavar="FILE", help="of any kind that `prompts.held_out` takes, or `shapes`")
+    add("--column", default="prompt", metavar="NAME", help="field or column that holds the prompt (%(default)s)")
     add("--num-prompts", type=_number(1), metavar="N", help="only the first N of them")
     add("--rewards", nargs="+", action="extend", metavar="NAME[={...}]",
         help="with options as YAML; none given: the run's own and, for FLUX, the paper's four")  # fmt: skip
@@ -292,14 +297,14 @@ def _parser() -> argparse.ArgumentParser:
     encode = commands.add_parser("encode", help=about, description=about)
     encode.set_defaults(run=_encode)
     add = encode.add_argument
-    add("prompts", nargs="+", metavar="PROMPTS", help="text with one per line, .jsonl or .parquet; or `shapes`")
+    add("prompts", nargs="+", metavar="PROMPTS", help="of any kind that `prompts.train` takes, or `shapes`")
     add("out", type=Path, metavar="OUT", help="folder of the embeddings")
     add("--model", required=True, metavar="PATH", help="a FLUX pipeline's folder or hub id, or `shapes`")
     add("--max-sequence-length", type=_number(1, 512), metavar="N", help="tokens of the T5 prompt (512; shapes 24)")
     add("--dtype", choices=("float32", "bfloat16"), help="as `model.dtype` of the run (bfloat16; shapes float32)")
     add("--quantization", choices=("none", "int8", "nf4"), default="none",
         help="of T5's weights, as `model.text_encoder_quantization` of the run (%(default)s)")  # fmt: skip
-    add("--column", default="prompt", metavar="NAME", help="field of JSONL, column of Parquet (%(default)s)")
+    add("--column", default="prompt", metavar="NAME", help="field or column that holds the prompt (%(default)s)")
     add("--batch", type=_number(1), default=16, metavar="N", help="prompts at a time (%(default)s)")
     add("--device", help="(cuda where there is one, else cpu)")
     add("--verify", action="store_true", help="read all that is there already; what is damaged is made again")

@@ -80,11 +80,12 @@ class Model(_Section):
 
 class Prompts(_Section):
     train: str
-    """Prompt file (text with one per line, JSONL or Parquet), or `shapes`."""
+    """Prompt file (.txt, .json, .jsonl, .csv, .tsv or .parquet, each also .gz), hub data set
+    (`datasets:ORG/NAME:SPLIT`), or `shapes`."""
     held_out: str
-    """Prompt file of the held-out evaluation, or `shapes`."""
+    """The prompts of the held-out evaluation, likewise."""
     column: str = "prompt"
-    """Field of a JSONL line, or column of a Parquet file, that holds the prompt."""
+    """Field of the JSON objects, or column of the tables, that holds the prompt."""
     embeddings: str | None = None
     """Folder made by `egrpo encode` of these prompts: no text encoder is loaded; none given: encode on the fly."""
     per_iteration: Positive = 1

@@ -1,6 +1,5 @@
 """Prompt files, and the one endless order in which all ranks draw from them."""
 
-import json
 import os
 import tempfile
 import warnings
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from egrpo_fast.prompt_files import opened
 from egrpo_fast.shapes import prompts_path
 
 
@@ -52,26 +52,30 @@ class StoredPrompts(Sequence[str]):
         return os.pread(self._file.fileno(), end - start, start).decode()
 
 
-def read_prompts(path: str | Path, field: str = "prompts", column: str = "prompt") -> Sequence[str]:
-    """Prompts of a file, stripped, in its order; memory does not grow with their length.
+LONGEST_PROMPT, MOST_PROMPTS = 20_000, 1 << 24
+"""Characters of a prompt, and prompts of a file. T5 reads 512 tokens: a longer prompt is a file of another kind."""
 
-    By suffix: `.jsonl` and `.ndjson` hold one object per line and `.parquet` a table, with the prompt as string
-    `column`; anything else is text with one prompt per line. All are UTF-8; blank lines are skipped, a prompt that is
-    blank inside JSON or Parquet is refused. Repeated prompts are kept, and a warning counts them.
-    ValueError names `field`, the file and the fault with its line.
+
+def read_prompts(path: str | Path, field: str = "prompts", column: str = "prompt") -> Sequence[str]:
+    """Prompts of a file or of a hub data set, stripped, in its order; memory does not grow with their length.
+
+    What can be read: `prompt_files`. column: the field of an object, or column of a table, that holds the prompt.
+    Blank lines of text are skipped; elsewhere a blank prompt is refused. Repeated prompts are kept, and a warning
+    counts them. ValueError names `field`, the file and the fault with its line.
     """
-    path = Path(path)
-    read, unit = {".jsonl": (_json_lines, "line"), ".ndjson": (_json_lines, "line"), ".parquet": (_parquet, "row")}.get(
-        path.suffix.lower(), (_text_lines, "line")
-    )
     places, digests = array("q"), array("Q")
+    unit = "line"
 
     def noted() -> Iterator[str]:
-        for place, value in read(path, column):
-            prompt = _checked(value, f"{unit} {place}")
-            places.append(place)
-            digests.frombytes(blake2b(prompt.encode(), digest_size=8).digest())
-            yield prompt
+        nonlocal unit
+        with opened(str(path)) as (read, unit):
+            for place, value in read(column):
+                prompt = _checked(value, f"{unit} {place}")
+                if len(places) == MOST_PROMPTS:
+                    raise ValueError(f"holds more than {MOST_PROMPTS:,} prompts")
+                places.append(place)
+                digests.frombytes(blake2b(prompt.encode(), digest_size=8).digest())
+                yield prompt
 
     try:
         prompts = StoredPrompts(noted())
@@ -96,6 +100,8 @@ def _checked(value: Any, where: str) -> str:
     prompt = value.strip()
     if not prompt:
         raise ValueError(f"holds an empty prompt in {where}")
+    if len(prompt) > LONGEST_PROMPT:
+        raise ValueError(f"holds a prompt of {len(prompt):,} characters in {where}; at most {LONGEST_PROMPT:,}")
     if "\0" in prompt:
         raise ValueError(f"is not text: a NUL character in {where}")
     try:
@@ -113,53 +119,6 @@ def _warn_of_repeats(told: str, unit: str, places: np.ndarray, digests: np.ndarr
         shown = ", ".join(f"{unit} {places[place]} repeats {places[original[place]]}" for place in repeats[:3])
         more = ", ..." if len(repeats) > 3 else ""
         warnings.warn(f"{told} holds {len(repeats)} of its prompts again ({shown}{more})", stacklevel=3)
-
-
-def _text_lines(path: Path, column: str) -> Iterator[tuple[int, str]]:
-    start = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                text = line.decode()
-            except UnicodeDecodeError as error:
-                raise ValueError(f"is not UTF-8 (byte {start + error.start}, line {number})") from None
-            start += len(line)
-            if number == 1:
-                text = text.removeprefix("\ufeff")
-            if text := text.strip():
-                yield number, text
-
-
-def _json_lines(path: Path, column: str) -> Iterator[tuple[int, Any]]:
-    for number, line in _text_lines(path, column):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            raise ValueError(f"holds no JSON in line {number}") from None
-        if not isinstance(record, dict):
-            raise ValueError(f"holds no JSON object in line {number}")
-        if column not in record:
-            raise ValueError(f"lacks field {column!r} in line {number}; there are: {', '.join(record) or 'none'}")
-        yield number, record[column]
-
-
-def _parquet(path: Path, column: str) -> Iterator[tuple[int, Any]]:
-    try:
-        import pyarrow
-        from pyarrow.parquet import ParquetFile
-    except ModuleNotFoundError:
-        raise ValueError("is Parquet, and pyarrow is not installed; pip install pyarrow") from None
-
-    with path.open("rb") as source:
-        try:
-            with ParquetFile(source, page_checksum_verification=True) as file:
-                names = file.schema_arrow.names
-                if column not in names:
-                    raise ValueError(f"lacks column {column!r}; there are: {', '.join(names) or 'none'}")
-                batches = file.iter_batches(1024, columns=[column])
-                yield from enumerate((value for batch in batches for value in batch.column(0).to_pylist()), 1)
-        except (pyarrow.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
-            raise ValueError(f"cannot be read as Parquet: {str(error).splitlines()[0]}") from None
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ ROOMS = [  # from the top; a room imports from rooms below it and from itself, n
     ("rollout", "beside", "checkpoint", "masters", "heartbeat", "interruption"),
     ("methods", "config_reference"),
     ("plan", "prompts", "config", "embeddings"),
-    ("schedule", "noise", "ops", "shapes", "recipes", "transfer"),
+    ("schedule", "noise", "ops", "shapes", "recipes", "transfer", "prompt_files"),
     ("kernels", "files"),
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
@@ -37,7 +37,8 @@ KNOWN_TO = {
     },
     "torchao": {"egrpo_fast.backbones.tail"},
     "open_clip": {"egrpo_fast.rewards.clip", "egrpo_fast.rewards.hps", "egrpo_fast.shapes.pretrain"},
-    "pyarrow": {"egrpo_fast.evaluation", "egrpo_fast.prompts"},
+    "pyarrow": {"egrpo_fast.evaluation", "egrpo_fast.prompt_files"},
+    "datasets": {"egrpo_fast.prompt_files"},
     "httpx2": {"egrpo_fast.rewards.http"},
     "starlette": {"egrpo_fast.reward_server"},
     "uvicorn": {"egrpo_fast.reward_server"},

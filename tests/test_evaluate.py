@@ -145,6 +145,7 @@ def test_nothing_is_loaded_when_all_is_there(evaluated, trained, monkeypatch):
         (["--height", "30"], "model.height: 30 is not a multiple of 4"),
         (["--height", "64"], "shapes_soft: judges pictures of 32x32"),
         (["--prompts", "/nowhere.txt"], "--prompts: cannot read /nowhere.txt"),
+        (["--prompts", "datasets:org/name"], "--prompts: datasets:org/name is not datasets:ORG/NAME:SPLIT"),
     ],
 )
 def test_another_evaluation_or_bad_input_is_refused_by_name(evaluated, trained, more, told, monkeypatch):
