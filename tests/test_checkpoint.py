@@ -299,19 +299,17 @@ def test_a_checkpoint_with_holes_is_not_written(edges, tmp_path):
 
 
 def test_a_silent_rank_is_named(tmp_path):
-    ranks = opened(tmp_path, 3, timeout=0.3)
+    ranks = opened(tmp_path, 3, timeout=2)
     for rank in (0, 2):
         ranks[rank].save(1, [], {}, {}, "a")
     for rank in (0, 2):
-        with pytest.raises(CheckpointError, match="waited 0.3 s in vain for rank 1"):
+        with pytest.raises(CheckpointError, match="waited 2 s in vain for rank 1"):
             ranks[rank].wait()
     ranks[0].wait()  # told once
-    began = time.monotonic()
-    late = Checkpoints(tmp_path, 1, 3, timeout=20)
+    late = Checkpoints(tmp_path, 1, 3, timeout=600)
     late.save(1, [], {}, {}, "a")
-    with pytest.raises(CheckpointError, match="in vain for rank 1"):
+    with pytest.raises(CheckpointError, match="waited 2 s in vain for rank 1"):  # it did not wait by itself
         late.wait()
-    assert time.monotonic() - began < 5, "a rank that comes late does not wait for those that have gone"
     assert ranks[0].newest() is None
 
 
@@ -406,12 +404,11 @@ def test_copies_that_host_memory_does_not_hold_are_refused_on_all_ranks(tmp_path
     with pytest.raises(CheckpointError, match=f"iteration-000001 is not written: rank 0: {told}"):
         ranks[0].save(1, pieces_of(whole, 0, 1), {}, {}, "a")
     assert sum(taken) == 2 << 20, "a third piece would leave too little for the other rank's"
-    began = time.monotonic()
     free = 1 << 40
     ranks[1].save(1, [], {}, {}, "a")
-    with pytest.raises(CheckpointError, match=told):
+    with pytest.raises(CheckpointError, match=told):  # rank 0's reason, not that it waited in vain
         ranks[1].wait()
-    assert time.monotonic() - began < 5 and ranks[0].newest() is None
+    assert ranks[0].newest() is None
     monkeypatch.undo()
     save(ranks, 2, "b")
     assert listing(tmp_path / "run") == ["iteration-000002"] and mismatches(ranks[0].newest()) == []

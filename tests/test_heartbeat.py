@@ -14,18 +14,18 @@ from egrpo_fast.engine import free_port
 from egrpo_fast.heartbeat import EXIT_CODE, Entry, Heartbeat, culprits, describe, name_ranks
 
 SCRIPT = Path(__file__).with_name("heartbeat_scenarios.py")
-BOUND = 30
-"""Seconds; the scenarios sleep for 60."""
+BOUND = 600
+"""Seconds until a scenario counts as hung, on however busy a machine. The scenarios themselves wait for ever."""
 
 
-def run(scenario, ranks, culprit, stall_seconds=30.0, beat=0.1, reap=False):
-    """Exit code, stderr and seconds of every rank."""
+def run(scenario, ranks, culprit, stall_seconds=BOUND, gone_seconds=30.0, beat=0.1, reap=False):
+    """Exit code and stderr of every rank. gone_seconds: a busy machine may keep a rank silent for long."""
     port = str(free_port())
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     start = time.monotonic()
     processes = [
         subprocess.Popen(
-            [sys.executable, SCRIPT, scenario, *map(str, (culprit, stall_seconds, beat))],
+            [sys.executable, SCRIPT, scenario, *map(str, (culprit, stall_seconds, gone_seconds, beat))],
             stderr=subprocess.PIPE, text=True, env={**environment, "RANK": str(rank), "WORLD_SIZE": str(ranks)},
         )
         for rank in range(ranks)
@@ -45,10 +45,10 @@ def test_a_stalled_rank_is_named_by_the_others():
     codes, told = run("stalled", 3, culprit=1, stall_seconds=2)
     assert codes[1] == EXIT_CODE and all(codes)  # gloo may tell the others first, that rank 1 has left
     for rank in (0, 2):
-        assert re.search("rank 1: reward hps, [2-4] s", told[rank]) and re.search("gather, [2-4] s", told[rank])
-        stalled = f"rank {rank} waited [2-4] s in gather\nlikely for rank 1, which came less far"
+        assert re.search(r"rank 1: reward hps, \d+ s", told[rank]) and re.search(r"gather, \d+ s", told[rank])
+        stalled = rf"rank {rank} waited \d+ s in gather\nlikely for rank 1, which came less far"
         assert re.search(stalled, told[rank]) or f"rank {rank} failed in gather" in told[rank]
-    assert "rank 1 waited 2 s in reward hps\nthe others likely wait for it" in told[1]
+    assert re.search(r"rank 1 waited \d+ s in reward hps\nthe others likely wait for it", told[1])
     assert "in stuck_in_a_reward" in told[1]
 
 
@@ -56,14 +56,15 @@ def test_a_stalled_rank_is_named_by_the_others():
 def test_the_stores_rank_ends_only_when_the_others_know_why():
     codes, told = run("stalled_alone", 2, culprit=0, stall_seconds=1)
     assert codes == [EXIT_CODE] * 2
-    assert "rank 0 failed: rank 0 waited 1 s in decoding" in told[1] and "store" not in told[1].split("[heartbeat]")[1]
+    assert re.search(r"rank 0 failed: rank 0 waited \d+ s in decoding", told[1])
+    assert "store" not in told[1].split("[heartbeat]")[1]
 
 
 @pytest.mark.parametrize(
     ("ranks", "culprit"), [pytest.param(2, 0, marks=pytest.mark.slow), (3, 1)], ids=["the store's rank", "another"]
 )
 def test_a_killed_rank_is_named(ranks, culprit):
-    codes, told = run("killed", ranks, culprit)
+    codes, told = run("killed", ranks, culprit, gone_seconds=10)
     assert codes == [EXIT_CODE if rank != culprit else -9 for rank in range(ranks)]
     for rank in set(range(ranks)) - {culprit}:
         assert re.search(f"rank {culprit} is gone: .*, last in rollout step 3", told[rank])
@@ -104,29 +105,32 @@ def test_whoever_loses_its_peer_in_a_collective_tells_who_fell_silent():
 @pytest.mark.slow
 def test_slow_ranks_that_progress_end_well():
     """Rank 0, which serves the store, is done long before the other."""
-    codes, told = run("fine", 2, culprit=1, stall_seconds=1.2)
+    codes, told = run("fine", 2, culprit=1, stall_seconds=5)
     assert codes == [0, 0] and "[heartbeat]" not in "".join(told)
 
 
 def test_one_rank_needs_no_store():
     codes, told = run("stalled", 1, culprit=0, stall_seconds=1)
     assert codes == [EXIT_CODE]
-    assert "rank 0 waited 1 s in reward hps" in told[0] and "stuck_in_a_reward" in told[0]
+    assert re.search(r"rank 0 waited \d+ s in reward hps", told[0]) and "stuck_in_a_reward" in told[0]
     assert "likely" not in told[0] and "all ranks" not in told[0]
 
 
 @pytest.mark.slow
 def test_a_call_that_holds_pythons_lock_ends_too():
-    codes, told = run("lock_held", 1, culprit=0, stall_seconds=1)
+    codes, told = run("lock_held", 1, culprit=0, stall_seconds=1, gone_seconds=2)
     assert codes == [1] and "lock_held" in told[0]
 
 
 def test_at_is_cheap():
     heartbeat = Heartbeat(0, 1, None, 60)
-    best = min(timeit.repeat(lambda: heartbeat.at("loading", "weight"), number=10_000, repeat=7)) / 10_000
+    said, clock = (
+        min(timeit.repeat(call, number=2_000, repeat=25))
+        for call in (lambda: heartbeat.at("loading", "weight"), time.monotonic)
+    )
     heartbeat.close()
-    print(f"{best * 1e9:.0f} ns")
-    assert best < 2e-6
+    print(f"{said / clock:.1f} times as long as reading the clock")
+    assert said < 30 * clock  # a lock, a file or a store would take hundreds
 
 
 def test_whom_a_rank_waits_for():
