@@ -13,6 +13,7 @@ share the filesystem. Safetensors and JSON only: reading a checkpoint executes n
 """
 
 import contextlib
+import fcntl
 import json
 import math
 import os
@@ -136,6 +137,49 @@ def _discard(path: Path) -> None:
     with _or_warn(path):
         path.rename(going)
         shutil.rmtree(going)
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Keep a complete checkpoint from being pruned while it is read. Any number of processes may hold one.
+
+    ValueError: it is gone. Or, at the end: it was deleted or written anew meanwhile, so what was read may be of two. A
+    run that repeats an iteration does that, and pruning on a filesystem that has no locks.
+    """
+
+    def is_there() -> bool:
+        with contextlib.suppress(OSError):
+            return os.path.samestat(os.fstat(index.fileno()), (path / INDEX).stat())
+        return False
+
+    try:
+        index = (path / INDEX).open("rb")
+    except OSError as error:
+        raise ValueError(f"checkpoint: {path / INDEX} cannot be read: {error.strerror}") from None
+    with index:
+        with contextlib.suppress(OSError):
+            fcntl.flock(index, fcntl.LOCK_SH)
+        if not is_there():
+            raise ValueError(f"checkpoint: {path} was deleted by its run just now")
+        try:
+            yield
+        except (OSError, ValueError):
+            if is_there():
+                raise
+        if not is_there():
+            raise ValueError(f"checkpoint: {path} was deleted or written anew by its run while it was read; try again")
+
+
+def _discard_unless_held(path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        try:
+            index = stack.enter_context((path / INDEX).open("r+b"))  # for writing: network filesystems want it
+            fcntl.flock(index, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return  # the pruning after the next checkpoint finds it again
+        except OSError:
+            pass  # no checkpoint.json, or no locks
+        _discard(path)
 
 
 def _memory_available() -> float:
@@ -422,16 +466,21 @@ class Checkpoints:
     def _prune(self, iteration: int) -> None:
         """Newer ones than this are left alone: a run that went back has not come to them yet."""
 
-        def is_best(path: Path) -> bool:
+        def marked(path: Path) -> bool:
             with contextlib.suppress(ValueError):
-                return _read_sealed(path / INDEX)["best"]
+                return is_best(path)
             return False
 
         older = [path for at, path in sorted(self._complete().items()) if at <= iteration]
-        best = next((path for path in reversed(older) if is_best(path)), None)
+        best = next((path for path in reversed(older) if marked(path)), None)
         for path in older[: -self.keep]:
             if path != best:
-                _discard(path)
+                _discard_unless_held(path)
+
+
+def is_best(path: Path) -> bool:
+    """Whether a complete checkpoint was the best when it was written. ValueError: its checkpoint.json is damaged."""
+    return _read_sealed(path / INDEX)["best"]
 
 
 def problems(path: Path, files: Collection[str] | None = None) -> list[str]:
@@ -447,11 +496,20 @@ def problems(path: Path, files: Collection[str] | None = None) -> list[str]:
     for file in index["files"]:
         name = file["name"]
         if files is None or name in files:
-            if wrong := _wrong_size(path / name, file["bytes"]):
-                found.append(wrong)
-            elif _checksum(path / name) != file["crc32"]:
-                found.append(f"{name}: damaged (its checksum differs)")
+            try:
+                if wrong := _wrong_size(path / name, file["bytes"]):
+                    found.append(wrong)
+                elif _checksum(path / name) != file["crc32"]:
+                    found.append(f"{name}: damaged (its checksum differs)")
+            except OSError as error:
+                found.append(f"{name}: cannot be read ({error.strerror})")
     return found
+
+
+def check_sound(path: Path) -> None:
+    """ValueError where a complete checkpoint has `problems`."""
+    if found := problems(path):
+        raise ValueError(f"checkpoint: {path} is damaged; choose another ({'; '.join(found)})")
 
 
 class CheckpointReader:

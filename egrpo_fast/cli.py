@@ -197,14 +197,13 @@ def _encode(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from egrpo_fast.checkpoint import problems
-    from egrpo_fast.export import export, find_checkpoint
+    from egrpo_fast.export import export
 
-    checkpoint = find_checkpoint(arguments.run_folder, arguments.checkpoint)
-    if found := problems(checkpoint):
-        raise ValueError(f"checkpoint: {checkpoint} is damaged; choose another ({'; '.join(found)})")
-    export(arguments.run_folder, arguments.out, arguments.weights, checkpoint)
-    print(f"{arguments.out}: {arguments.weights} weights of {checkpoint}; README.md says how to load them")
+    path, written = export(
+        arguments.run_folder, arguments.out, arguments.weights, arguments.checkpoint, fuse=arguments.fuse
+    )
+    done = "" if written else "already there, whole, and left as it is: "
+    print(f"{arguments.out}: {done}{arguments.weights} weights of {path}; README.md says how to load them")
 
 
 def _fidelity(arguments: argparse.Namespace) -> None:
@@ -317,6 +316,8 @@ def _parser() -> argparse.ArgumentParser:
     add("out", type=Path, metavar="OUT", help="folder to write; must not exist, or be empty")
     add("--weights", choices=("model", "ema"), default="model", help="as trained, or their average (%(default)s)")
     add("--checkpoint", default="newest", metavar="WHICH", help="newest, best, or an iteration (%(default)s)")
+
+    add("--fuse", action="store_true", help="write a LoRA run as a whole pipeline, the adapters in the base's weights")
 
     about = "compare fast ODE tails with the exact one, by how they rank the samples of a group, and suggest one"
     fidelity = commands.add_parser("fidelity", help=about, description=about)

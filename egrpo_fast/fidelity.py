@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -20,9 +20,9 @@ from egrpo_fast.backbones.flux_forward import CompiledFlux, check_attention, use
 from egrpo_fast.backbones.flux_text import Conditioning, open_text
 from egrpo_fast.backbones.identity import check_base
 from egrpo_fast.backbones.tail import TailModel, check_tail, with_local_tail
-from egrpo_fast.checkpoint import CheckpointReader, problems
+from egrpo_fast.checkpoint import CheckpointReader, check_sound
 from egrpo_fast.config import CONFIG_FILE, Config, EGrpo, load_config
-from egrpo_fast.export import find_checkpoint
+from egrpo_fast.export import open_checkpoint
 from egrpo_fast.methods import plan_of
 from egrpo_fast.metrics import Stopwatch
 from egrpo_fast.objective import Objective
@@ -284,32 +284,33 @@ def fidelity(
     suggested was measured once more on the next ones. out: also write everything there as JSON.
     """
     reader = None
-    if (run := Path(recipe)).is_dir():
-        if not (run / CONFIG_FILE).is_file():
-            raise ValueError(f"recipe: {run} holds no run ({CONFIG_FILE} is missing)")
-        recipe, path = str(run / CONFIG_FILE), find_checkpoint(run, checkpoint)
-        if found := problems(path):
-            raise ValueError(f"checkpoint: {path} is damaged; choose another ({'; '.join(found)})")
-        reader = CheckpointReader(path)
-    config = load_config(recipe, overrides)
-    candidates = list(tails) or _candidates(config)
-    configs = [load_config(recipe, [*overrides, *settings.split()]) for settings in candidates]
-    if not plan_of(config.with_tail(), 0).tail_evaluations or not configs:
-        raise ValueError(f"method: the tails of {config.method.name} cannot be approximated by strides or solvers")
-    for settings, one in zip(candidates, configs):
-        if one.model_copy(update={"tail": config.tail}) != config:
-            raise ValueError(f"tails: {settings!r} changes more than tail.*")
-        check_tail(with_local_tail(one), pipeline_path(one.model.path))
-    model = config.model
-    lines = read_split(config.prompts.train, "train", config.prompts.column)
-    check_attention(model.attention)
-    check_folder(pipeline_path(model.path), model.height, model.width)
-    if reader:
-        check_base(run, resolve(pipeline_path(model.path)))
-    for reward in filter(attrgetter("weight"), config.rewards):
-        check_reward(reward.name, reward.options, lines, model.height, model.width)
-    order = PromptOrder(lines, config.seed, config.prompts.shuffle)
-    search = _Search(recipe, overrides, _Sampler(config, reader, torch.device(device)), order, num_prompts)
+    with ExitStack() as stack:
+        if (run := Path(recipe)).is_dir():
+            if not (run / CONFIG_FILE).is_file():
+                raise ValueError(f"recipe: {run} holds no run ({CONFIG_FILE} is missing)")
+            recipe = str(run / CONFIG_FILE)
+            reader = stack.enter_context(open_checkpoint(run, checkpoint))
+            check_sound(reader.path)
+        config = load_config(recipe, overrides)
+        candidates = list(tails) or _candidates(config)
+        configs = [load_config(recipe, [*overrides, *settings.split()]) for settings in candidates]
+        if not plan_of(config.with_tail(), 0).tail_evaluations or not configs:
+            raise ValueError(f"method: the tails of {config.method.name} cannot be approximated by strides or solvers")
+        for settings, one in zip(candidates, configs):
+            if one.model_copy(update={"tail": config.tail}) != config:
+                raise ValueError(f"tails: {settings!r} changes more than tail.*")
+            check_tail(with_local_tail(one), pipeline_path(one.model.path))
+        model = config.model
+        lines = read_split(config.prompts.train, "train", config.prompts.column)
+        check_attention(model.attention)
+        check_folder(pipeline_path(model.path), model.height, model.width)
+        if reader:
+            check_base(run, resolve(pipeline_path(model.path)))
+        for reward in filter(attrgetter("weight"), config.rewards):
+            check_reward(reward.name, reward.options, lines, model.height, model.width)
+        order = PromptOrder(lines, config.seed, config.prompts.shuffle)
+        sampler = _Sampler(config, reader, torch.device(device))
+    search = _Search(recipe, overrides, sampler, order, num_prompts)
     measured = [search.measure(settings) for settings in candidates]
     chosen = search.suggest(measured, target)
     header = ["tail", "rank correlation", "sign flips", "reward bias", "tail evaluations", "rollout"]

@@ -7,7 +7,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from egrpo_fast import figures
-from egrpo_fast.config import CHECKPOINTS, PIPELINE, Config
+from egrpo_fast.config import PIPELINE, Config
 from egrpo_fast.export import export
 from egrpo_fast.files import follow_umask
 from egrpo_fast.guards import Verdict
@@ -109,8 +109,7 @@ class Report:
         if stopped and self._config.evaluation.stop_when:
             summary["stopped_by"] = self._config.evaluation.stop_when.reward
         (self._folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        checkpoint = self._folder / CHECKPOINTS / f"iteration-{done:06d}"
-        export(self._folder, self._folder / PIPELINE, checkpoint=checkpoint, replace=True)
+        export(self._folder, self._folder / PIPELINE, checkpoint=str(done), replace=True, verify=False)
         print(f"\n{'held-out reward':<18}{'before':>10}{'after':>10}")
         for name, value in held_out.items():
             print(f"{name:<18}{value['before']:>10.4f}{value['after']:>10.4f}")

@@ -4,6 +4,7 @@
 """
 
 import errno
+import fcntl
 import itertools
 import json
 import os
@@ -29,6 +30,7 @@ from egrpo_fast.checkpoint import (
     Piece,
     _Attempt,
     _memory_available,
+    held,
     problems,
 )
 
@@ -169,6 +171,37 @@ def test_a_run_that_went_back_prunes_nothing_ahead_of_it(tmp_path):
     save(ranks, 10)
     save(ranks, 5, "b")
     assert [path.name for path in ranks[0].all()] == ["iteration-000005", "iteration-000010"]
+
+
+def test_what_is_read_is_pruned_once_nobody_reads_it(tmp_path):
+    ranks = opened(tmp_path, 1, keep=1)
+    save(ranks, 1)
+    with held(ranks[0].newest()), held(ranks[0].newest()):
+        save(ranks, 2)
+        assert listing(tmp_path) == ["iteration-000001", "iteration-000002"]
+        assert mismatches(tmp_path / "iteration-000001") == []
+    save(ranks, 3)
+    assert listing(tmp_path) == ["iteration-000003"]
+    with pytest.raises(ValueError, match="checkpoint: .*iteration-000001/checkpoint.json cannot be read"):
+        held(tmp_path / "iteration-000001").__enter__()
+
+
+def test_a_filesystem_without_locks_prunes_and_the_reader_says_so(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    ranks = opened(tmp_path, 1, keep=1)
+    save(ranks, 1)
+    with (
+        pytest.raises(ValueError, match="iteration-000001 was deleted or written anew by its run while it was read"),
+        held(tmp_path / "iteration-000001"),
+    ):
+        reader = CheckpointReader(tmp_path / "iteration-000001")
+        save(ranks, 2)
+        assert problems(reader.path)
+        reader.tensor("scale")
+    assert listing(tmp_path) == ["iteration-000002"]
 
 
 def test_a_repeated_iteration_replaces(tmp_path):

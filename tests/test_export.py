@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from diffusers import FluxPipeline, FluxTransformer2DModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from egrpo_fast import cli, noise, ops
 from egrpo_fast import export as module
@@ -62,9 +62,9 @@ def trained(base, lora=None, iteration=1, kind="weight"):
     }
 
 
-def save(run, base, iterations, kinds=("weight",), lora=None, best=(), ranks=2):
+def save(run, base, iterations, kinds=("weight",), lora=None, best=(), ranks=2, keep=9):
     """Checkpoints as that many ranks write them, each tensor in two pieces."""
-    writers = [Checkpoints(run / CHECKPOINTS, rank, ranks, keep=9) for rank in range(ranks)]
+    writers = [Checkpoints(run / CHECKPOINTS, rank, ranks, keep) for rank in range(ranks)]
     for iteration in iterations:
         tensors = {kind: trained(base, lora, iteration, kind) for kind in kinds}
         for rank, writer in enumerate(writers):
@@ -141,7 +141,7 @@ def test_all_weights_and_the_rest_of_the_base(shard_bytes, run, base, tmp_path):
         assert contents(tmp_path / "out" / part) == contents(base / part)
     loaded = FluxTransformer2DModel.from_pretrained(tmp_path / "out", subfolder="transformer").state_dict()
     assert all(torch.equal(loaded[name], expected[name]) for name in expected)
-    assert contents(run) == before and not (tmp_path / "out.partial").exists()
+    assert contents(run) == before and [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_pictures_of_the_base_with_the_lora_are_the_trainers(base, tmp_path):
     assert_same(ours, theirs)
     assert (drawn(FluxPipeline.from_pretrained(base), config)[0] - theirs[0]).abs().max() > 0.05
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"pytorch_lora_weights.safetensors", "README.md", "LICENSE.md", "curve.png"}
+    assert names == {"pytorch_lora_weights.safetensors", "README.md", "LICENSE.md", "curve.png", "export.json"}
     # What was exported can be trained on.
     again = Lora(rank=4, alpha=16, target_modules=["to_q", "to_v", "proj_out"], path=str(tmp_path / "out"))
     _, weights = meta_transformer(base, again)
@@ -236,13 +236,81 @@ def test_the_weights_are_as_the_forward_used_them(base, tmp_path):
     assert all(torch.equal(found[name], expected[name].bfloat16()) for name in expected)
 
 
+def fused_run(base, tmp_path, *overrides):
+    """A LoRA run, exported as it is and fused. Returns its configuration."""
+    run = make_run(tmp_path / "run", base, LORA, *SMALL, *overrides)
+    export(run, tmp_path / "lora")
+    export(run, tmp_path / "fused", fuse=True, shard_bytes=400_000)
+    return load_config(str(run / CONFIG_FILE))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)], ids=["float32", "bfloat16"]
+)
+def test_pictures_of_the_fused_pipeline_are_those_of_the_base_with_the_adapters(dtype, bound, base, tmp_path):
+    """Latents and pixels. In bfloat16 the sum of a weight and its adapters is rounded once more."""
+    copy = tmp_path / "base"
+    FluxPipeline.from_pretrained(base, torch_dtype=dtype).save_pretrained(copy)
+    config = fused_run(copy, tmp_path, f"model.dtype={str(dtype).removeprefix('torch.')}")
+    fused = FluxPipeline.from_pretrained(tmp_path / "fused", torch_dtype=dtype)
+    pipeline = FluxPipeline.from_pretrained(copy, torch_dtype=dtype)
+    before = drawn(pipeline, config)
+    pipeline.load_lora_weights(tmp_path / "lora")
+    for ours, theirs, untrained in zip(drawn(fused, config), drawn(pipeline, config), before, strict=True):
+        assert (ours - theirs).abs().max() <= bound < (untrained - theirs).abs().max() / 2
+
+
+def test_a_fused_weight_is_the_base_and_its_adapters_rounded_once(base, tmp_path):
+    """In the dtype of the base's file, whatever the run's; what no adapter touches is the base's, bit for bit."""
+    copy = tmp_path / "base"
+    shutil.copytree(base, copy)
+    transformer = FluxTransformer2DModel.from_pretrained(base / "transformer").to(torch.bfloat16)
+    transformer.save_pretrained(copy / "transformer")
+    config = fused_run(copy, tmp_path)
+    adapters, before, after = trained(copy, config.model.lora), weights_of(copy), weights_of(tmp_path / "fused")
+    assert before.keys() == after.keys() and len(list((tmp_path / "fused" / "transformer").glob("*.safetensors"))) == 2
+    touched = 0
+    for name, value in before.items():
+        layer = name.removesuffix(".weight")
+        assert after[name].dtype == torch.bfloat16
+        if (down := adapters.get(f"{layer}.lora_A.default.weight")) is None:
+            assert torch.equal(after[name], value)
+            continue
+        touched += 1
+        exact = value.double() + 16 / 4 * adapters[f"{layer}.lora_B.default.weight"].double() @ down.double()
+        assert ((after[name].double() - exact).abs() <= exact.abs() * 2**-8).all()
+    assert touched == len(adapters) / 2 > 5
+    front, body = front_matter(tmp_path / "fused")
+    assert front["base_model_relation"] == "finetune" and "lora" not in front["tags"]
+    assert "low-rank adapters fused into the base" in body and 'from_pretrained("this folder")' in body
+
+
+def test_what_cannot_be_fused_is_refused(run, base, tmp_path):
+    with pytest.raises(ValueError, match="export: .*full trained all weights and has no adapters to fuse; leave"):
+        export(run, tmp_path / "out", fuse=True)
+    other = tmp_path / "base"
+    shutil.copytree(base, other)
+    lora_run = make_run(tmp_path / "run", other, LORA)
+    (lora_run / RUN_FILE).write_text(json.dumps({"base": {**identity(other), "transformer": "another"}}))
+    with pytest.raises(ValueError, match="is not the model this run began with: another transformer"):
+        export(lora_run, tmp_path / "out", fuse=True)
+    (lora_run / RUN_FILE).unlink()
+    weights = other / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors["transformer_blocks.0.attn.to_q.weight"] = tensors["transformer_blocks.0.attn.to_q.weight"][1:].contiguous()
+    save_file(tensors, weights)
+    with pytest.raises(ValueError, match="export: the base has no layer transformer_blocks.0.attn.to_q of"):
+        export(lora_run, tmp_path / "out", fuse=True)
+    assert not (tmp_path / "out").exists()
+
+
 def front_matter(folder):
     _, front, body = (folder / "README.md").read_text().split("---\n", 2)
     return yaml.safe_load(front), body
 
 
 def test_the_model_card(run, base, tmp_path):
-    export(run, tmp_path / "out", checkpoint=find_checkpoint(run, "1"))
+    export(run, tmp_path / "out", checkpoint="1")
     front, body = front_matter(tmp_path / "out")
     assert front["license"] == "other" and front["license_name"] == "flux-1-dev-non-commercial-license"
     assert front["license_link"] == "LICENSE.md" and (tmp_path / "out" / "LICENSE.md").read_text() == "No commerce."
@@ -325,8 +393,7 @@ def test_a_write_that_fails_leaves_nothing_behind(override, base, tmp_path):
     before = contents(run)
     with files_of_at_most(10_000), pytest.raises(ValueError, match="export: .*out could not be written: .*"):
         export(run, tmp_path / "out")
-    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
-    assert contents(run) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["run"] and contents(run) == before
     export(run, tmp_path / "out")  # once there is room
 
 
@@ -356,7 +423,7 @@ def test_what_is_in_the_way_stays(run, tmp_path):
 
 def test_an_earlier_export_is_replaced_only_when_asked_and_only_by_a_whole_one(run, base, monkeypatch, tmp_path):
     out = tmp_path / "out"
-    export(run, out, checkpoint=find_checkpoint(run, "1"))
+    export(run, out, checkpoint="1")
     before = contents(out)
     with files_of_at_most(10_000), pytest.raises(ValueError, match="could not be written"):
         export(run, out, replace=True)
@@ -428,22 +495,23 @@ def test_the_command_refuses_a_damaged_checkpoint_by_name(base, monkeypatch, tmp
 
 
 def test_a_replacement_killed_between_its_renames_is_undone(run, base, monkeypatch, tmp_path):
-    out, replaced = tmp_path / "out", tmp_path / "out.replaced"
-    export(run, out, checkpoint=find_checkpoint(run, "1"))
+    out = tmp_path / "out"
+    export(run, out, checkpoint="1")
     before, rename = contents(out), Path.rename
 
     def killed(self, target):
         rename(self, target)
-        if target == replaced:
+        if target.suffix == ".replaced":
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Path, "rename", killed)
     monkeypatch.setattr(module, "_put_back", lambda *_: None)  # kill -9 leaves no time for it
     with pytest.raises(KeyboardInterrupt):
         export(run, out, replace=True)
+    (replaced,) = tmp_path.glob("out.*.replaced")
     assert not out.exists() and contents(replaced) == before
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="out is in the way"):
+    with pytest.raises(ValueError, match=r"out is in the way \(an export of iteration 1, model weights\); choose"):
         export(run, out)
     assert contents(out) == before and not replaced.exists()
     shutil.copytree(out, replaced)  # killed before the old one was deleted
@@ -455,7 +523,7 @@ def test_a_replacement_killed_between_its_renames_is_undone(run, base, monkeypat
 
 def test_a_replacement_that_cannot_be_renamed_leaves_the_earlier_export(run, monkeypatch, tmp_path):
     out = tmp_path / "out"
-    export(run, out, checkpoint=find_checkpoint(run, "1"))
+    export(run, out, checkpoint="1")
     before, rename = contents(out), Path.rename
 
     def refused(self, target):
@@ -475,3 +543,130 @@ def test_the_card_of_a_run_whose_last_line_is_unfinished(base, tmp_path):
         file.write('{"iteration": 1, "held_out/jp')
     export(run, tmp_path / "out")
     assert "| 1 | -2.5000 |\n\n" in front_matter(tmp_path / "out")[1]
+
+
+def test_folders_of_ones_own_beside_an_export_stay(run, tmp_path):
+    mine = [tmp_path / name for name in ("out.partial", "out.replaced", "out.0123abcd.partial", "out.old.replaced")]
+    for folder in mine:
+        folder.mkdir()
+        (folder / "notes.txt").write_text("mine")
+    export(run, tmp_path / "out", checkpoint="1")
+    export(run, tmp_path / "out", replace=True)
+    assert all((folder / "notes.txt").read_text() == "mine" for folder in mine)
+    assert {path.name for path in tmp_path.iterdir()} == {"out", *(folder.name for folder in mine)}
+
+
+def test_a_second_export_into_the_same_folder_is_whole_or_refused(run, base, monkeypatch, tmp_path):
+    """A whole one happens while another writes its first shard: each has a folder of its own, the first done stands."""
+    original, told = module.save_file, []
+
+    def interrupted(*arguments, **options):
+        monkeypatch.setattr(module, "save_file", original)
+        told.append(export(run, out, checkpoint="1", shard_bytes=400_000)[1])
+        original(*arguments, **options)
+
+    for out, ours in ((tmp_path / "same", "1"), (tmp_path / "other", "2")):
+        monkeypatch.setattr(module, "save_file", interrupted)
+        if ours == "1":
+            assert export(run, out, checkpoint=ours)[1] is False, "the very same is there"
+        else:
+            with pytest.raises(ValueError, match="export: .*other could not be written: Directory not empty"):
+                export(run, out, checkpoint=ours)
+        expected, found = trained(base, iteration=1), weights_of(out)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        FluxTransformer2DModel.from_pretrained(out, subfolder="transformer")
+    assert told == [True, True] and {path.name for path in tmp_path.iterdir()} == {"same", "other"}
+
+
+def test_the_same_again_is_done_already(run, monkeypatch, tmp_path, capsys):
+    """As after a kill that came after the last rename. What is not whole, or not the same, is in the way."""
+    out = tmp_path / "out"
+    export(run, out)
+    before = contents(out)
+    monkeypatch.setattr(sys, "argv", ["egrpo", "export", str(run), str(out)])
+    cli.main()
+    assert "already there, whole, and left as it is: model weights of" in capsys.readouterr().out
+    assert contents(out) == before
+    for options in ({"checkpoint": "2"}, {"weights": "ema"}):
+        with pytest.raises(ValueError, match=r"out is in the way \(an export of iteration 3, model weights\); choose"):
+            export(run, out, **options)
+    (out / "vae" / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="out is in the way; choose another folder, or delete it"):
+        export(run, out)
+
+
+def test_what_a_killed_export_left_is_removed_and_what_another_writes_is_not(run, tmp_path):
+    out = tmp_path / "out"
+    with module._new_beside(out) as writing:
+        dead = tmp_path / "out.00000000.partial"
+        shutil.copytree(writing, dead)
+        export(run, out)
+        assert writing.is_dir() and not dead.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def during_the_first_read(monkeypatch, act):
+    original = CheckpointReader.tensor
+
+    def tensor(self, *arguments):
+        monkeypatch.setattr(CheckpointReader, "tensor", original)
+        act()
+        return self.tensor(*arguments)
+
+    monkeypatch.setattr(CheckpointReader, "tensor", tensor)
+
+
+def kept_by(run):
+    return [path.name for path in Checkpoints(run / CHECKPOINTS).all()]
+
+
+def test_a_run_that_goes_on_prunes_what_is_exported_later(base, monkeypatch, tmp_path):
+    run = make_run(tmp_path / "run", base, LORA)
+    lora = load_config(str(run / CONFIG_FILE)).model.lora
+    during_the_first_read(monkeypatch, lambda: save(run, base, (2, 3), lora=lora, keep=1))
+    path, _ = export(run, tmp_path / "out")
+    assert path.name == "iteration-000001" and kept_by(run) == ["iteration-000001", "iteration-000003"]
+    found = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
+    expected = trained(base, lora, 1)
+    assert all(torch.equal(found[f"transformer.{k.replace('.default.', '.')}"], v) for k, v in expected.items())
+    save(run, base, (4,), lora=lora, keep=1)
+    assert kept_by(run) == ["iteration-000004"]
+
+
+def test_a_checkpoint_that_is_written_anew_while_it_is_read_is_not_mixed(base, monkeypatch, tmp_path):
+    run = make_run(tmp_path / "run", base, LORA)
+    lora = load_config(str(run / CONFIG_FILE)).model.lora
+    during_the_first_read(monkeypatch, lambda: save(run, base, (1,), lora=lora))
+    with pytest.raises(
+        ValueError, match="iteration-000001 was deleted or written anew by its run while it was read; try"
+    ):
+        export(run, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
+
+
+def test_a_checkpoint_that_is_pruned_before_it_is_opened_gives_way_to_the_next(base, monkeypatch, tmp_path):
+    run, original = make_run(tmp_path / "run", base, LORA), module.find_checkpoint
+    lora = load_config(str(run / CONFIG_FILE)).model.lora
+
+    def find(*arguments):
+        found = original(*arguments)
+        if found.name == "iteration-000001":
+            save(run, base, (2,), lora=lora, keep=1)
+        return found
+
+    monkeypatch.setattr(module, "find_checkpoint", find)
+    assert export(run, tmp_path / "out")[0].name == "iteration-000002"
+
+
+def test_the_best_is_found_beside_a_damaged_one(base, tmp_path):
+    run = make_run(tmp_path / "run", base, LORA, iterations=(1, 2, 3), best=(2,))
+    index = run / CHECKPOINTS / "iteration-000001" / "checkpoint.json"
+    index.write_text("{")
+    assert find_checkpoint(run, "best").name == "iteration-000002", "an older one cannot be the best"
+    (run / CHECKPOINTS / "iteration-000003" / "checkpoint.json").write_text("{")
+    told = r"iteration-000002 is the best of those that can be read; not iteration-000003 \(checkpoint.json: damaged"
+    with pytest.warns(UserWarning, match=told):
+        export(run, tmp_path / "out", checkpoint="best")
+    (run / CHECKPOINTS / "iteration-000002" / "checkpoint.json").unlink()
+    with pytest.raises(ValueError, match="has none marked as best; .*iteration-000003 .*damaged.* could not be read"):
+        find_checkpoint(run, "best")

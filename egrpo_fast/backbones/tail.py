@@ -22,6 +22,7 @@ from egrpo_fast.backbones.flux_folder import (
 )
 from egrpo_fast.backbones.flux_forward import CompiledFlux, FluxCache, check_cache, use_same_attention
 from egrpo_fast.backbones.flux_text import Conditioning
+from egrpo_fast.backbones.weight_files import fused
 from egrpo_fast.config import Config, Tail
 
 FLOAT8_CAPABILITY = (8, 9)
@@ -154,7 +155,7 @@ class TailModel:
             value = read(name).to(self._device, self._dtype)
             if leaf == "weight" and owner in self._lora:
                 down, up, scale = (part.to(self._device) for part in self._lora[owner])
-                value = (value.float() + scale * (up @ down)).to(self._dtype)
+                value = fused(value, down, up, scale)
             layer = self._put(name, nn.Parameter(value, requires_grad=False))
             quantised = "transformer_blocks." in owner and "norm" not in owner and isinstance(layer, nn.Linear)
             if self._quantization is not None and leaf == "weight" and quantised:

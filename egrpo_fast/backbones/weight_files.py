@@ -140,3 +140,8 @@ def new_adapter(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     word = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little")
     generator = torch.Generator().manual_seed(word % 2**63)
     return torch.empty(shape).uniform_(-(shape[1] ** -0.5), shape[1] ** -0.5, generator=generator)
+
+
+def fused(weight: Tensor, down: Tensor, up: Tensor, scale: Tensor | float) -> Tensor:
+    """`W + scale B A` in the weight's dtype, added in float32: weight [out, in], down A [r, in], up B [out, r]."""
+    return (weight.float() + scale * (up.float() @ down.float())).to(weight.dtype)
