@@ -19,6 +19,7 @@ from egrpo_fast.methods import plan_of
 from egrpo_fast.plan import Plan
 from egrpo_fast.prompts import read_prompts
 from egrpo_fast.shapes import prompts_path
+from egrpo_fast.telling import error_lines, print_warnings_safely
 
 
 def describe(config: Config) -> dict[str, Any]:
@@ -355,14 +356,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
+    print_warnings_safely()
     arguments = _parser().parse_args()
     try:
         arguments.run(arguments)
     except ValueError as error:
-        raise SystemExit("\n".join(f"error: {line}" for line in str(error).splitlines())) from None
+        raise SystemExit(error_lines(error)) from None
     except KeyboardInterrupt:
-        told = "interrupted; `egrpo evaluate` and `egrpo encode` continue when they are given the same again"
-        raise SystemExit(told) from None
+        continued = "interrupted; `egrpo evaluate` and `egrpo encode` continue when they are given the same again"
+        raise SystemExit(continued) from None
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from egrpo_fast.config import Reward, load_config
 from egrpo_fast.files import read_text
 from egrpo_fast.page import Shown, Table, write_page
 from egrpo_fast.plan import ode_plan
-from egrpo_fast.rewards import check_reward, make_reward, score
+from egrpo_fast.rewards import check_reward, make_reward, score, try_reward
 from egrpo_fast.rollout import NoiseKey, Wavefront
 from egrpo_fast.schedule import make_schedule
 from egrpo_fast.shapes import EMBEDDED, PIPELINE
@@ -503,8 +503,11 @@ def evaluate(
         warnings.warn(told, stacklevel=2)
     everything = range(len(settings.prompts))
     if not part and not all(folder.picture(model, place).exists() for model in models for place in everything):
-        for reward in rewards:  # hours of drawing are not to end at a weight file that is not there
-            make_reward(reward.name, reward.options)
+        for reward in rewards:  # hours of drawing are not to end at a weight file that is not there, or at a KeyError
+            made = make_reward(reward.name, reward.options, device)
+            try_reward(reward.name, made, settings.prompts[0], settings.height, settings.width, device)
+            del made
+            _free(device)
     for model in models:
         first, stride = part or (0, 1)
         draw(folder, model, settings, batch, device, everything[first::stride])

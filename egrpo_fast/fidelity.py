@@ -29,7 +29,7 @@ from egrpo_fast.objective import Objective
 from egrpo_fast.page import Table
 from egrpo_fast.plan import tail_grid
 from egrpo_fast.prompts import Prompt, PromptOrder, read_split
-from egrpo_fast.rewards import check_reward, make_reward, score
+from egrpo_fast.rewards import check_reward, make_reward, score, try_reward
 from egrpo_fast.rollout import NoiseKey, TailVelocity, Wavefront
 from egrpo_fast.shapes import pipeline_path
 from egrpo_fast.tail_check import Comparison, compare
@@ -90,8 +90,12 @@ class _Sampled:
 class _Sampler:
     """The policy, ready to draw and score an iteration's samples with any tail."""
 
-    def __init__(self, config: Config, reader: CheckpointReader | None, device: torch.device) -> None:
+    def __init__(self, config: Config, reader: CheckpointReader | None, prompt: str, device: torch.device) -> None:
         model, self._dtype, self.device = config.model, getattr(torch, config.model.dtype), device
+        self._trained = [reward for reward in config.rewards if reward.weight]
+        self._judges = {reward.name: make_reward(reward.name, reward.options, device) for reward in self._trained}
+        for name, judge in self._judges.items():  # a mistake in one is told before the model is loaded
+            try_reward(name, judge, prompt, model.height, model.width, device)
         self._folder = resolve(pipeline_path(model.path))
         use_arithmetic(model)
         transformer, weights = meta_transformer(self._folder, model.lora, config.seed)
@@ -110,8 +114,6 @@ class _Sampler:
             self._module = CompiledFlux.of(transformer)
             self._module.load_state_dict(dict(transformer.named_parameters()), assign=True)
         self._ops = ops.choose(config.rollout.backend, device)
-        self._trained = [reward for reward in config.rewards if reward.weight]
-        self._judges = {reward.name: make_reward(reward.name, reward.options, device) for reward in self._trained}
         self.objective = Objective.of(config, self._ops)
 
     def __call__(self, config: Config, prompts: Sequence[Prompt], told: str) -> _Sampled:
@@ -309,7 +311,7 @@ def fidelity(
         for reward in filter(attrgetter("weight"), config.rewards):
             check_reward(reward.name, reward.options, lines, model.height, model.width)
         order = PromptOrder(lines, config.seed, config.prompts.shuffle)
-        sampler = _Sampler(config, reader, torch.device(device))
+        sampler = _Sampler(config, reader, lines[0], torch.device(device))
     search = _Search(recipe, overrides, sampler, order, num_prompts)
     measured = [search.measure(settings) for settings in candidates]
     chosen = search.suggest(measured, target)

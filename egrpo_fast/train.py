@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING
 from egrpo_fast.config import Config, ConfigError, load_config, recipe_names
 from egrpo_fast.run_folder import check_output, claim_output, identify, record
 from egrpo_fast.shapes import PROMPTS, pipeline_path
+from egrpo_fast.telling import error_lines, print_warnings_safely, printable
 
 if TYPE_CHECKING:
     from egrpo_fast.engine import World
     from egrpo_fast.heartbeat import Heartbeat
+    from egrpo_fast.rewards import Reward
     from egrpo_fast.trainer import Trainer
 
 DOWNLOAD_LIMIT = 24 * 3600.0
@@ -76,6 +78,35 @@ def check_inputs(config: Config) -> tuple[Sequence[str], Sequence[str]]:
     return train_prompts, held_out_prompts
 
 
+def open_rewards(config: Config, world: "World", heart: "Heartbeat", prompt: str) -> "dict[str, Reward]":
+    """Load every reward and call it once. ConfigError, on all ranks, where that fails on one.
+
+    First of all that is loaded: a mistake in a reward is told before the minutes that a model takes. Where
+    `objective.on_error` is `drop`, a reward may raise for a picture that it cannot judge, so that is only a warning.
+    """
+    from egrpo_fast.rewards import RewardError, make_reward, try_reward
+
+    rewards, failure = {}, None
+    try:
+        for reward in config.rewards:
+            heart.at("loading", f"the reward {reward.name}", limit=DOWNLOAD_LIMIT)
+            rewards[reward.name] = made = make_reward(reward.name, reward.options, world.device)
+            try:
+                try_reward(reward.name, made, prompt, config.model.height, config.model.width, world.device)
+            except RewardError as error:
+                if config.objective.on_error != "drop":
+                    raise
+                warnings.warn(f"{error.trace}{error}, called on a picture of noise", stacklevel=2)
+    except ValueError as error:
+        failure = str(error), getattr(error, "trace", "")
+    if failures := [(rank, *one) for rank, one in enumerate(world.gather(failure)) if one]:
+        rank, message, trace = failures[0]
+        if world.is_main:
+            print(printable(trace), end="", file=sys.stderr)
+        raise ConfigError(message if len(failures) == world.size else f"rank {rank}: {message}")
+    return rewards
+
+
 def make_trainer(
     config: Config, world: "World", heart: "Heartbeat", train_prompts: Sequence[str], held_out_prompts: Sequence[str]
 ) -> "Trainer":
@@ -89,13 +120,13 @@ def make_trainer(
     from egrpo_fast.backbones.tail import TailModel, check_tail, slow_tail, with_local_tail
     from egrpo_fast.engine import materialize
     from egrpo_fast.interruption import Interruption
-    from egrpo_fast.rewards import make_reward
     from egrpo_fast.trainer import Trainer
 
     model = config.model
     interruption = Interruption(config.guards.stop_seconds)
     torch.manual_seed(config.seed)  # nothing here draws from it; a user's reward may
     use_arithmetic(model)
+    rewards = open_rewards(config, world, heart, train_prompts[0])
     heart.at("finding", config.model.path, limit=DOWNLOAD_LIMIT)
     folder = resolve(pipeline_path(model.path))
     check_folder(str(folder), model.height, model.width)
@@ -103,8 +134,8 @@ def make_trainer(
         heart.at("finding", config.tail.path, limit=DOWNLOAD_LIMIT)
     local = with_local_tail(config)
     check_tail(local, str(folder))
-    if world.is_main and (told := slow_tail(config)):
-        warnings.warn(told, stacklevel=2)
+    if world.is_main and (advice := slow_tail(config)):
+        warnings.warn(advice, stacklevel=2)
     base = identify(config, folder, world)
     transformer, weights = meta_transformer(folder, model.lora, config.seed)
     use_attention(transformer, model.attention)
@@ -115,10 +146,9 @@ def make_trainer(
             text.require(prompts, f"prompts.{split}")
         elif world.is_main:
             tell_truncated(text, prompts, f"prompts.{split}")
-    rewards = {reward.name: make_reward(reward.name, reward.options, world.device) for reward in config.rewards}
-    told = materialize(transformer, weights, config, world, heart)
+    loaded = materialize(transformer, weights, config, world, heart)
     weights.files.close()
-    print(f"rank {world.rank}: {told}")
+    print(f"rank {world.rank}: {loaded}")
     backbone = FluxBackbone.of(config, folder, transformer, text, world.device)
     heart.at("loading", "the tail's model")
     tail_model = TailModel.of(local, folder, backbone, getattr(torch, model.dtype), world.device)
@@ -151,12 +181,13 @@ def run(config: Config) -> int:
             except ValueError as error:  # not the user's any more: with where it came from
                 raise RuntimeError(f"training failed: {error}") from error
     except RewardError as error:  # perhaps of this rank alone
-        raise SystemExit(f"error: rank {world.rank}: {error}") from None
+        raise SystemExit(error_lines(RewardError(f"rank {world.rank}: {error}", error.trace))) from None
     world.close()
     return EXIT_CODES.get(asked, 0)
 
 
 def main() -> None:
+    print_warnings_safely()
     parser = argparse.ArgumentParser(description=__doc__)
     recipes = ", ".join(recipe_names())
     parser.add_argument("recipe", nargs="?", default="shapes", help=f"a YAML file, or one of: {recipes}")
@@ -168,7 +199,7 @@ def main() -> None:
     except ValueError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             raise SystemExit(1) from None  # every rank of a machine finds the same mistake; one tells
-        raise SystemExit("\n".join(f"error: {line}" for line in str(error).splitlines())) from None
+        raise SystemExit(error_lines(error)) from None
     raise SystemExit(status)
 
 

@@ -1,7 +1,10 @@
 """The rewards' common contract: what is found, what is refused by name, what is dropped, batches, caches, dtypes."""
 
+import os
+import re
 import sys
 import types
+from asyncio import CancelledError
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -11,9 +14,10 @@ from safetensors.torch import save_file
 
 from egrpo_fast.config import load_config
 from egrpo_fast.kernels.reference.group_advantage_clip_loss import group_advantage_ref
-from egrpo_fast.rewards import RewardError, check_reward, fill_dropped, make_reward, score
+from egrpo_fast.rewards import RewardError, check_reward, fill_dropped, make_reward, score, score_or_nan, try_reward
 from egrpo_fast.shapes import CLIP, PROMPTS
 from egrpo_fast.shapes.world import parse, render
+from egrpo_fast.telling import error_lines
 
 CAPTIONS = PROMPTS["held_out"].read_text().splitlines()[:6]
 NAN = float("nan")
@@ -136,7 +140,7 @@ def test_any_callable_by_dotted_path(mine, pictures):
 
 BAD = [
     ("beauty", {}, "no reward 'beauty'; there are: clip.*module:attribute"),
-    ("nowhere.at_all:it", {}, "nowhere.at_all:it: nowhere is not installed; is it on Python's path"),
+    ("nowhere.at_all:it", {}, "nowhere.at_all:it: nowhere is not installed; it is neither in this folder"),
     ("my_rewards:beauty", {}, "my_rewards:beauty: .*no attribute 'beauty'"),
     ("my_rewards:number", {}, "my_rewards:number: int is no class and no function"),
     ("my_rewards:brightness", {"gan": 2}, "my_rewards:brightness: .*'gan'"),
@@ -232,15 +236,223 @@ def test_weights_of_another_model_are_refused(tmp_path):
     ("reward", "told"),
     [
         (lambda images, prompts: torch.zeros(1), "broken: scores of shape \\(1,\\)"),
-        (lambda images, prompts: [0.0] * 6, "broken: scores of shape list"),
         (lambda images, prompts: torch.tensor([0.0] * 5 + [NAN]), "broken: not finite for 1 pictures, the first of"),
         (lambda images, prompts: 1 / 0, "broken: ZeroDivisionError: division by zero"),
     ],
-    ids=["wrong length", "no tensor", "NaN", "raises"],
+    ids=["wrong length", "NaN", "raises"],
 )
 def test_a_lying_reward_is_named(reward, told, pictures):
     with pytest.raises(RewardError, match=f"rewards.{told}"):
         score("broken", reward, pictures, CAPTIONS)
+
+
+def zeros(**options):
+    return lambda images, prompts: torch.zeros(len(images), **options)
+
+
+def filled(value):
+    return lambda images, prompts: torch.full((len(images),), value, dtype=torch.float64)
+
+
+class Silent(Exception):
+    def __str__(self):
+        raise RuntimeError("no words")
+
+
+def raises(error):
+    def reward(images, prompts):
+        raise error
+
+    return reward
+
+
+def deep(images, prompts):
+    return deep(images, prompts)
+
+
+REFUSED = {
+    "a list": (lambda images, prompts: [0.0] * 6, "returned list, expected a tensor"),
+    "numpy": (lambda images, prompts: torch.zeros(6).numpy(), "returned ndarray"),
+    "None": (lambda images, prompts: None, "returned NoneType"),
+    "a number": (lambda images, prompts: 1.0, "returned float"),
+    "a dict": (lambda images, prompts: {"scores": torch.zeros(6)}, "returned dict"),
+    "a generator": (lambda images, prompts: (0.0 for _ in prompts), "returned generator"),
+    "[B, 1]": (lambda images, prompts: torch.zeros(6, 1), r"scores of shape \(6, 1\) for 6"),
+    "[1]": (lambda images, prompts: torch.zeros(1), r"scores of shape \(1,\) for 6"),
+    "[]": (lambda images, prompts: torch.zeros(()), r"scores of shape \(\) for 6"),
+    "nothing": (lambda images, prompts: torch.zeros(0), r"scores of shape \(0,\) for 6"),
+    "nested": (lambda images, prompts: torch.nested.nested_tensor([torch.zeros(1)] * 6), "RuntimeError"),
+    "sparse": (lambda images, prompts: torch.zeros(6).to_sparse(), "scores of torch.sparse_coo"),
+    "complex": (zeros(dtype=torch.complex64), "scores of torch.strided, torch.complex64"),
+    "without storage": (zeros(device="meta"), "NotImplementedError"),
+    "infinite": (filled(float("inf")), "not finite for 6"),
+    "minus infinity": (filled(float("-inf")), "not finite for 6"),
+    "NaN": (filled(NAN), "not finite for 6"),
+    "beyond float32": (filled(1e300), "not finite for 6"),
+    "huge": (filled(3.4e38), r"scores beyond 1e\+15 for 6"),
+    "hugely negative": (filled(-1e16), r"scores beyond 1e\+15 for 6"),
+    "sys.exit": (lambda images, prompts: sys.exit(), "SystemExit"),
+    "sys.exit(3)": (lambda images, prompts: sys.exit(3), "SystemExit: 3"),
+    "StopIteration": (lambda images, prompts: next(iter(())), "StopIteration"),
+    "GeneratorExit": (raises(GeneratorExit()), "GeneratorExit"),
+    "cancelled": (raises(CancelledError()), "CancelledError"),
+    "an error that cannot be told": (raises(Silent()), r"Silent: \(says nothing\)"),
+    "recursion": (deep, "RecursionError"),
+    "out of memory": (raises(MemoryError()), "MemoryError"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_hostile_reward_is_named_and_skipped(kind, pictures):
+    reward, told = REFUSED[kind]
+    with pytest.raises(RewardError, match=f"^rewards.broken: .*{told}|^rewards.broken: {told}"):
+        score("broken", reward, pictures, CAPTIONS)
+    with pytest.warns(UserWarning, match="rewards.broken: .*no score for 6 pictures"):
+        assert score_or_nan("broken", reward, pictures, CAPTIONS).isnan().all()
+
+
+def with_inference(images, prompts):
+    with torch.inference_mode():
+        return images.mean((1, 2, 3))
+
+
+def with_gradient(images, prompts):
+    with torch.enable_grad():
+        return (images.mean((1, 2, 3)) * torch.ones(1, requires_grad=True)).contiguous()
+
+
+TAKEN = {
+    "float64": lambda images, prompts: images.mean((1, 2, 3)).double(),
+    "float16": lambda images, prompts: images.mean((1, 2, 3)).half(),
+    "bool": lambda images, prompts: images.mean((1, 2, 3)) > 0.5,
+    "int8": lambda images, prompts: torch.arange(len(images), dtype=torch.int8),
+    "a stride": lambda images, prompts: images[:, 0, 0, 0],
+    "one number for all": lambda images, prompts: torch.zeros(1).expand(len(images)),
+    "a parameter": lambda images, prompts: torch.nn.Parameter(torch.zeros(len(images))),
+    "with a gradient": with_gradient,
+    "of inference mode": with_inference,
+}
+
+
+@pytest.mark.parametrize("kind", TAKEN)
+def test_an_odd_score_becomes_a_plain_one(kind, pictures):
+    scores = score("odd", TAKEN[kind], pictures, CAPTIONS)
+    assert scores.shape == (6,) and scores.dtype == torch.float32 and scores.is_contiguous()
+    assert not scores.requires_grad and not scores.is_inference()
+    assert torch.allclose(scores, TAKEN[kind](pictures, CAPTIONS).float())
+
+
+def test_a_reward_cannot_change_what_the_next_one_sees(pictures):
+    """In place, through numpy, and later: in a buffer that it returned."""
+    before, captions, buffer = pictures.clone(), CAPTIONS.copy(), torch.zeros(6)
+
+    def vandal(images, prompts):
+        images.mul_(0.5)
+        images.numpy()[:] = 0
+        prompts.reverse()
+        return buffer[: len(images)]
+
+    first = score("vandal", vandal, pictures, captions)
+    buffer.fill_(7.0)
+    assert torch.equal(pictures, before) and captions == CAPTIONS and (first == 0).all()
+    with pytest.warns(UserWarning, match="dropped 1"):
+        score("vandal", vandal, spoiled(pictures, 2.0), captions, drop=True)
+    assert torch.equal(pictures, before) and captions == CAPTIONS
+
+
+CHANGES = {
+    "working directory": (os.getcwd, lambda: os.chdir("/")),
+    "gradient mode": (torch.is_grad_enabled, lambda: torch.set_grad_enabled(False)),
+    "default dtype": (torch.get_default_dtype, lambda: torch.set_default_dtype(torch.float64)),
+    "default device": (torch.get_default_device, lambda: torch.set_default_device("meta")),
+    "number of threads": (torch.get_num_threads, lambda: torch.set_num_threads(torch.get_num_threads() + 1)),
+    "deterministic mode": (
+        torch.are_deterministic_algorithms_enabled, lambda: torch.use_deterministic_algorithms(True)
+    ),
+    "precision of float32 products": (
+        lambda: torch.backends.cuda.matmul.fp32_precision, lambda: torch.set_float32_matmul_precision("medium")
+    ),
+    "precision of float32 convolutions": (
+        lambda: torch.backends.cudnn.conv.fp32_precision,
+        lambda: setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_settings_of_the_process_are_put_back(kind, tmp_path, monkeypatch):
+    """Whether a reward changes them where it is imported or where it is made (a call is made in no_grad anyway)."""
+    get, change = CHANGES[kind]
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = True
+    monkeypatch.chdir(tmp_path)
+    before = get()
+
+    class Changes:
+        def __init__(self, device):
+            change()
+
+        def __call__(self, images, prompts):
+            return images.mean((1, 2, 3))
+
+    module = types.ModuleType("changes_things")
+    module.Changes = Changes
+    monkeypatch.setitem(sys.modules, "changes_things", module)
+    with pytest.warns(UserWarning, match=f"rewards.changes_things:Changes: changed .*{kind}, which is put back"):
+        make_reward("changes_things:Changes", {})
+    assert get() == before
+
+
+def test_settings_are_put_back_after_a_call_that_fails(pictures):
+    def reward(images, prompts):
+        torch.set_default_dtype(torch.float64)
+        raise KeyError("x")
+
+    with pytest.warns(UserWarning, match="changed torch's default dtype"), pytest.raises(RewardError, match="KeyError"):
+        score("broken", reward, pictures, CAPTIONS)
+    assert torch.get_default_dtype() == torch.float32
+
+
+MODULES = {
+    "def color(images, prompts):\n    table = {}\n    return table['red']\n": ("KeyError: 'red'", 3),
+    "import torch\ndef color(images, prompts):\n    return torch.zeros(2) @ torch.zeros(3)\n": ("RuntimeError: .*", 3),
+    "import json\ndef color(images, prompts):\n    return json.loads('{')\n": ("JSONDecodeError: .*", 3),
+    "def color(images, prompts):\n    def inner():\n        1 / 0\n    inner()\n": ("ZeroDivisionError: .*", 3),
+    "import sys\ndef color(images, prompts):\n    sys.exit('enough')\n": ("SystemExit: enough", 3),
+    "table = {}\ntable['red']\n": ("KeyError: 'red'", 2),
+    "import sys\nsys.exit()\n": ("SystemExit: ", 2),
+    "def color(images, prompts)\n    pass\n": ("SyntaxError: .*", 1),
+    "class color:\n    def __init__(self, device):\n        {}['red']\n": ("KeyError: 'red'", 3),
+}
+
+
+@pytest.mark.parametrize("text", MODULES)
+def test_an_error_in_a_users_reward_comes_with_file_and_line(text, tmp_path, monkeypatch, pictures):
+    """Imported, made or called; and with the traceback of that code, without the trainer's own frames."""
+    told, line = MODULES[text]
+    (tmp_path / "users_rewards.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "users_rewards", raising=False)
+    with pytest.raises(RewardError) as error:
+        reward = make_reward("users_rewards:color", {})
+        try_reward("users_rewards:color", reward, "a red circle", 8, 8, "cpu")
+    monkeypatch.delitem(sys.modules, "users_rewards", raising=False)
+    named = rf"rewards.users_rewards:color: {told} \(users_rewards.py, line {line}\)"
+    assert re.fullmatch(named, str(error.value))
+    assert f'users_rewards.py", line {line}' in error.value.trace and "scoring.py" not in error.value.trace
+    printed = error_lines(error.value).splitlines()
+    assert printed[-1] == f"error: {error.value}" and printed[:-1] == error.value.trace.splitlines()
+
+
+def test_a_reward_is_tried_without_touching_the_random_state():
+    def draws(images, prompts):
+        return torch.rand(len(images)) + torch.nan
+
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    try_reward("draws", draws, "a red circle", 8, 8, "cpu")  # that its score is no number is no matter here
+    assert torch.equal(torch.rand(4), expected)
 
 
 def spoiled(pictures, value):

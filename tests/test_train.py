@@ -20,7 +20,7 @@ from egrpo_fast.checkpoint import Checkpoints
 from egrpo_fast.config import CONFIG_FILE, RUN_FILE, ConfigError, load_config
 from egrpo_fast.run_folder import check_output, claim_output, identify, record
 from egrpo_fast.shapes import PIPELINE
-from egrpo_fast.train import check_inputs
+from egrpo_fast.train import check_inputs, open_rewards
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -186,6 +186,55 @@ def test_a_folder_that_some_rank_does_not_see_is_refused(tmp_path):
     apart = SimpleNamespace(is_main=True, from_main=lambda value: value, gather=lambda seen: [seen, False])
     with pytest.raises(ValueError, match="output_dir: rank 1 does not see"):
         claim_output(load_config("shapes", [f"output_dir={tmp_path / 'run'}"]), apart)
+
+
+SILENT = SimpleNamespace(at=lambda *place, **limit: None)
+TABLE = "def color(images, prompts):\n    return images.new_tensor([{'red': 1.0}[prompt] for prompt in prompts])\n"
+COLOR = "rewards=[{name: 'mine_alone:color'}]"
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    (tmp_path / "mine_alone.py").write_text(TABLE)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    sys.modules.pop("mine_alone", None)
+
+
+def test_a_reward_that_fails_is_told_by_rank_and_line(mine, capsys):
+    """Every rank ends, with the first one's message; rank 0 prints the traceback of the user's own code."""
+    config = load_config("shapes", ["output_dir=x", COLOR])
+    others = SimpleNamespace(device="cpu", size=2, is_main=True)
+    told = r"rewards.mine_alone:color: KeyError: 'green' \(mine_alone.py, line 2\)"
+    for gather, rank in ((lambda value: [value, value], ""), (lambda value: [None, value], "rank 1: ")):
+        others.gather = gather
+        with pytest.raises(ConfigError, match=f"^{rank}{told}$"):
+            open_rewards(config, others, SILENT, "green")
+        printed = capsys.readouterr().err
+        assert printed.startswith("Traceback") and 'mine_alone.py", line 2, in color' in printed
+    others.gather = lambda value: [value, ("rewards.x: gone", "")]
+    with pytest.raises(ConfigError, match="rank 1: rewards.x: gone"):
+        open_rewards(config, others, SILENT, "red")
+
+
+def test_where_pictures_are_dropped_a_reward_may_raise_for_one(mine):
+    world = SimpleNamespace(**vars(ALONE), device="cpu")
+    config = load_config("shapes", ["output_dir=x", COLOR, "objective.on_error=drop"])
+    with pytest.warns(UserWarning, match="(?s)Traceback.*line 2.*KeyError: 'green' .*called on a picture of noise"):
+        assert open_rewards(config, world, SILENT, "green").keys() == {"mine_alone:color"}
+
+
+@pytest.mark.slow
+def test_a_mistake_in_a_reward_is_told_before_the_model_is_looked_for(mine, tmp_path):
+    """There is no such model; yet the error is the reward's."""
+    entry = [sys.executable, "egrpo_fast/train.py", "shapes", "model.path=nobody/nothing", COLOR,
+             f"output_dir={tmp_path / 'run'}"]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(entry, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert re.search(r'File ".*mine_alone.py", line 2, in color\n', result.stderr)
+    last = result.stderr.splitlines()[-1]
+    assert re.fullmatch(r"error: rewards.mine_alone:color: KeyError: '.*' \(mine_alone.py, line 2\)", last)
 
 
 @pytest.fixture

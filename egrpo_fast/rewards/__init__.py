@@ -8,16 +8,36 @@ import inspect
 import os
 import pickle
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from typing import Any
 
 import torch
 
-from egrpo_fast.rewards.scoring import Reward, RewardError, fill_dropped, score, score_or_nan
+from egrpo_fast.rewards.scoring import (
+    Reward,
+    RewardError,
+    fill_dropped,
+    score,
+    score_or_nan,
+    text_of,
+    try_reward,
+    users_code,
+)
 
-__all__ = ["REGISTRY", "Reward", "RewardError", "check_reward", "fill_dropped", "make_reward", "score", "score_or_nan"]
+__all__ = [
+    "REGISTRY",
+    "Reward",
+    "RewardError",
+    "check_reward",
+    "fill_dropped",
+    "make_reward",
+    "score",
+    "score_or_nan",
+    "try_reward",
+]
 
 REGISTRY = {
     "clip": "egrpo_fast.rewards.clip:ClipScore",
@@ -45,43 +65,60 @@ def _find(name: str) -> Any:
     try:
         if kind not in REGISTRY and (here := os.getcwd()) not in sys.path:
             sys.path.append(here)  # a user's own file beside the command; last, so it shadows nothing
-        reward = getattr(import_module(module), attribute)
-    except ModuleNotFoundError as error:
+        with users_code(name):
+            reward = getattr(import_module(module), attribute)
+    except RewardError as error:
+        if not isinstance(missing := error.__cause__, ModuleNotFoundError):
+            raise
         told = "it is neither in this folder nor on Python's path"
         if kind in REGISTRY:
             told = f"pip install 'egrpo_fast[{'http' if kind == 'http' else 'rewards'}]'"
-        raise ValueError(f"rewards.{name}: {error.name} is not installed; {told}") from None
-    except (AttributeError, ImportError) as error:
-        raise ValueError(f"rewards.{name}: {error}") from None
+        raise RewardError(f"rewards.{name}: {missing.name} is not installed; {told}", error.trace) from None
     if not callable(reward):
         raise ValueError(f"rewards.{name}: {type(reward).__name__} is no class and no function")
     return reward
 
 
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """As `users_code`; but what a reward refuses by a ValueError, or of arguments, is told in its own words alone."""
+    try:
+        with users_code(name):
+            yield
+    except RewardError as error:
+        cause = error.__cause__
+        if isinstance(cause, pickle.UnpicklingError):
+            # From libraries that read their own checkpoints, by torch's `weights_only`: refused, and not executed.
+            raise ValueError(f"rewards.{name}: a checkpoint holds more than tensors, and is not executed") from None
+        if isinstance(cause, (TypeError, ValueError, OSError, RuntimeError)):
+            trace = "" if name.partition("/")[0] in REGISTRY else error.trace
+            raise RewardError(f"rewards.{name}: {text_of(cause)}", trace) from cause
+        raise
+
+
+def _bind(reward: Any, options: Mapping[str, Any]) -> None:
+    """TypeError where the options are not those of the reward."""
+    if isinstance(reward, type):
+        inspect.signature(reward).bind(**options, device="cpu")
+    else:
+        inspect.signature(reward).bind("images", "prompts", **options)
+
+
 def check_reward(name: str, options: Mapping[str, Any], prompts: Sequence[str], height: int, width: int) -> None:
     """ValueError, before any weight is read, where a recipe's reward cannot be made or cannot judge this run."""
     reward = _find(name)
-    try:
-        if isinstance(reward, type):
-            inspect.signature(reward).bind(**options, device="cpu")
-        else:
-            inspect.signature(reward).bind("images", "prompts", **options)
+    with _naming(name):
+        _bind(reward, options)
         if check := getattr(reward, "check", None):
             check(prompts, height, width)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"rewards.{name}: {error}") from None
 
 
 def make_reward(name: str, options: Mapping[str, Any], device: torch.device | str = "cpu") -> Reward:
     """The reward a recipe names. ValueError names what is wrong with it."""
     reward = _find(name)
-    try:
-        if not isinstance(reward, type):
-            inspect.signature(reward).bind("images", "prompts", **options)
-            return partial(reward, **options)
-        return reward(**options, device=device)
-    except pickle.UnpicklingError:
-        # From libraries that read their own checkpoints, by torch's `weights_only`: refused, and not executed.
-        raise ValueError(f"rewards.{name}: a checkpoint holds more than tensors, and is not executed") from None
-    except (TypeError, ValueError, OSError, RuntimeError) as error:
-        raise ValueError(f"rewards.{name}: {' '.join(str(error).split())}") from error
+    with _naming(name):
+        _bind(reward, options)
+        made: Reward = reward(**options, device=device) if isinstance(reward, type) else partial(reward, **options)
+        if not callable(made):
+            raise TypeError(f"what {type(made).__name__} makes is not callable")
+        return made

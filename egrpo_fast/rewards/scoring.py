@@ -1,7 +1,13 @@
 """Calls a reward and checks what goes in and what comes out: a reward that fails is named, and never becomes 0."""
 
+import os
+import sysconfig
+import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,18 +16,109 @@ from egrpo_fast.rewards.preprocess import check_pictures, unfit_pictures
 
 Reward = Callable[[Tensor, Sequence[str]], Tensor]
 
+LARGEST = 1e15
+"""Most that a score may be on either side of 0: the sum of a group's squares stays in float32."""
+
+_NOT_THE_USERS = (
+    *(f"{Path(path)}{os.sep}" for path in (Path(__file__).parents[1], Path(torch.__file__).parent)),
+    "<frozen",
+)
+"""How the names of files begin that are not the user's own code."""
+_LIBRARY = sysconfig.get_path("stdlib")
+
+
+def _folder() -> str | None:
+    try:
+        return os.getcwd()
+    except FileNotFoundError:  # it was deleted
+        return None
+
+
+_SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "the working directory": (_folder, lambda path: os.chdir(path) if path else None),
+    "torch's gradient mode": (torch.is_grad_enabled, torch.set_grad_enabled),
+    "torch's default dtype": (torch.get_default_dtype, torch.set_default_dtype),
+    "torch's default device": (torch.get_default_device, lambda device: torch.set_default_device(None)),
+    "torch's number of threads": (torch.get_num_threads, torch.set_num_threads),
+    "torch's deterministic mode": (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
+    "the precision of float32 products": (
+        lambda: torch.backends.cuda.matmul.fp32_precision,
+        lambda kept: torch.set_float32_matmul_precision("high" if kept == "tf32" else "highest"),
+    ),
+    "the precision of float32 convolutions": (
+        lambda: torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
+        lambda kept: setattr(torch.backends.cudnn, "allow_tf32", kept == "tf32"),
+    ),
+}
+"""What a user's code may change for the whole process, and training would feel: how to get it and how to set it."""
+
 
 class RewardError(ValueError):
-    """A reward failed on pictures; the message begins with its name."""
+    """A reward failed; the message begins with its name. trace: the traceback of the user's own code, or empty."""
+
+    def __init__(self, told: str, trace: str = "") -> None:
+        super().__init__(told)
+        self.trace = trace
+
+
+@contextmanager
+def users_code(name: str) -> Iterator[None]:
+    """Around code of a reward: RewardError for all that it raises, SystemExit included; Ctrl-C passes.
+
+    Settings of the process that it changed are put back, with a warning.
+    """
+    before = [get() for get, _ in _SETTINGS.values()]
+    try:
+        yield
+    except (KeyboardInterrupt, RewardError):
+        raise
+    except BaseException as error:
+        where, trace = _own(error)
+        raise RewardError(f"rewards.{name}: {type(error).__name__}: {text_of(error)}{where}", trace) from error
+    finally:
+        for (what, (get, put)), kept in zip(_SETTINGS.items(), before):
+            if get() != kept:
+                put(kept)
+                warnings.warn(f"rewards.{name}: changed {what}, which is put back", stacklevel=4)
+
+
+def text_of(error: BaseException) -> str:
+    """What an exception says, on one line."""
+    try:
+        return " ".join(str(error).split())
+    except Exception:  # its own __str__ fails
+        return "(says nothing)"
+
+
+def _own(error: BaseException) -> tuple[str, str]:
+    """Where an error arose in the user's own code, as ` (FILE, line N)`, and the traceback from there on.
+
+    Both are empty where no such code took part.
+    """
+    spelled = traceback.TracebackException.from_exception(error)
+    while spelled.stack and not _is_users(spelled.stack[0].filename):
+        del spelled.stack[0]
+    own = [(frame.filename, frame.lineno) for frame in spelled.stack if frame.filename == spelled.stack[0].filename]
+    if isinstance(error, SyntaxError) and error.filename:
+        own.append((error.filename, error.lineno))
+    if not own:
+        return "", ""
+    path, line = own[-1]
+    return f" ({Path(path).name}, line {line})", "".join(spelled.format())
+
+
+def _is_users(path: str) -> bool:
+    return not path.startswith(_NOT_THE_USERS) and ("site-packages" in path or not path.startswith(_LIBRARY))
 
 
 def score(name: str, reward: Reward, images: Tensor, prompts: Sequence[str], drop: bool = False) -> Tensor:
     """images [B, 3, H, W] float in [0, 1], one prompt each -> [B] float32 scores on their device.
 
-    RewardError: pictures that are none, prompts that are too many or few, a reward that raises, returns another shape
-    or a number that is none. With `drop`, a picture that is at fault alone gets NaN and a warning instead: one out of
-    range, one scored NaN, or, where the call raises, one that raises again by itself. What is not a picture's fault is
-    still an error: wrong shapes, a missing server or file (OSError), a call in which every picture fails.
+    RewardError: pictures that are none, prompts that are too many or few, a reward that raises, returns another shape,
+    or a number that is not finite or beyond LARGEST. With `drop`, a picture that is at fault alone gets NaN and a
+    warning instead: one out of range, one with such a number, or, where the call raises, one that raises again by
+    itself. What is not a picture's fault is still an error: wrong shapes, a missing server or file (OSError), a call in
+    which every picture fails.
     """
     try:
         check_pictures(images, prompts)
@@ -30,15 +127,16 @@ def score(name: str, reward: Reward, images: Tensor, prompts: Sequence[str], dro
     unfit = unfit_pictures(images)
     if not drop:
         _require(unfit, name, "given pictures that are not in [0, 1]", prompts)
-        scores = _call(name, reward, images, prompts)
+        scores = call(name, reward, images, prompts)
         _require(~torch.isfinite(scores), name, "not finite", prompts)
+        _require(scores.abs() > LARGEST, name, f"scores beyond {LARGEST:g}", prompts)
         return scores
     rows = (~unfit).nonzero().flatten()
     kept = [prompts[row] for row in rows.tolist()]
     scores = torch.full((len(images),), torch.nan, device=images.device)
     if kept:
         scores[rows] = _call_or_each(name, reward, images[rows], kept)
-    scores = torch.where(torch.isfinite(scores), scores, torch.nan)
+    scores = torch.where(scores.abs() <= LARGEST, scores, torch.nan)
     if dropped := int(scores.isnan().sum()):
         warnings.warn(f"rewards.{name}: dropped {dropped} of {len(images)} pictures", stacklevel=2)
     return scores
@@ -85,28 +183,45 @@ def _require(wrong: Tensor, name: str, told: str, prompts: Sequence[str]) -> Non
         raise RewardError(f"rewards.{name}: {told} for {len(rows)} pictures, the first of {prompts[rows[0]]!r}")
 
 
-def _call(name: str, reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
-    try:
-        with torch.no_grad():  # here, for it is a matter of the thread that calls
-            scores = reward(images, prompts)
-    except Exception as error:
-        raise RewardError(f"rewards.{name}: {type(error).__name__}: {error}") from error
-    if not isinstance(scores, Tensor) or scores.shape != (len(images),):
-        shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-        raise RewardError(f"rewards.{name}: scores of shape {shape} for {len(images)} pictures")
-    return scores.to(images.device, torch.float32)
+def call(name: str, reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """One call, with copies of what is the caller's: [B] float32 on the pictures' device, perhaps not finite.
+
+    RewardError where the reward raises or returns anything but a dense, real tensor of this shape.
+    """
+    with users_code(name), torch.no_grad():  # here, for it is a matter of the thread that calls
+        scores = reward(images.clone(), list(prompts))
+        if not isinstance(scores, Tensor):
+            raise RewardError(f"rewards.{name}: returned {type(scores).__name__}, expected a tensor [{len(images)}]")
+        if scores.layout != torch.strided or scores.is_complex():
+            raise RewardError(
+                f"rewards.{name}: scores of {scores.layout}, {scores.dtype}; dense real ones are expected"
+            )
+        if scores.shape != (len(images),):
+            raise RewardError(f"rewards.{name}: scores of shape {tuple(scores.shape)} for {len(images)} pictures")
+        return scores.detach().to(images.device, torch.float32, copy=True)
+
+
+def try_reward(name: str, reward: Reward, prompt: str, height: int, width: int, device: torch.device | str) -> None:
+    """Call a reward once, on a picture of noise: RewardError where it raises, or returns what is no score.
+
+    Its value does not matter. torch's random state is afterwards what it was.
+    """
+    device = torch.device(device)
+    picture = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0)).to(device)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        call(name, reward, picture, [prompt])
 
 
 def _call_or_each(name: str, reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
     try:
-        return _call(name, reward, images, prompts)
+        return call(name, reward, images, prompts)
     except RewardError as error:
         if error.__cause__ is None or isinstance(error.__cause__, OSError):
             raise
         scores, failed = [], error
     for image, prompt in zip(images, prompts):
         try:
-            scores.append(_call(name, reward, image[None], [prompt]))
+            scores.append(call(name, reward, image[None], [prompt]))
         except RewardError as error:
             if isinstance(error.__cause__, OSError):
                 raise
