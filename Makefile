@@ -5,8 +5,11 @@ BIN := $(VENV)/bin
 RECIPE ?= shapes
 OUT ?= runs/$(RECIPE)-$(shell date +%Y%m%d-%H%M%S)
 ARGS ?=
+# Versions to install: .ci/newest.txt, .ci/oldest.txt, or nothing for what the index has today.
+CONSTRAINTS ?= .ci/newest.txt
+INSTALL = $(BIN)/pip install --quiet $(addprefix --constraint ,$(CONSTRAINTS))
 
-.PHONY: train test test-slow lint docs parity plan bench profile plot gpu learning compare ablations faults soak sanitize resources clean
+.PHONY: train test test-oldest test-slow lock lint docs parity plan bench profile plot gpu learning compare ablations faults soak sanitize resources clean
 
 train: $(VENV)/.installed
 	@echo "== training recipe $(RECIPE) into $(OUT)"
@@ -16,12 +19,22 @@ test: $(VENV)/.installed-dev
 	@echo "== tests"
 	$(BIN)/python -m pytest $(ARGS)
 
+# The same tests with the oldest versions that pyproject.toml allows, in an environment of their own.
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=.ci/oldest.txt
+
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# After the tests passed with newer versions: the versions that are installed now become the tested ones.
+lock: $(VENV)/.installed-dev
+	sed -n '/^#/p' .ci/newest.txt > .ci/newest.tmp
+	$(BIN)/pip freeze --exclude-editable >> .ci/newest.tmp
+	mv .ci/newest.tmp .ci/newest.txt
 
 # The originals that rewards are compared with: apart from .venv, for they pin what nobody can install any more.
 parity: $(VENV)/.installed-dev
@@ -78,22 +91,22 @@ resources: $(VENV)/.installed-dev
 # torch and the build tools come first: the extension is built against the torch it will run with.
 $(VENV)/.torch:
 	@echo "== set-up, once: $(VENV), then torch and the build tools"
-	$(PYTHON) -c 'import sys; sys.exit("error: Python 3.10 or newer is needed") if sys.version_info < (3, 10) else None'
+	$(PYTHON) -c 'import sys; sys.exit("error: Python 3.11 or newer is needed") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" wheel
-	$(BIN)/pip install --quiet "torch>=2.10" torchvision ninja
+	$(INSTALL) "torch>=2.10" torchvision ninja
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*)
 	@echo "== set-up, once: egrpo_fast and what it needs"
-	$(BIN)/pip install --quiet --no-build-isolation --editable ".[rewards,evaluation,http]"
+	$(INSTALL) --no-build-isolation --editable ".[rewards,evaluation,http]"
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "== set-up, once: the tools of the tests"
-	$(BIN)/pip install --quiet --no-build-isolation --editable ".[rewards,evaluation,http,quantized,dev]"
+	$(INSTALL) --no-build-isolation --editable ".[rewards,evaluation,http,quantized,datasets,dev]"
 	$(BIN)/pip check
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf .venv .venv-oldest build *.egg-info

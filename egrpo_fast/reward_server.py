@@ -83,7 +83,7 @@ def make_app(
             if body is None:
                 return _refuse(413, f"a request of more than {LARGEST_BODY >> 20} MiB; send fewer pictures at a time")
             scores = await run_in_threadpool(judge, name, body)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             return _refuse(408, f"the request took more than {SLOWEST_BODY:g} s to arrive")
         except ValueError as error:
             if isinstance(error, RewardError) and not isinstance(error.__cause__, ValueError | None):

@@ -1,4 +1,7 @@
-"""What one rank of test_heartbeat.py does: SCENARIO CULPRIT STALL_SECONDS GONE_SECONDS BEAT, and torchrun's variables."""
+"""What one rank of test_heartbeat.py does. Arguments: SCENARIO CULPRIT STALL_SECONDS GONE_SECONDS BEAT.
+
+The variables are those of torchrun.
+"""
 
 import ctypes
 import os

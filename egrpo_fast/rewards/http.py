@@ -145,7 +145,7 @@ class HttpReward:
             try:
                 # One deadline over all of it: timeouts per read never end with a server that sends byte after byte.
                 return read(asyncio.run(asyncio.wait_for(self._send(method, path, body), self._timeout)))
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 told = f"no answer within {self._timeout:g} s"
             except httpx2.TransportError as error:
                 told = f"cannot be reached ({str(error) or type(error).__name__})"
