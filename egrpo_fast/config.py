@@ -5,7 +5,7 @@ Every field has a type, a range and a line on what it means. A mistake is a `Con
 
 import difflib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
@@ -32,19 +32,45 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
+def takes(target: str, layer: str) -> bool:
+    """Whether an entry of `Lora.target_modules` takes a layer: it is its name, or ends it after a dot (peft's rule)."""
+    return layer == target or layer.endswith(f".{target}")
+
+
 class Lora(_Section):
-    """Low-rank adapters on the transformer's linear layers; the weights under them stay as they are (peft)."""
+    """Low-rank adapters on the transformer's linear layers; the weights under them stay as they are (peft). With a
+    path, rank, alpha and target_modules that are not given are those of its file."""
 
     rank: Positive = 64
     """Rank of every adapter."""
-    alpha: Positive = 64
+    alpha: float = Field(64.0, gt=0.0)
     """Scale of the adapters is alpha / rank."""
     target_modules: list[str] = Field(
         ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"], min_length=1
     )
-    """Linear layers that get one, by the end of their name."""
+    """Linear layers that get one. An entry takes every layer with that name, or whose name ends in a dot and the entry:
+    `proj_out` takes that of the single blocks and the model's output layer."""
     path: str | None = None
-    """A LoRA folder or file to start from, in diffusers' layout and of this rank; none given: a new one."""
+    """A LoRA file or folder to start from, in a layout that diffusers reads; none given: a new one."""
+
+    @property
+    def follows(self) -> frozenset[str]:
+        """The settings that are still to be read from the file."""
+        return frozenset({"rank", "alpha", "target_modules"} - self.model_fields_set if self.path else ())
+
+    def layers(self, names: Collection[str]) -> dict[str, list[str]]:
+        """Of a transformer's linear layers, those that each entry of target_modules takes.
+
+        ConfigError: an entry that takes none.
+        """
+        taken = {target: [name for name in names if takes(target, name)] for target in self.target_modules}
+        for target, layers in taken.items():
+            if not layers:
+                ends = sorted({name.rpartition(".")[2] for name in names})
+                near = difflib.get_close_matches(target.rpartition(".")[2], ends, 3) or ends
+                told = f"{target!r} is neither the name of a linear layer nor ends one after a dot"
+                raise ConfigError(f"model.lora.target_modules: {told}; names end in {', '.join(near[:20])}, ...")
+        return taken
 
 
 class Model(_Section):
@@ -288,7 +314,7 @@ class Tail(_Section):
     path: str | None = None
     """Folder or hub id of another FLUX pipeline whose transformer makes its calls; none given: the policy's."""
     lora: str | None = None
-    """LoRA file or folder, in diffusers' layout, on that transformer for its calls alone."""
+    """LoRA file or folder, in a layout that diffusers reads, on that transformer for its calls alone."""
     weights: Literal["exact", "int8", "float8"] = "exact"
     """What its calls compute in: as the policy, or weights and activations in 8 bits (torchao); float8 wants a GPU of
     compute capability 8.9."""
@@ -647,6 +673,10 @@ class Config(_Section):
                     told = f"cps adds no noise in a step to t = 0, as active step {index} is over {made.merges[index]}"
                     raise ValueError(f"schedule.sde_form: {told}; use entropy_threshold 0 or other merge_lengths")
         return self
+
+    def with_lora(self, lora: Lora) -> "Config":
+        """The same with other settings of the adapters."""
+        return self.model_copy(update={"model": self.model.model_copy(update={"lora": lora})})
 
     @property
     def collects_weights(self) -> bool:

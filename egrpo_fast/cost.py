@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from egrpo_fast.backbones.weight_files import WeightFiles
-from egrpo_fast.config import Config, FirstBlock
+from egrpo_fast.config import Config, FirstBlock, Lora
 from egrpo_fast.files import read_text
 from egrpo_fast.methods import plan_of
 from egrpo_fast.plan import Plan
@@ -157,13 +157,11 @@ class Transformer:
         one_token = sum(linear.parameters for linear in blocks if linear.stream in ("image", "joint"))
         return {"total": sum(parts.values()), **parts, "met_by_one_token": one_token}
 
-    def lora_parameters(self, rank: int, target_modules: list[str]) -> int:
-        """`sum rank (inputs + outputs)` over the layers whose name is a target or ends in `.target`, as peft's."""
-        return sum(
-            rank * (linear.inputs + linear.outputs)
-            for linear in self.linears
-            if any(linear.name == target or linear.name.endswith(f".{target}") for target in target_modules)
-        )
+    def lora_parameters(self, lora: Lora) -> int:
+        """`sum rank (inputs + outputs)` over the layers that are adapted. ConfigError: an entry that takes none."""
+        taken = lora.layers([linear.name for linear in self.linears]).values()
+        chosen = {name for names in taken for name in names}
+        return sum(lora.rank * (linear.inputs + linear.outputs) for linear in self.linears if linear.name in chosen)
 
     def flops(self, image: int, text: int) -> dict[str, float]:
         """`2 inputs outputs` per token and layer, and `4 (image + text)^2 width` per attention, of one row."""
@@ -317,12 +315,23 @@ class Memory:
         return max(self.totals.values())
 
 
+def _followed(config: Config, transformer: Transformer) -> Config:
+    """The same with what `model.lora` leaves to its file."""
+    lora = config.model.lora
+    if lora is None or not lora.follows:
+        return config
+    from egrpo_fast.backbones.lora import follow_lora  # and with it diffusers, which no other plan needs
+
+    found, _ = follow_lora(lora, transformer.config)
+    return config.with_lora(found)
+
+
 class Cost:
     """The cost of one recipe on one cluster. ValueError where the prompts cannot be shared among the GPUs."""
 
     def __init__(self, config: Config, cluster: Cluster, pipeline: Pipeline | None = None) -> None:
-        self.config, self.cluster = config, cluster
         self.pipeline = pipeline or Pipeline.read(config.model.path)
+        self.config, self.cluster = _followed(config, self.pipeline.transformer), cluster
         per_iteration = config.prompts.per_iteration
         if per_iteration % cluster.gpus:
             raise ValueError(f"prompts.per_iteration: {per_iteration} is not a multiple of {cluster.gpus} GPUs")
@@ -336,8 +345,8 @@ class Cost:
         self.itemsize = 2 if config.model.dtype == "bfloat16" else 4
         self.plan: Plan = plan_of(config, 0)
         self.parameters = self.pipeline.transformer.parameters["total"]
-        lora = config.model.lora
-        self.adapters = self.pipeline.transformer.lora_parameters(lora.rank, lora.target_modules) if lora else 0
+        lora = self.config.model.lora
+        self.adapters = self.pipeline.transformer.lora_parameters(lora) if lora else 0
         self.trained = self.adapters if lora else self.parameters
         zero = config.deepspeed.overrides.get("zero_optimization", {})
         self.hpz = int(zero.get("zero_hpz_partition_size", 1))

@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from egrpo_fast.backbones.flux_folder import PARTS, is_hub_id, resolve, save_lora
+from egrpo_fast.backbones.flux_folder import PARTS, is_hub_id, resolve
 from egrpo_fast.backbones.identity import check_base
+from egrpo_fast.backbones.lora import save_lora
 from egrpo_fast.backbones.weight_files import WeightFiles, fused
 from egrpo_fast.checkpoint import INDEX, CheckpointReader, Checkpoints, check_sound, held, is_best
 from egrpo_fast.config import CHECKPOINTS, CONFIG_FILE, RUN_FILE, Config, Lora, load_config
@@ -108,7 +109,7 @@ def _write(
         return reader.tensor(name, kind).to(dtype)
 
     if lora is not None and not fuse:
-        save_lora(out, {name: trained(name) for name in reader.names(kind)}, lora)
+        save_lora(out, {name: reader.tensor(name, kind) for name in reader.names(kind)}, lora, dtype)
     else:
         files = WeightFiles(base / "transformer")
         if lora is None:

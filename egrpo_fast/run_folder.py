@@ -51,6 +51,8 @@ def check_output(config: Config) -> None:
         raise ConfigError(f"resume: {folder} holds no run to continue ({' '.join(str(error).split())})") from None
     now = _leaves(yaml.safe_load(config.yaml()))
     changed = [key for key in now | before if not key.startswith(MAY_CHANGE) and now.get(key) != before.get(key)]
+    if config.model.lora is not None:  # what a LoRA file says is compared with that file, once the model is found
+        changed = [key for key in changed if key not in {f"model.lora.{name}" for name in config.model.lora.follows}]
     if config.optimizer.decay != "constant" and now["iterations"] != before["iterations"]:
         changed.append("iterations")  # the learning rate decays towards the last one
     if "model.path" in changed:

@@ -63,7 +63,7 @@ def check_inputs(config: Config) -> tuple[Sequence[str], Sequence[str]]:
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError("wandb: not installed; pip install 'egrpo_fast[wandb]', or wandb=false")
 
-    from egrpo_fast.backbones.flux_folder import check_folder
+    from egrpo_fast.backbones.flux_folder import check_folder, check_lora
     from egrpo_fast.backbones.flux_forward import check_attention
     from egrpo_fast.backbones.tail import check_tail
     from egrpo_fast.rewards import check_reward
@@ -71,6 +71,7 @@ def check_inputs(config: Config) -> tuple[Sequence[str], Sequence[str]]:
     check_attention(config.model.attention)
     model, path = config.model, pipeline_path(config.model.path)
     check_folder(path, model.height, model.width)
+    check_lora(model.lora, path)
     check_tail(config, path)
     for reward in config.rewards:
         for prompts in (train_prompts, held_out_prompts):
@@ -117,6 +118,7 @@ def make_trainer(
     from egrpo_fast.backbones.flux_folder import check_folder, meta_transformer, resolve
     from egrpo_fast.backbones.flux_forward import CompiledFlux, use_arithmetic, use_attention
     from egrpo_fast.backbones.flux_text import CachedText, open_text, tell_truncated
+    from egrpo_fast.backbones.lora import describe
     from egrpo_fast.backbones.tail import TailModel, check_tail, slow_tail, with_local_tail
     from egrpo_fast.engine import materialize
     from egrpo_fast.interruption import Interruption
@@ -138,6 +140,10 @@ def make_trainer(
         warnings.warn(advice, stacklevel=2)
     base = identify(config, folder, world)
     transformer, weights = meta_transformer(folder, model.lora, config.seed)
+    if weights.lora is not None:
+        config = config.with_lora(weights.lora)
+        if world.is_main:
+            print(describe(weights.lora, transformer))
     use_attention(transformer, model.attention)
     compiled = CompiledFlux.of(transformer) if config.rollout.compile else None
     text = open_text(config, folder, world.device)

@@ -32,6 +32,7 @@ KNOWN_TO = {
         "egrpo_fast.backbones.flux",
         "egrpo_fast.backbones.flux_folder",
         "egrpo_fast.backbones.flux_forward",
+        "egrpo_fast.backbones.lora",
         "egrpo_fast.backbones.random_flux",
         "egrpo_fast.shapes.pretrain",
     },

@@ -18,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from egrpo_fast import cli, cost
 from egrpo_fast.backbones import random_flux
-from egrpo_fast.config import Config, load_config, recipe_names
+from egrpo_fast.backbones.lora import save_lora
+from egrpo_fast.config import Config, Lora, load_config, recipe_names
 from egrpo_fast.cost import GIB, Cluster, Cost, Pipeline, Transformer, Vae
 from egrpo_fast.shapes import PIPELINE
 
@@ -119,7 +120,20 @@ def test_adapters_are_counted_as_peft_makes_them(rank, targets):
         model.requires_grad_(False)
         model.add_adapter(LoraConfig(r=rank, target_modules=targets))
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    assert Transformer(CONFIGS["small"]).lora_parameters(rank, targets) == trained > 0
+    lora = Lora(rank=rank, target_modules=targets)
+    assert Transformer(CONFIGS["small"]).lora_parameters(lora) == trained > 0
+
+
+def test_a_plan_follows_the_lora_that_a_run_would_start_from(tmp_path):
+    layers = [
+        f"transformer_blocks.{block}.attn.to_q.lora_{which}.default.weight" for block in range(19) for which in "AB"
+    ]
+    adapters = {name: torch.zeros((5, 3072) if "_A." in name else (3072, 5)) for name in layers}
+    save_lora(tmp_path, adapters, Lora(rank=5, target_modules=["to_q"]))
+    config = load_config("flux-dev-lora-8x24gb", [f"model.lora.path={tmp_path}"])
+    assert Cost(config, Cluster(8)).adapters == 19 * 5 * 2 * 3072
+    with pytest.raises(ValueError, match="model.lora.path: no file or folder /nowhere"):
+        Cost(load_config("flux-dev-lora-8x24gb", ["model.lora.path=/nowhere"]), Cluster(8))
 
 
 def test_frozen_parts_of_flux_dev():

@@ -209,7 +209,7 @@ def test_pictures_of_the_exported_pipeline_are_the_trainers(base, tmp_path):
 
 
 def test_pictures_of_the_base_with_the_lora_are_the_trainers(base, tmp_path):
-    """alpha is not the rank: the loader must be told the scale, or takes 1."""
+    """alpha is not the rank: a loader that is not told the scale takes 1."""
     run = make_run(tmp_path / "run", base, LORA, *SMALL)
     export(run, tmp_path / "out")
     config = load_config(str(run / CONFIG_FILE))
@@ -224,9 +224,11 @@ def test_pictures_of_the_base_with_the_lora_are_the_trainers(base, tmp_path):
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"pytorch_lora_weights.safetensors", "README.md", "LICENSE.md", "curve.png", "export.json"}
     # What was exported can be trained on.
-    again = Lora(rank=4, alpha=16, target_modules=["to_q", "to_v", "proj_out"], path=str(tmp_path / "out"))
-    _, weights = meta_transformer(base, again)
-    assert all(torch.equal(weights(name), value) for name, value in trained(base, config.model.lora).items())
+    _, weights = meta_transformer(base, Lora(path=str(tmp_path / "out")))
+    assert weights.lora.rank == weights.lora.alpha == 4
+    assert set(weights.lora.target_modules) == {"to_q", "to_v", "proj_out"}
+    for name, value in trained(base, config.model.lora).items():
+        assert torch.equal(weights(name), value * (4 if ".lora_B." in name else 1))
 
 
 def test_the_weights_are_as_the_forward_used_them(base, tmp_path):

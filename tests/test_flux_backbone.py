@@ -19,9 +19,10 @@ from torch.utils._pytree import tree_leaves
 from egrpo_fast import noise, ops
 from egrpo_fast.backbones import flux_folder
 from egrpo_fast.backbones.flux import FluxBackbone
-from egrpo_fast.backbones.flux_folder import check_folder, load_vae, meta_transformer, resolve, save_lora
+from egrpo_fast.backbones.flux_folder import check_folder, load_vae, meta_transformer, resolve
 from egrpo_fast.backbones.flux_forward import CompiledFlux, FluxCache
 from egrpo_fast.backbones.flux_text import Conditioning
+from egrpo_fast.backbones.lora import save_lora
 from egrpo_fast.backbones.random_flux import make_pipeline
 from egrpo_fast.config import Lora, TaylorSeer
 from egrpo_fast.methods import e_grpo
@@ -262,47 +263,17 @@ def adapters(lora=LORA, seed=0):
 
 
 def test_a_lora_file_is_taken_up_where_it_was_left(tmp_path):
+    """With alpha as the rank: the scale is in B since it was written."""
     saved = adapters()
     save_lora(tmp_path, saved, LORA)
-    transformer, weights = meta_transformer(PIPELINE, LORA.model_copy(update={"path": str(tmp_path)}))
+    transformer, weights = meta_transformer(PIPELINE, Lora(path=str(tmp_path)))
     trained = {name for name, value in transformer.named_parameters() if value.requires_grad}
-    assert trained == saved.keys() and all(torch.equal(weights(name), saved[name]) for name in saved)
+    assert trained == saved.keys() and weights.lora.rank == weights.lora.alpha == 4
+    assert all(torch.equal(weights(name), saved[name] * (4 if ".lora_B." in name else 1)) for name in saved)
     base = load_file(weight_file(PIPELINE))
     frozen = {name: weights(name) for name, value in transformer.named_parameters() if not value.requires_grad}
     assert {name.replace(".base_layer", "") for name in frozen} == base.keys()
     assert all(torch.equal(value, base[name.replace(".base_layer", "")]) for name, value in frozen.items())
-
-
-@pytest.mark.parametrize(
-    ("changes", "told"),
-    [
-        ({"rank": 8}, "model.lora.rank: 8, but .* is of rank 4"),
-        ({"alpha": 4}, "model.lora.alpha: 4, but .* was made with 16"),
-        ({"target_modules": ["to_q"]}, r"model.lora.target_modules: not the layers that .* adapts \(.*proj_out"),
-        ({"target_modules": ["to_q", "proj_out", "to_k"]}, r"model.lora.target_modules: not the layers .*to_k"),
-        ({"target_modules": ["to_x"], "path": None}, "model.lora.target_modules: .*to_x"),
-        ({"path": "/nowhere"}, "model.lora.path: no file or folder /nowhere"),
-    ],
-    ids=["rank", "alpha", "fewer layers", "more layers", "no such layer", "no file"],
-)
-def test_another_lora_is_refused_by_name(changes, told, tmp_path):
-    save_lora(tmp_path, adapters(), LORA)
-    with pytest.raises(ValueError, match=told):
-        meta_transformer(PIPELINE, LORA.model_copy(update={"path": str(tmp_path), **changes}))
-
-
-@pytest.mark.parametrize("content", [b"", b"\0" * 100, b"not a LoRA"], ids=["empty", "zeros", "text"])
-def test_an_unreadable_lora_is_refused_by_name(content, tmp_path):
-    (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(content)
-    with pytest.raises(ValueError, match=f"model.lora.path: {tmp_path} cannot be read"):
-        meta_transformer(PIPELINE, LORA.model_copy(update={"path": str(tmp_path)}))
-
-
-def test_a_lora_of_a_wider_transformer_is_refused_by_name(tmp_path):
-    wider = {name: value.repeat(1, 2) if ".lora_A." in name else value for name, value in adapters().items()}
-    save_lora(tmp_path, wider, LORA)
-    with pytest.raises(ValueError, match=r"model.lora.path: .*lora_A.weight is \(4, .*\), this transformer's \(4, "):
-        meta_transformer(PIPELINE, LORA.model_copy(update={"path": str(tmp_path)}))
 
 
 def test_the_vae_is_the_folders(tmp_path):

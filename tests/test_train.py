@@ -264,6 +264,25 @@ def test_a_run_resumes_with_its_model_wherever_that_lies_now(begun):
     assert (run / CONFIG_FILE).read_text() == before.replace(str(base), str(moved))
 
 
+def test_a_run_resumes_with_what_it_took_from_a_lora_file(tmp_path):
+    """A file's rank is not given again; one that is given must be the run's."""
+    given = [f"output_dir={tmp_path}", "model.lora={path: anywhere}"]
+    config = load_config("shapes", given)
+    record(config.with_lora(config.model.lora.model_copy(update={"rank": 5, "alpha": 7.5})), {}, ALONE.size)
+    assert load_config(str(tmp_path / CONFIG_FILE)).model.lora.alpha == 7.5
+    check_output(load_config("shapes", [*given, "resume=true"]))
+    with pytest.raises(ConfigError, match="^model.lora.rank: differs from the run"):
+        check_output(load_config("shapes", [*given, "resume=true", "model.lora.rank=6"]))
+
+
+def test_a_lora_that_does_not_fit_is_told_before_anything_loads(tmp_path):
+    told = [(["model.lora={target_modules: [to_q, to_x]}"], "model.lora.target_modules: 'to_x' is neither"),
+            (["model.lora={path: /nowhere}"], "model.lora.path: no file or folder /nowhere")]  # fmt: skip
+    for overrides, expected in told:
+        with pytest.raises(ValueError, match=expected):
+            check_inputs(load_config("shapes", [*overrides, f"output_dir={tmp_path / 'run'}"]))
+
+
 def test_a_run_does_not_resume_with_another_model(begun):
     run, base = begun
     config = base / "transformer" / "config.json"

@@ -1,17 +1,17 @@
-"""A FLUX pipeline's folder, in diffusers' layout: found, checked, read; and LoRA files."""
+"""A FLUX pipeline's folder, in diffusers' layout: found, checked, read."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from diffusers import AutoencoderKL, FluxTransformer2DModel
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from peft import LoraConfig
-from safetensors import SafetensorError
 from torch import Tensor
 
+from egrpo_fast.backbones.lora import Adapter, follow_lora, linear_layers
 from egrpo_fast.backbones.weight_files import WeightFiles, new_adapter
 from egrpo_fast.config import Lora
 from egrpo_fast.files import read_text
@@ -88,14 +88,25 @@ def check_folder(path: str, height: int, width: int) -> None:
         raise ValueError(f"model.path: {error}") from None
 
 
+def check_lora(lora: Lora | None, path: str) -> None:
+    """ValueError, before any weight is read, where adapters do not fit the transformer of a pipeline folder.
+
+    A hub id is looked at once it is downloaded.
+    """
+    if lora is not None and not is_hub_id(path):
+        meta_transformer(Path(path), lora)[1].files.close()
+
+
 class TransformerWeights:
     """Where each parameter of a transformer from `meta_transformer` has its value: files, or a new or given adapter."""
 
-    def __init__(self, files: WeightFiles, shapes: Mapping[str, tuple[int, ...]], lora: Lora | None, seed: int) -> None:
-        self.files, self._shapes, self._seed = files, shapes, seed
-        base = {self._in_file(name): shape for name, shape in shapes.items() if ".lora_" not in name}
-        files.check(base)
-        self._given = {} if lora is None or lora.path is None else _read_lora(lora, shapes)
+    def __init__(
+        self, files: WeightFiles, shapes: Mapping[str, tuple[int, ...]], lora: Lora | None,
+        given: Mapping[str, Adapter], seed: int,
+    ) -> None:  # fmt: skip
+        """lora: what was adapted. given: adapters by layer; none: new ones."""
+        self.files, self.lora, self._shapes, self._given, self._seed = files, lora, shapes, given, seed
+        files.check({self._in_file(name): shape for name, shape in shapes.items() if ".lora_" not in name})
 
     @staticmethod
     def _in_file(name: str) -> str:
@@ -105,7 +116,10 @@ class TransformerWeights:
         """The value of one parameter, on the CPU."""
         if ".lora_" not in name:
             return self.files.read(self._in_file(name))
-        return self._given[name] if self._given else new_adapter(name, self._shapes[name], self._seed)
+        if not self._given:
+            return new_adapter(name, self._shapes[name], self._seed)
+        layer, _, which = name.partition(".lora_")
+        return self._given[layer].down if which.startswith("A.") else self._given[layer].up
 
 
 def meta_transformer(
@@ -113,7 +127,8 @@ def meta_transformer(
 ) -> tuple[FluxTransformer2DModel, TransformerWeights]:
     """The transformer of a pipeline folder without its weights (on the meta device), and where they are.
 
-    lora: adapters are added and alone need gradients. ValueError where files and architecture do not match.
+    lora: adapters are added and alone need gradients; it follows the file that it names. ValueError where files and
+    architecture do not match.
     """
     try:
         settings = json.loads(read_text(folder / "transformer" / "config.json"))
@@ -121,92 +136,19 @@ def meta_transformer(
             transformer = FluxTransformer2DModel.from_config(settings)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{folder / 'transformer' / 'config.json'} describes no transformer: {error!r}") from None
+    given: Mapping[str, Adapter] = {}
     if lora is not None:
+        lora, given = follow_lora(lora, settings)
+        lora.layers(linear_layers(transformer))  # says which entry takes nothing, as peft does not
         transformer.requires_grad_(False)
+        made = LoraConfig(r=lora.rank, target_modules=lora.target_modules, init_lora_weights=False)
+        made.lora_alpha = lora.alpha  # type: ignore[assignment]  # peft says int, and only divides it
         try:
-            transformer.add_adapter(
-                LoraConfig(
-                    r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.target_modules, init_lora_weights=False
-                )
-            )
+            transformer.add_adapter(made)
         except ValueError as error:
             raise ValueError(f"model.lora.target_modules: {' '.join(str(error).split())}") from None
     shapes = {name: tuple(parameter.shape) for name, parameter in transformer.named_parameters()}
-    return transformer, TransformerWeights(WeightFiles(folder / "transformer"), shapes, lora, seed)
-
-
-def _adapter_key(name: str) -> str:
-    """A parameter's name in a LoRA file, as diffusers writes it."""
-    return "transformer." + name.replace(".default.", ".")
-
-
-def _read_lora(lora: Lora, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    assert lora.path is not None
-    if not Path(lora.path).exists():
-        raise ValueError(f"model.lora.path: no file or folder {lora.path}")
-    try:
-        given, metadata = FluxPipeline.lora_state_dict(
-            lora.path, local_files_only=True, use_safetensors=True, return_lora_metadata=True
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"model.lora.path: {lora.path} cannot be read: {' '.join(str(error).split())}") from None
-    given = {name: value for name, value in given.items() if ".lora_" in name}
-    names = {_adapter_key(name): name for name in shapes if ".lora_" in name}
-    ranks = {value.shape[0] for name, value in given.items() if ".lora_A." in name}
-    if ranks and ranks != {lora.rank}:
-        raise ValueError(
-            f"model.lora.rank: {lora.rank}, but {lora.path} is of rank {', '.join(map(str, sorted(ranks)))}"
-        )
-    alpha = (metadata or {}).get("transformer.lora_alpha", lora.alpha)
-    if alpha != lora.alpha:
-        raise ValueError(f"model.lora.alpha: {lora.alpha}, but {lora.path} was made with {alpha}")
-    if given.keys() != names.keys():
-        other = min(given.keys() ^ names.keys())
-        raise ValueError(f"model.lora.target_modules: not the layers that {lora.path} adapts ({other}, ...)")
-    for key, name in names.items():
-        if tuple(given[key].shape) != shapes[name]:
-            raise ValueError(f"model.lora.path: {key} is {tuple(given[key].shape)}, this transformer's {shapes[name]}")
-    return {name: given[key] for key, name in names.items()}
-
-
-def lora_layers(field: str, path: str, transformer: FluxTransformer2DModel) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """A LoRA of any rank in a layout that diffusers reads: layer -> A [r, in], B [out, r] and scale [], in float32.
-
-    ValueError, which begins with `field`: it cannot be read, changes more than a transformer's linear layers, or is of
-    another architecture.
-    """
-    if not Path(path).exists():
-        raise ValueError(f"{field}: no file or folder {path}")
-    try:
-        given, alphas, metadata = FluxPipeline.lora_state_dict(
-            path, local_files_only=True, use_safetensors=True, return_alphas=True, return_lora_metadata=True
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{field}: {path} cannot be read: {' '.join(str(error).split())}") from None
-    shapes = {name: tuple(parameter.shape) for name, parameter in transformer.named_parameters()}
-    adapters = [key for key in given if key.startswith("transformer.") and (".lora_A." in key or ".lora_B." in key)]
-    if more := sorted(given.keys() - set(adapters)):
-        raise ValueError(f"{field}: {path} changes more than linear layers of the transformer ({more[0]}, ...)")
-    found = {}
-    for key in filter(lambda key: ".lora_A." in key, adapters):
-        down = given[key]
-        layer, up = key.removeprefix("transformer.").partition(".lora_A.")[0], given.get(key.replace("_A.", "_B."))
-        if up is None or shapes.get(f"{layer}.weight") != (len(up), down.shape[-1]):
-            raise ValueError(f"{field}: {path} is for another architecture ({layer})")
-        alpha = (alphas or {}).get(f"transformer.{layer}.alpha", (metadata or {}).get("transformer.lora_alpha"))
-        scale = 1.0 if alpha is None else float(alpha) / len(down)
-        found[layer] = (down.float(), up.float(), torch.tensor(scale))
-    if not found:
-        raise ValueError(f"{field}: {path} holds no adapters of a transformer")
-    return found
-
-
-def save_lora(folder: Path, adapters: Mapping[str, Tensor], lora: Lora) -> None:
-    """`pytorch_lora_weights.safetensors`, for `FluxPipeline.load_lora_weights(folder)`. adapters: by parameter name."""
-    layers = {_adapter_key(name).removeprefix("transformer."): value for name, value in adapters.items()}
-    # Beside the tensors: a loader takes alpha for the rank where it is not told.
-    metadata = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": lora.target_modules}
-    FluxPipeline.save_lora_weights(folder, transformer_lora_layers=layers, transformer_lora_adapter_metadata=metadata)
+    return transformer, TransformerWeights(WeightFiles(folder / "transformer"), shapes, lora, given, seed)
 
 
 def check_decoder(folder: str, pipeline: Path) -> None:

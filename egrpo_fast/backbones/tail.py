@@ -16,12 +16,12 @@ from egrpo_fast.backbones.flux_folder import (
     check_decoder,
     check_folder,
     is_hub_id,
-    lora_layers,
     meta_transformer,
     resolve,
 )
 from egrpo_fast.backbones.flux_forward import CompiledFlux, FluxCache, check_cache, use_same_attention
 from egrpo_fast.backbones.flux_text import Conditioning
+from egrpo_fast.backbones.lora import read_lora
 from egrpo_fast.backbones.weight_files import fused
 from egrpo_fast.config import Config, Tail
 
@@ -52,7 +52,7 @@ def check_tail(config: Config, policy: str) -> None:
         transformer, weights = meta_transformer(Path(folder))
         weights.files.close()
         if tail.lora is not None:
-            lora_layers("tail.lora", tail.lora, transformer)
+            read_lora("tail.lora", tail.lora, transformer.config)
         if tail.cache is not None:
             check_cache(tail.cache, transformer)
         if not is_hub_id(policy):
@@ -111,7 +111,7 @@ class TailModel:
         self._backbone.transformer = transformer.requires_grad_(False).eval()
         self._dtype, self._device = dtype, device
         self._hollow = dict(transformer.named_parameters())
-        self._lora = lora_layers("tail.lora", settings.lora, transformer) if settings.lora else {}
+        self._lora = read_lora("tail.lora", settings.lora, transformer.config) if settings.lora else {}
         self._quantization = _quantization(settings.weights)
         self._follows = settings.path is None
         if not self._follows:
@@ -154,8 +154,8 @@ class TailModel:
             owner, _, leaf = name.rpartition(".")
             value = read(name).to(self._device, self._dtype)
             if leaf == "weight" and owner in self._lora:
-                down, up, scale = (part.to(self._device) for part in self._lora[owner])
-                value = fused(value, down, up, scale)
+                down, up, scale = self._lora[owner]
+                value = fused(value, down.to(self._device), up.to(self._device), scale)
             layer = self._put(name, nn.Parameter(value, requires_grad=False))
             quantised = "transformer_blocks." in owner and "norm" not in owner and isinstance(layer, nn.Linear)
             if self._quantization is not None and leaf == "weight" and quantised:

@@ -23,7 +23,7 @@ def fingerprint(parts: Iterable[bytes]) -> str:
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 
 
-def _header(path: Path) -> dict[str, tuple[tuple[int, ...], int]]:
+def tensors_in(path: Path) -> dict[str, tuple[tuple[int, ...], int]]:
     """Name -> shape and place in bytes, of a safetensors file. ValueError where it is not one, or not all of one."""
     try:
         with path.open("rb") as file:
@@ -70,7 +70,7 @@ class WeightFiles:
         self._where: dict[str, tuple[Path, int]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for path in paths:
-            for name, (shape, place) in _header(path).items():
+            for name, (shape, place) in tensors_in(path).items():
                 self.shapes[name], self._where[name] = shape, (path, place)
         self.largest_file = max(path.stat().st_size for path in paths)
         self._open: tuple[Path, safe_open] | None = None
