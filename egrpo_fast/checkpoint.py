@@ -34,7 +34,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from egrpo_fast.files import follow_umask
+from egrpo_fast.claim import Claim
+from egrpo_fast.files import follow_umask, sync, write_whole
 
 FORMAT = 1
 INDEX = "checkpoint.json"
@@ -67,14 +68,6 @@ def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _checksum(path: Path) -> int:
     """CRC-32: sees every flipped bit and burst of up to 32, and is several times faster to compute than SHA-256."""
     checksum = 0
@@ -90,10 +83,7 @@ def _sealed(content: Mapping[str, Any]) -> bytes:
 
 
 def _write_sealed(path: Path, content: Mapping[str, Any]) -> None:
-    beside = path.with_suffix(".tmp")
-    beside.write_bytes(_sealed(content))
-    _fsync(beside)
-    beside.replace(path)
+    write_whole(path, _sealed(content))
 
 
 def _read_sealed(path: Path) -> dict[str, Any]:
@@ -257,8 +247,12 @@ def _table(rows_of_ranks: Iterable[Iterable[Sequence[Any]]]) -> dict[str, dict[s
 class _Attempt:
     """One rank's part in writing one checkpoint."""
 
-    def __init__(self, folder: Path, iteration: int, attempt: str, rank: int, world_size: int, timeout: float) -> None:
+    def __init__(
+        self, folder: Path, iteration: int, attempt: str, rank: int, world_size: int, timeout: float,
+        claim: Claim | None,
+    ) -> None:  # fmt: skip
         self.rank, self.world_size, self.timeout, self.attempt = rank, world_size, timeout, attempt
+        self._claim = claim
         self.current = folder / f"iteration-{iteration:06d}"
         self.partial = folder / f"{self.current.name}.{attempt}.partial"
         self.failed = folder / f"{self.current.name}.{attempt}.failed"
@@ -270,7 +264,7 @@ class _Attempt:
         try:
             if self.failed.exists():
                 raise CheckpointError("another rank gave it up")
-            self.partial.mkdir(parents=True, exist_ok=True)
+            self._make_folder(self.partial)
             if self.rank == 0:
                 self._clear()
             self._write(tensors, rows)
@@ -297,7 +291,7 @@ class _Attempt:
         file = self._file
         save_file(dict(tensors), file)
         follow_umask(file)
-        _fsync(file)
+        sync(file)
         with safe_open(file, "pt") as staged:
             for key, tensor in tensors.items():
                 # As bytes: NaN is equal to itself.
@@ -314,6 +308,12 @@ class _Attempt:
             if _DEBRIS.fullmatch(path.name) and not path.name.startswith(f"{self.partial.stem}."):
                 with _or_warn(path):
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _make_folder(self, folder: Path) -> None:
+        """OSError: the run's folder was moved away, so that its old place would come back with this alone in it."""
+        if self._claim:
+            self._claim.check()
+        folder.mkdir(parents=True, exist_ok=True)
 
     def _sidecar(self, rank: int) -> Path:
         return self.partial / f"rank-{rank:05d}.json"
@@ -339,7 +339,7 @@ class _Attempt:
         _write_sealed(self.partial / INDEX, {**index, "attempt": self.attempt, "files": files, "tensors": table})
         for sidecar in sidecars:
             sidecar.unlink()
-        _fsync(self.partial)
+        sync(self.partial)
 
     def _publish(self) -> None:
         old = self.current.with_name(f"{self.current.name}.old")
@@ -348,7 +348,7 @@ class _Attempt:
                 _discard(old)
             self.current.rename(old)
         self.partial.rename(self.current)
-        _fsync(self.current.parent)
+        sync(self.current.parent)
         if old.exists():
             _discard(old)
 
@@ -359,7 +359,7 @@ class _Attempt:
         """
         reason = f"rank {self.rank}: {error}"
         with contextlib.suppress(OSError):  # a disk may be too full even for this; then the others say less
-            self.failed.parent.mkdir(parents=True, exist_ok=True)
+            self._make_folder(self.failed.parent)
             if not self.failed.exists():
                 beside = self.failed.with_name(f"{self.failed.stem}.{self.rank}.failed")
                 beside.write_text(reason)
@@ -379,7 +379,8 @@ class Checkpoints:
 
     keep: newest ones kept beside the best. asynchronous: write in a thread while training goes on. timeout: seconds
     that a rank which has written waits for the others, the slowest disk's writing and reading back included.
-    local_ranks: the ranks on this machine, who share its memory.
+    local_ranks: the ranks on this machine, who share its memory. claim: of the run's folder; what is written bears its
+    `run`, and nothing is written once the folder is another.
     """
 
     def __init__(
@@ -391,9 +392,10 @@ class Checkpoints:
         asynchronous: bool = True,
         timeout: float = 1800.0,
         local_ranks: int = 1,
+        claim: Claim | None = None,
     ) -> None:
         self.folder, self.rank, self.world_size, self.keep, self.timeout = folder, rank, world_size, keep, timeout
-        self.local_ranks = local_ranks
+        self.local_ranks, self.claim = local_ranks, claim
         self._writer = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self._pending: Future[None] | None = None
 
@@ -420,11 +422,12 @@ class Checkpoints:
         index = {
             "format": FORMAT,
             "iteration": iteration,
+            "run": self.claim.run if self.claim else "",
             "world_size": self.world_size,
             "best": best,
             "state": json.loads(json.dumps(state)),
         }
-        part = _Attempt(self.folder, iteration, attempt, self.rank, self.world_size, self.timeout)
+        part = _Attempt(self.folder, iteration, attempt, self.rank, self.world_size, self.timeout, self.claim)
         try:
             tensors, rows = _stage(pieces, local, self.local_ranks)
         except CheckpointError as error:
@@ -445,23 +448,30 @@ class Checkpoints:
         return next(reversed(self.all()), None)
 
     def all(self) -> list[Path]:
-        """The complete checkpoints by iteration."""
-        return [path for _, path in sorted(self._complete().items())]
+        """The complete checkpoints by iteration. ValueError: whether there are any cannot be seen."""
+        try:
+            return [path for _, path in sorted(self._complete().items())]
+        except OSError as error:
+            raise ValueError(f"checkpoint: {self.folder} cannot be read: {error.strerror}") from None
 
     def _complete(self) -> dict[int, Path]:
-        found: dict[int, Path] = {}
+        try:
+            names = os.listdir(self.folder)
+        except FileNotFoundError:
+            if self.folder.is_symlink():
+                raise  # where it leads to is away: a disk that is not mounted
+            names = []
         # Reversed: the checkpoint itself comes after its stand-in.
-        for path in sorted(self.folder.glob("iteration-*"), reverse=True):
-            if match := _COMPLETE.fullmatch(path.name):
-                found[int(match[1])] = path
-        return found
+        found = [(match, name) for name in sorted(names, reverse=True) if (match := _COMPLETE.fullmatch(name))]
+        return {int(match[1]): self.folder / name for match, name in found}
 
     def _write(
         self, part: _Attempt, tensors: Mapping[str, Tensor], rows: list[list[Any]], index: dict[str, Any]
     ) -> None:
         part.run(tensors, rows, index)
         if self.rank == 0:
-            self._prune(index["iteration"])
+            with _or_warn(self.folder):
+                self._prune(index["iteration"])
 
     def _prune(self, iteration: int) -> None:
         """Newer ones than this are left alone: a run that went back has not come to them yet."""
@@ -515,6 +525,8 @@ def check_sound(path: Path) -> None:
 class CheckpointReader:
     """A complete checkpoint, opened: `iteration`, `world_size`, `best`, `state`, names of its `files`, and its tensors.
 
+    run: whose it is (`Claim.run`).
+
     ValueError, with the reason: checkpoint.json is damaged, or a file is missing or of another size. Whether the bytes
     of the others are what was written is for `problems` to say. Files are opened for each read only, so that memory
     holds what was asked for and nothing else.
@@ -529,6 +541,7 @@ class CheckpointReader:
             raise ValueError(f"checkpoint: {path}: {'; '.join(wrong)}")
         self.path = path
         self.iteration: int = index["iteration"]
+        self.run: str = index.get("run", "")  # older ones do not say
         self.world_size: int = index["world_size"]
         self.best: bool = index["best"]
         self.state: dict[str, Any] = index["state"]

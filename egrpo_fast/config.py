@@ -490,7 +490,7 @@ class Config(_Section):
     output_dir: Path
     """Where the run writes; must not hold another run unless `resume`."""
     resume: bool = False
-    """Continue the run in output_dir from its newest checkpoint."""
+    """Continue the run in output_dir from its newest checkpoint; where there is no run yet, begin it."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of noise, prompt order and everything else."""
     iterations: Positive = 300

@@ -1,4 +1,4 @@
-"""Files that a user names, read without hanging and without filling the memory; and the permissions of written ones."""
+"""Files that a user names, read without hanging and without filling the memory; and files that are written whole."""
 
 import errno
 import os
@@ -58,3 +58,27 @@ def follow_umask(path: Path) -> None:
         for inside in list(path.iterdir()):
             if not inside.is_symlink():
                 follow_umask(inside)
+
+
+def sync(path: Path) -> None:
+    """A file's content, or a folder's list of names, survives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_whole(path: Path, content: bytes | str) -> None:
+    """Write a file that is whole or as it was before, also where the power fails. OSError: it is as it was."""
+    beside = path.with_name(f"{path.name}.tmp")
+    beside.unlink(missing_ok=True)  # what a killed process left; a link that lies there is not followed
+    try:
+        with beside.open("xb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+        sync(beside)
+        beside.replace(path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+    sync(path.parent)

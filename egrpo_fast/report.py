@@ -15,7 +15,7 @@ from egrpo_fast.metrics import RunLog
 from egrpo_fast.plan import Plan
 from egrpo_fast.sampler import HeldOut
 
-BASE_PICTURES = "base_pictures.safetensors"
+BASE_PICTURES, SUMMARY = "base_pictures.safetensors", "summary.json"
 
 
 class Report:
@@ -108,7 +108,7 @@ class Report:
         summary: dict[str, Any] = {"iterations": done, "held_out": held_out}
         if stopped and self._config.evaluation.stop_when:
             summary["stopped_by"] = self._config.evaluation.stop_when.reward
-        (self._folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        (self._folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
         export(self._folder, self._folder / PIPELINE, checkpoint=str(done), replace=True, verify=False)
         print(f"\n{'held-out reward':<18}{'before':>10}{'after':>10}")
         for name, value in held_out.items():

@@ -3,23 +3,28 @@
 What takes seconds to import is imported where it is used: a mistake in the settings is told before.
 """
 
-import fcntl
 import json
 import os
+import socket
 import time
 import uuid
+import warnings
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import yaml
 
 from egrpo_fast import __version__
+from egrpo_fast.claim import Claim, lock
 from egrpo_fast.config import CONFIG_FILE, RUN_FILE, Config, ConfigError, load_config
+from egrpo_fast.files import write_whole
 
 if TYPE_CHECKING:
     from egrpo_fast.engine import World
 
 LOCK_FILE = "run.lock"
+BEFORE_A_RUN = {LOCK_FILE, RUN_FILE, f"{RUN_FILE}.tmp", f"{CONFIG_FILE}.tmp"}
+"""What is left of a run that was ended before its settings were recorded. Nothing of it had begun."""
 MAY_CHANGE = (
     "resume", "iterations", "output_dir", "wandb", "evaluation.every", "checkpoint.", "guards.", "deepspeed.",
     "rollout.weights", "rollout.micro_batch", "rollout.compile", "rollout.overlap", "model.decode_batch",
@@ -34,21 +39,37 @@ def _leaves(tree: Any, path: str = "") -> dict[str, Any]:
     return {name: leaf for key in tree for name, leaf in _leaves(tree[key], f"{path}.{key}" if path else key).items()}
 
 
-def check_output(config: Config) -> None:
-    """ConfigError where output_dir cannot be written, holds another run, or holds none or another to resume."""
+def _holds_run(folder: Path) -> bool:
+    """Whether a run was recorded in a folder. ConfigError: there is something else in it."""
+    there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if CONFIG_FILE in there:
+        return True
+    if others := [name for name in there if name not in BEFORE_A_RUN]:
+        told = f"{folder} is not empty but holds no run: {others[0]} is there and {CONFIG_FILE} is not"
+        raise ConfigError(f"output_dir: {told}; choose another folder")
+    return False
+
+
+def check_output(config: Config) -> bool:
+    """Whether output_dir holds a run, which this one continues.
+
+    ConfigError where the folder cannot be written, or holds something else, or a run that shall not or cannot go on.
+    """
     folder = config.output_dir
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
+    if not there.is_dir() or not os.access(there, os.R_OK | os.W_OK | os.X_OK):
         raise ConfigError(f"output_dir: {there} is not a folder that can be written")
+    if not _holds_run(folder):
+        return False
     if not config.resume:
-        if folder.exists() and any(file.name != LOCK_FILE for file in folder.iterdir()):
-            raise ConfigError(f"output_dir: {folder} is not empty; choose another, or resume=true to continue that run")
-        return
+        told = f"{folder} is not empty; resume=true continues the run in it. To begin anew choose another folder"
+        raise ConfigError(f"output_dir: {told}")
     try:
         # Through today's settings, so that one that did not exist then has its default.
         before = _leaves(yaml.safe_load(load_config(str(folder / CONFIG_FILE)).yaml()))
     except (OSError, ValueError, KeyError, yaml.YAMLError) as error:
-        raise ConfigError(f"resume: {folder} holds no run to continue ({' '.join(str(error).split())})") from None
+        told = f"{folder / CONFIG_FILE} cannot be read ({' '.join(str(error).split())})"
+        raise ConfigError(f"resume: {told}; put the run's settings back, or choose another output_dir") from None
     now = _leaves(yaml.safe_load(config.yaml()))
     changed = [key for key in now | before if not key.startswith(MAY_CHANGE) and now.get(key) != before.get(key)]
     if config.model.lora is not None:  # what a LoRA file says is compared with that file, once the model is found
@@ -61,45 +82,65 @@ def check_output(config: Config) -> None:
         if base_of(folder):  # then what is in there is compared, once it is found
             changed.remove("model.path")
     if changed:
-        raise ConfigError(f"{', '.join(changed)}: differs from the run in {folder}; a resumed run keeps its settings")
+        raise ConfigError(
+            f"{', '.join(changed)}: differs from the run in {folder}; a resumed run keeps its settings. To train with "
+            "others choose another output_dir"
+        )
+    return True
 
 
-def claim_output(config: Config, world: "World") -> IO[str] | None:
+def claim_output(config: Config, world: "World") -> tuple[Config, Claim, IO[str] | None]:
     """Make output_dir this run's: every rank sees it, and no other run writes there. ConfigError, on all ranks.
 
-    Returns what holds the claim, on rank 0, as long as it is open.
+    Returns the settings, which resume where there is a run to resume; the claim; and what holds it on rank 0, as long
+    as it is open.
     """
-    folder, mark, told = config.output_dir, uuid.uuid4().hex, ""
-    lock: IO[str] | None = None
+    folder, mark, run, resume, told = config.output_dir, "", uuid.uuid4().hex, False, ""
+    held: IO[str] | None = None
     if world.is_main:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = (folder / LOCK_FILE).open("a+")
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            lock.truncate(0)
-            lock.write(mark)
-            lock.flush()
+            held = lock(folder / LOCK_FILE)
+            if resume := check_output(config):  # once more, for nobody else can change it now
+                run = _run_name(folder)
+            mark = f"{uuid.uuid4().hex} process {os.getpid()} on {socket.gethostname()}"
+            held.truncate(0)
+            held.write(mark)
+            held.flush()
         except BlockingIOError:
             told = f"output_dir: another run is writing to {folder} right now"
+            if (by := (folder / LOCK_FILE).read_text(errors="replace").partition(" ")[2]).isprintable() and by:
+                told += f": {by}"
         except OSError as error:
             told = f"output_dir: {folder} cannot be written ({error.strerror})"
-    mark, told = world.from_main((mark, told))
+        except ValueError as error:
+            told = str(error)
+    mark, run, resume, told = world.from_main((mark, run, resume, told))
     if told:
+        if held:
+            held.close()
         raise ConfigError(told)
+    claim = Claim(folder / LOCK_FILE, mark, run)
     deadline = time.monotonic() + 30  # network filesystems show news late
-    while not (seen := _holds(folder / LOCK_FILE, mark)) and time.monotonic() < deadline:
+    while not (seen := claim.holds()) and time.monotonic() < deadline:
         time.sleep(0.2)
     blind = [str(rank) for rank, sees in enumerate(world.gather(seen)) if not sees]
     if blind:
+        if held:
+            held.close()
         raise ConfigError(f"output_dir: rank {', '.join(blind)} does not see {folder}; all machines must share it")
-    return lock
+    if world.is_main and config.resume and not resume:
+        warnings.warn(f"resume: {folder} holds no run yet; it begins here", stacklevel=2)
+    return config.model_copy(update={"resume": resume}), claim, held
 
 
-def _holds(file: Path, text: str) -> bool:
+def _run_name(folder: Path) -> str:
+    """What the checkpoints of a run are known by. ConfigError: that cannot be read."""
+    file = folder / RUN_FILE
     try:
-        return file.read_text() == text
-    except OSError:
-        return False
+        return json.loads(file.read_text()).get("run", "") if file.exists() else ""
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"resume: {file} cannot be read ({error}); put it back") from None
 
 
 def identify(config: Config, folder: Path, world: "World") -> dict[str, str]:
@@ -124,19 +165,23 @@ def identify(config: Config, folder: Path, world: "World") -> dict[str, str]:
     return base
 
 
-def record(config: Config, base: dict[str, str], world_size: int) -> None:
-    """What the run is, in its folder; of a resumed one, where its model lies now, for an export looks there."""
+def record(config: Config, base: dict[str, str], world_size: int, run: str = "") -> None:
+    """What the run is, in its folder; of a resumed one, where its model lies now, for an export looks there.
+
+    Once CONFIG_FILE is there the folder holds a run. ConfigError: it cannot be written.
+    """
     from egrpo_fast.doctor import commit
 
     folder, files = config.output_dir, {}
     if not config.resume:
-        folder.mkdir(parents=True, exist_ok=True)
-        made_by = {"version": __version__, "commit": commit(), "world_size": world_size, "base": base}
+        made_by = {"version": __version__, "commit": commit(), "world_size": world_size, "base": base, "run": run}
         files = {RUN_FILE: json.dumps(made_by) + "\n", CONFIG_FILE: config.yaml()}
     elif (before := load_config(str(folder / CONFIG_FILE))).model.path != config.model.path:
         model = before.model.model_copy(update={"path": config.model.path})
         files = {CONFIG_FILE: before.model_copy(update={"model": model}).yaml()}
-    for name, content in files.items():
-        beside = folder / f"{name}.tmp"
-        beside.write_text(content)
-        beside.replace(folder / name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            write_whole(folder / name, content)
+    except OSError as error:
+        raise ConfigError(f"output_dir: {folder} cannot be written ({error.strerror})") from None

@@ -20,6 +20,7 @@ from egrpo_fast.shapes import PROMPTS, pipeline_path
 from egrpo_fast.telling import error_lines, print_warnings_safely, printable
 
 if TYPE_CHECKING:
+    from egrpo_fast.claim import Claim
     from egrpo_fast.engine import World
     from egrpo_fast.heartbeat import Heartbeat
     from egrpo_fast.rewards import Reward
@@ -63,11 +64,18 @@ def check_inputs(config: Config) -> tuple[Sequence[str], Sequence[str]]:
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError("wandb: not installed; pip install 'egrpo_fast[wandb]', or wandb=false")
 
+    import torch
+
+    from egrpo_fast import ops
     from egrpo_fast.backbones.flux_folder import check_folder, check_lora
     from egrpo_fast.backbones.flux_forward import check_attention
     from egrpo_fast.backbones.tail import check_tail
     from egrpo_fast.rewards import check_reward
 
+    try:
+        ops.choose(config.rollout.backend, "cuda" if torch.cuda.is_available() else "cpu")
+    except ValueError as error:
+        raise ConfigError(f"rollout.{error}") from None
     check_attention(config.model.attention)
     model, path = config.model, pipeline_path(config.model.path)
     check_folder(path, model.height, model.width)
@@ -109,9 +117,17 @@ def open_rewards(config: Config, world: "World", heart: "Heartbeat", prompt: str
 
 
 def make_trainer(
-    config: Config, world: "World", heart: "Heartbeat", train_prompts: Sequence[str], held_out_prompts: Sequence[str]
+    config: Config,
+    world: "World",
+    heart: "Heartbeat",
+    train_prompts: Sequence[str],
+    held_out_prompts: Sequence[str],
+    claim: "Claim | None" = None,
 ) -> "Trainer":
-    """Load everything. ValueError: what the user must mend."""
+    """Load everything, then record the run in its folder. ValueError: what the user must mend.
+
+    claim: of the folder; None: nobody else writes there, and its checkpoints are this run's.
+    """
     import torch
 
     from egrpo_fast.backbones.flux import FluxBackbone
@@ -160,11 +176,19 @@ def make_trainer(
     tail_model = TailModel.of(local, folder, backbone, getattr(torch, model.dtype), world.device)
     if model.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
-    if world.is_main:
-        record(config, base, world.size)
-    return Trainer(
-        config, world, heart, backbone, rewards, interruption, train_prompts, held_out_prompts, compiled, tail_model
+    trainer = Trainer(
+        config, world, heart, backbone, rewards, interruption, train_prompts, held_out_prompts, compiled, tail_model,
+        claim,
     )  # fmt: skip
+    problem = ""
+    if world.is_main:
+        try:  # last: a run that was refused leaves none in its folder
+            record(config, base, world.size, claim.run if claim else "")
+        except ConfigError as error:
+            problem = str(error)
+    if problem := world.from_main(problem):
+        raise ConfigError(problem)
+    return trainer
 
 
 def run(config: Config) -> int:
@@ -178,14 +202,16 @@ def run(config: Config) -> int:
     world = World(timeout=2 * max(config.guards.stall_seconds, config.deepspeed.init_timeout))
     heart = Heartbeat(world.rank, world.size, group_store(), config.guards.stall_seconds)
     try:
-        with heart, claim_output(config, world) or nullcontext():
-            trainer = make_trainer(config, world, heart, *prompts)
-            try:
-                asked = trainer.train()
-            except RewardError:
-                raise
-            except ValueError as error:  # not the user's any more: with where it came from
-                raise RuntimeError(f"training failed: {error}") from error
+        with heart:
+            config, claim, held = claim_output(config, world)
+            with held or nullcontext():
+                trainer = make_trainer(config, world, heart, *prompts, claim)
+                try:
+                    asked = trainer.train()
+                except RewardError:
+                    raise
+                except ValueError as error:  # not the user's any more: with where it came from
+                    raise RuntimeError(f"training failed: {error}") from error
     except RewardError as error:  # perhaps of this rank alone
         raise SystemExit(error_lines(RewardError(f"rank {world.rank}: {error}", error.trace))) from None
     world.close()

@@ -15,16 +15,18 @@ from egrpo_fast import ops
 from egrpo_fast.backbones.flux import FluxBackbone
 from egrpo_fast.backbones.tail import TailModel
 from egrpo_fast.checkpoint import CheckpointError, CheckpointReader, Checkpoints, problems
+from egrpo_fast.claim import Claim
 from egrpo_fast.config import CHECKPOINTS, Config
 from egrpo_fast.engine import Engine, World
 from egrpo_fast.guards import BadSteps, Guard, verdict
 from egrpo_fast.heartbeat import Heartbeat
 from egrpo_fast.interruption import Interruption
 from egrpo_fast.methods import plan_of
+from egrpo_fast.metrics import RunLog
 from egrpo_fast.objective import GroupLoss, Objective, policy_mismatch
 from egrpo_fast.progress import Asked, Progress
 from egrpo_fast.prompts import PromptOrder
-from egrpo_fast.report import Report
+from egrpo_fast.report import SUMMARY, Report
 from egrpo_fast.rewards import Reward
 from egrpo_fast.sampler import Experience, HeldOut, Sampler
 
@@ -33,7 +35,7 @@ class Trainer:
     """Trains a backbone's transformer on rewards. `train()` runs what is left of `config.iterations`.
 
     rollout_transformer: on the meta device, what forwards without gradient use in the transformer's place. tail_model:
-    what tails use; None: the policy.
+    what tails use; None: the policy. claim: of the run's folder; None: every checkpoint in it is taken for this run's.
     """
 
     def __init__(
@@ -48,8 +50,9 @@ class Trainer:
         held_out_prompts: Sequence[str],
         rollout_transformer: nn.Module | None = None,
         tail_model: TailModel | None = None,
+        claim: Claim | None = None,
     ) -> None:
-        self.config, self.world, self.heart = config, world, heart
+        self.config, self.world, self.heart, self.claim = config, world, heart, claim
         self.progress = Progress(world, heart, interruption)
         self.order = PromptOrder(train_prompts, config.seed, config.prompts.shuffle)
         self.held_out = list(held_out_prompts[: config.evaluation.num_prompts])
@@ -67,6 +70,7 @@ class Trainer:
             config.checkpoint.keep,
             config.checkpoint.asynchronous,
             local_ranks=world.local_size,
+            claim=claim,
         )
         self._saved: tuple[int, int] | None = None
         self.history: list[tuple[int, dict[str, float]]] = []
@@ -120,7 +124,7 @@ class Trainer:
                 self.history.append((self.iteration, held_out.rewards))
                 watched = verdict(config, self.history)
                 self.report.held_out(self.iteration, held_out, watched, progress.stopwatch.read())
-            last = self.iteration == config.iterations or self._stopped()
+            last = self.iteration >= config.iterations or self._stopped()
             due = config.checkpoint.every and self.iteration % config.checkpoint.every == 0
             if self.iteration and (last or due or self._is_best()):
                 self.save()
@@ -228,7 +232,8 @@ class Trainer:
     def _evaluation_due(self) -> bool:
         """At the start, every so often and at the end; not again where a resumed run has its result."""
         every, done = self.config.evaluation.every, [iteration for iteration, _ in self.history]
-        due = self.iteration in (0, self.config.iterations) or (every and self.iteration % every == 0)
+        ends = self.iteration == 0 or self.iteration >= self.config.iterations
+        due = ends or (every and self.iteration % every == 0)
         return bool(due) and self.iteration not in done
 
     def _stopped(self) -> bool:
@@ -278,8 +283,13 @@ class Trainer:
         return all(now[watched] > past[watched] for _, past in before)
 
     def _resume(self) -> None:
-        """Continue from the newest checkpoint that is sound on every rank; damaged ones are told and passed over."""
-        paths = self.world.from_main(list(reversed(self.checkpoints.all())))
+        """Continue from the newest checkpoint that is sound on every rank; those that are not are told and passed over.
+
+        ValueError: there is none, though there are or were some.
+        """
+        paths, told = self.world.from_main(self._resumable() if self.world.is_main else None)
+        if told:
+            raise ValueError(f"resume: {told}")
         for path in paths:
             with self.progress.phase("verifying"):
                 found = [problem for rank in self.world.gather(self._problems(path)) for problem in rank]
@@ -291,18 +301,44 @@ class Trainer:
                 self.sampler.state = reader.state.get("tail", self.sampler.state)  # older ones know no tails
                 self.history = [(iteration, rewards) for iteration, rewards in reader.state["held_out"]]
                 self._saved = self.iteration, len(self.history)
+                if self.world.is_main and self.iteration > self.config.iterations:
+                    told = f"{self.iteration} are done already; the run ends with these"
+                    warnings.warn(f"iterations: {self.config.iterations} are asked for, {told}", stacklevel=2)
                 return
             if self.world.is_main:
                 warnings.warn(f"resume: {path} is damaged and passed over: {'; '.join(found)}", stacklevel=2)
         folder = self.config.output_dir / CHECKPOINTS
         if paths:
-            raise ValueError(f"resume: every checkpoint in {folder} is damaged")
+            told = "is damaged or another run's; put a sound one back, or begin anew in another output_dir"
+            raise ValueError(f"resume: every checkpoint in {folder} {told}")
         if self.world.is_main:  # killed before its first one
             warnings.warn(f"resume: there is no checkpoint in {folder}; the run begins again", stacklevel=2)
+
+    def _resumable(self) -> tuple[list[Path], str]:
+        """The run's checkpoints, the newest first; and why it can neither go on nor begin again, "" where it can.
+
+        Beginning again writes the log from its first line on. It is for a run that was killed before its first
+        checkpoint, not for one whose checkpoints are gone: a second one is begun when the first is written.
+        """
+        try:
+            paths = self.checkpoints.all()[::-1]
+        except ValueError as error:
+            return [], f"{error}; make it readable again"
+        folder, every = self.config.output_dir, self.config.checkpoint.every
+        done = max((line["iteration"] for line in RunLog.read(folder)), default=0)
+        if not paths and ((folder / SUMMARY).exists() or (every and done > 2 * every)):
+            told = f"there is no checkpoint in {self.checkpoints.folder}, though {done} iterations were done"
+            return [], f"{told}; put one back, or begin anew in another output_dir"
+        return paths, ""
 
     def _problems(self, path: Path) -> list[str]:
         """What is wrong with this rank's share of a checkpoint's files."""
         try:
-            return problems(path, CheckpointReader(path).files[self.world.rank :: self.world.size])
-        except ValueError as error:
+            reader = CheckpointReader(path)
+            if self.claim and reader.run != self.claim.run:
+                return ["checkpoint.json: of another run"]
+            if path.name.removesuffix(".old") != f"iteration-{reader.iteration:06d}":
+                return [f"checkpoint.json: of iteration {reader.iteration}"]
+            return problems(path, reader.files[self.world.rank :: self.world.size])
+        except (OSError, ValueError) as error:
             return [str(error)]

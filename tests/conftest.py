@@ -3,7 +3,31 @@
 One thread per process: threads that spin for each other on cores with other work take many times as long.
 """
 
+import ctypes
 import os
+from contextlib import contextmanager
+
+import pytest
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def unprivileged():
+    """A context in which not even root reads files of mode 000: without its capabilities to pass over modes."""
+
+    @contextmanager
+    def within():
+        libc = ctypes.CDLL(None)
+        header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+        assert libc.capget(header, sets) == 0
+        effective, sets[0] = sets[0], sets[0] & ~0b110  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
+        assert libc.capset(header, sets) == 0
+        try:
+            yield
+        finally:
+            sets[0] = effective
+            libc.capset(header, sets)
+
+    return within

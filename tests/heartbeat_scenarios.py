@@ -89,9 +89,7 @@ def main():
     if SIZE > 1:
         dist.init_process_group("gloo")
     stall_seconds, gone_seconds, beat = map(float, sys.argv[3:])
-    with Heartbeat(
-        RANK, SIZE, group_store() if SIZE > 1 else None, stall_seconds, gone_seconds, beat
-    ) as heartbeat:
+    with Heartbeat(RANK, SIZE, group_store() if SIZE > 1 else None, stall_seconds, gone_seconds, beat) as heartbeat:
         scenario(heartbeat, culprit == RANK)
     assert [thread.name for thread in threading.enumerate()] == ["MainThread"]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from egrpo_fast.files import follow_umask, open_regular, read_bytes, read_text
+from egrpo_fast.files import follow_umask, open_regular, read_bytes, read_text, write_whole
 
 
 @pytest.fixture
@@ -62,3 +62,19 @@ def test_written_files_follow_the_umask(umask, file, folder, tmp_path):
     modes = {path.name: stat.S_IMODE(path.lstat().st_mode) for path in (inside.parent, inside, *inside.iterdir())}
     assert modes == {"folder": folder, "inside": folder, "a.safetensors": file, "copied": file}
     assert stat.S_IMODE(elsewhere.stat().st_mode) == 0o640 & ~umask, "what a link names is somebody else's"
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path, monkeypatch):
+    file, precious = tmp_path / "file", tmp_path / "precious"
+    precious.write_text("mine")
+    (tmp_path / "file.tmp").symlink_to(precious)
+    write_whole(file, "one")
+    assert file.read_text() == "one" and precious.read_text() == "mine"
+
+    def fails(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(OSError, match="No space"):
+        write_whole(file, b"two")
+    assert file.read_text() == "one" and sorted(tmp_path.iterdir()) == [file, precious]

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -136,7 +137,6 @@ BAD = {
     "model.path=/nowhere": "model.path: no folder /nowhere",
     "model.height=30": "model.height: 30 is not a multiple of 4",
     "prompts.per_iteration=3 rollout.prompts_per_call=2": "prompts.per_iteration: 3 is not a multiple of 2",
-    "resume=true": "resume: .* holds no run to continue",
     "model.height=36": "rewards.shapes_soft: judges pictures of 32x32 pixels, not 36x32",
     "rewards=[{name: beauty}]": "rewards: no reward 'beauty'; there are: clip",
     "rewards=[{name: shapes_soft, options: {sharp: 1}}]": "rewards.shapes_soft: .*unexpected keyword argument 'sharp'",
@@ -175,17 +175,106 @@ def test_another_run_is_never_overwritten(uninterrupted):
 ALONE = SimpleNamespace(is_main=True, size=1, from_main=lambda value: value, gather=lambda value: [value])
 
 
+def output(folder, *overrides):
+    return load_config("shapes", [f"output_dir={folder}", *overrides])
+
+
 def test_a_folder_that_a_run_is_writing_to_is_refused_to_another(tmp_path):
-    config = load_config("shapes", [f"output_dir={tmp_path / 'run'}"])
-    with claim_output(config, ALONE), pytest.raises(ValueError, match="output_dir: another run is writing to"):
+    config = output(tmp_path / "run")
+    _, _, held = claim_output(config, ALONE)
+    with held, pytest.raises(ValueError, match=f"output_dir: another run is writing to .*: process {os.getpid()} on "):
         claim_output(config, ALONE)
-    claim_output(config, ALONE).close()
+    claim_output(config, ALONE)[2].close()
 
 
 def test_a_folder_that_some_rank_does_not_see_is_refused(tmp_path):
     apart = SimpleNamespace(is_main=True, from_main=lambda value: value, gather=lambda seen: [seen, False])
     with pytest.raises(ValueError, match="output_dir: rank 1 does not see"):
-        claim_output(load_config("shapes", [f"output_dir={tmp_path / 'run'}"]), apart)
+        claim_output(output(tmp_path / "run"), apart)
+    claim_output(output(tmp_path / "run"), ALONE)[2].close()
+
+
+def test_a_lock_file_that_is_a_link_is_refused(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "run" / "run.lock").symlink_to(tmp_path / "mine")
+    with pytest.raises(ConfigError, match="output_dir: .* cannot be written .run.lock is a link; delete it"):
+        claim_output(output(tmp_path / "run"), ALONE)
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+KILLED = {
+    "at once": [],
+    "while loading": ["run.lock"],
+    "recording": ["run.lock", "run.json.tmp"],
+    "between the two records": ["run.lock", "run.json", "config.yaml.tmp"],
+}
+
+
+@pytest.mark.parametrize("resume", ["false", "true"])
+@pytest.mark.parametrize("when", KILLED)
+def test_a_run_that_was_killed_before_it_began_begins(when, resume, tmp_path):
+    """Plainly, and with resume=true, which a script gives until the command returns 0."""
+    run = tmp_path / "run"
+    for name in KILLED[when]:
+        run.mkdir(exist_ok=True)
+        (run / name).write_text("{")
+    config = output(run, f"resume={resume}")
+    assert not check_output(config)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        config, claim, held = claim_output(config, ALONE)
+    with held:
+        assert not config.resume and bool(caught) == (resume == "true")
+        record(config, {}, 1, claim.run)
+    assert check_output(output(run, "resume=true"))
+    again, later, held = claim_output(output(run, "resume=true"), ALONE)
+    with held:
+        assert again.resume and later.run == claim.run and later.mark != claim.mark
+    with pytest.raises(ConfigError, match="is not empty; resume=true continues the run in it"):
+        check_output(output(run))
+
+
+@pytest.mark.parametrize("resume", ["false", "true"])
+def test_a_folder_with_something_else_in_it_is_refused(resume, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").touch()
+    with pytest.raises(ConfigError, match="output_dir: .* holds no run: thesis.tex is there .*; choose another folder"):
+        check_output(output(tmp_path / "run", f"resume={resume}"))
+
+
+@pytest.mark.parametrize("content", ["", "a: [", "iterations: 3", "\0"])
+def test_settings_that_are_damaged_are_refused_with_the_way_out(content, tmp_path):
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(ConfigError, match="resume: .*config.yaml cannot be read .*; put the run's settings back, or"):
+        check_output(output(tmp_path, "resume=true"))
+
+
+def test_a_backend_that_cannot_run_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("egrpo_fast.kernels.triton.unavailable", lambda device: "it is ill")
+    with pytest.raises(ValueError, match=r"^rollout.backend: 'triton' cannot run on .*: it is ill"):
+        check_inputs(output(tmp_path / "run", "rollout.backend=triton"))
+
+
+REFUSING = """
+from egrpo_fast import train, trainer
+
+def refuse(settings):
+    raise ValueError("guards: refused at the last moment")
+
+trainer.Guard = refuse
+train.main()
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_is_refused_while_it_loads_leaves_none_behind(tmp_path):
+    """The same folder then takes a run with other settings."""
+    arguments = [*TINY, f"output_dir={tmp_path / 'run'}"]
+    told = subprocess.run([sys.executable, "-c", REFUSING, "shapes", *arguments], capture_output=True, text=True)
+    assert told.returncode == 1 and "error: guards: refused at the last moment" in told.stderr, told.stderr[-3000:]
+    assert os.listdir(tmp_path / "run") == ["run.lock"]
+    assert not check_output(output(tmp_path / "run", "guards.bad_steps=3"))
 
 
 SILENT = SimpleNamespace(at=lambda *place, **limit: None)

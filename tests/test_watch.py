@@ -165,6 +165,14 @@ def test_the_loop_stops_saves_and_finishes(tmp_path, monkeypatch):
     assert again.report.finished == (4, 0.9) and again.history == trainer.history and not again.saved
 
 
+def test_a_run_that_did_more_than_is_asked_for_ends(tmp_path, monkeypatch):
+    """A resumed run may ask for fewer iterations than are done: what there is is evaluated and written."""
+    monkeypatch.setattr("egrpo_fast.trainer.Report", ScriptedReport)
+    trainer = Scripted(tmp_path, [0.9] * 9, iteration=8)
+    assert trainer.config.iterations == 6 and trainer.train() == 0
+    assert trainer.report.finished == (8, 0.9) and list(trainer.saved) == [8]
+
+
 def test_a_tail_is_judged_with_the_iteration_that_it_was_checked_in(tmp_path):
     """A run asked to end within an update leaves the iteration, and the verdict, to the one that continues it."""
     trainer = Scripted(tmp_path, [0.9] * 7)
