@@ -13,7 +13,7 @@ INSTALL = $(BIN)/pip install --quiet $(addprefix --constraint ,$(CONSTRAINTS))
 
 train: $(VENV)/.installed
 	@echo "== training recipe $(RECIPE) into $(OUT)"
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed egrpo_fast/train.py $(RECIPE) output_dir=$(OUT) $(ARGS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/egrpo train $(RECIPE) output_dir=$(OUT) $(ARGS)
 
 test: $(VENV)/.installed-dev
 	@echo "== tests"

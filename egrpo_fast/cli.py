@@ -1,23 +1,25 @@
-"""The `egrpo` command: what is beside training. Training itself is `deepspeed egrpo_fast/train.py`."""
+"""The `egrpo` command: train, and what is beside training.
+
+What takes seconds to import is imported where it is used: help, settings and plans come at once.
+"""
 
 import argparse
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
-from egrpo_fast import cost
-from egrpo_fast.config import Config, Reward, load_config, recipe_names
+from egrpo_fast import __version__, cost, launch
+from egrpo_fast.config import Config, ConfigError, Reward, load_config, read_yaml, recipe_names
 from egrpo_fast.config_reference import reference
 from egrpo_fast.files import read_text
 from egrpo_fast.methods import plan_of
 from egrpo_fast.plan import Plan
-from egrpo_fast.prompts import read_prompts
 from egrpo_fast.shapes import prompts_path
 from egrpo_fast.telling import error_lines, print_warnings_safely
 
@@ -88,10 +90,14 @@ def parse_rewards(given: Sequence[str]) -> list[Reward]:
     for text in given:
         name, _, options = text.partition("=")
         try:
-            rewards.append(Reward(name=name, options=yaml.safe_load(options) if options else {}))
-        except (yaml.YAMLError, ValidationError):
+            rewards.append(Reward(name=name, options=read_yaml(options, "rewards") if options else {}))
+        except (ConfigError, ValidationError):
             raise ValueError(f"rewards: {text!r} is neither NAME nor NAME={{option: value}}") from None
     return rewards
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    launch.launch(arguments.recipe, arguments.overrides, vars(arguments))
 
 
 def _plan(arguments: argparse.Namespace) -> None:
@@ -100,7 +106,8 @@ def _plan(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--plot: {arguments.plot} is not the name of a .png file in a folder that exists")
     description = describe(config)
     gpus = arguments.gpus or cost.default_gpus(config)
-    cluster = cost.Cluster(gpus, arguments.nodes, arguments.gpu, arguments.utilisation, arguments.network * 1e9)
+    name, gpu = cost.parse_gpu(arguments.gpu)
+    cluster = cost.Cluster(gpus, arguments.nodes, name, arguments.utilisation, arguments.network * 1e9, gpu)
     description["cost"] = cost.describe(config, cluster)
     if arguments.json:
         print(json.dumps(description, indent=2))
@@ -136,12 +143,11 @@ SETTINGS = ("height", "width", "num_steps", "guidance", "shift", "max_sequence_l
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     # Mistakes in what is quick to read are told before the seconds that diffusers takes to import.
+    from egrpo_fast.prompts import read_prompts
+
     rewards = parse_rewards(arguments.rewards or ())
-    prompts = tuple(
-        read_prompts(prompts_path(arguments.prompts, "held_out"), "--prompts", arguments.column)[
-            : arguments.num_prompts
-        ]
-    )
+    found = read_prompts(prompts_path(arguments.prompts, "held_out"), "--prompts", arguments.column)
+    prompts = tuple(found[: arguments.num_prompts])
 
     try:
         from egrpo_fast import evaluation
@@ -239,21 +245,40 @@ def _part(text: str) -> tuple[int, int]:
     return int(part), int(parts)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="egrpo", description=__doc__)
-    commands = parser.add_subparsers(required=True)
+def _recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help=f"a YAML file, or one of: {', '.join(recipe_names())}")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings of the recipe to change")
+
+
+def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser of the command line, and by name those of the commands."""
+    parser = argparse.ArgumentParser(prog="egrpo", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--version", action="version", version=f"egrpo_fast {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    about = "train a recipe, by the deepspeed launcher, on the GPUs of this machine or of several"
+    train = commands.add_parser("train", help=about, description=about)
+    train.set_defaults(run=_train)
+    _recipe(train)
+    options = train.add_argument_group("options of the deepspeed launcher")
+    kinds = {"N": _number(0), "PORT": _number(1, 65535)}
+    for name, (metavar, told) in launch.OPTIONS.items():
+        options.add_argument(f"--{name}", metavar=metavar, type=kinds.get(metavar, str), help=told)
+    for name, told in launch.FLAGS.items():
+        options.add_argument(f"--{name}", action="store_true", help=told)
 
     plan = commands.add_parser("plan", help="print a recipe's schedule, rows, and estimated memory and time")
     plan.set_defaults(run=_plan)
-    plan.add_argument("recipe", help=f"a YAML file, or one of: {', '.join(recipe_names())}")
-    plan.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings of the recipe to change")
+    _recipe(plan)
     plan.add_argument("--json", action="store_true", help="for machines")
     plan.add_argument("--plot", type=Path, metavar="PNG", help="entropy by step and merge length, as a picture")
     estimate = plan.add_argument_group("what the cost is estimated for")
     add = estimate.add_argument
     add("--gpus", type=_number(1, 65536), metavar="N", help="in all (as many, up to 8, as share the prompts evenly)")
     add("--nodes", type=_number(1, 65536), default=1, metavar="M", help="machines they are in (%(default)s)")
-    add("--gpu", choices=cost.GPUS, default="H100", help="(%(default)s)")
+    add("--gpu", default="H100", metavar="NAME",
+        help=f"{', '.join(cost.GPUS)}, or one of your own by its numbers, as in 'L40S={{memory: 44, tflops: 362, "
+        "bandwidth: 864, link: 32}' (GiB, dense bfloat16, GB/s, GB/s to the next GPU) (%(default)s)")  # fmt: skip
     add("--utilisation", type=_number(0.01, 1, float), default=0.4, metavar="SHARE",
         help="of the GPU's peak FLOP/s; an assumption (%(default)s)")  # fmt: skip
     add("--network", type=_number(0.1, 1e6, float), default=50.0, metavar="GB/S",
@@ -352,12 +377,20 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="for machines")
     doctor.add_argument("--output-dir", type=Path, default=Path("runs"), metavar="DIR",
                         help="where a run would write (%(default)s)")  # fmt: skip
-    return parser
+    return parser, commands.choices
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The arguments of a command, its options before, between or after the others. Exits where they are wrong."""
+    parser, commands = _parsers()
+    if words and words[0] in commands:
+        return commands[words[0]].parse_intermixed_args(words[1:])
+    return parser.parse_args(words)
 
 
 def main() -> None:
     print_warnings_safely()
-    arguments = _parser().parse_args()
+    arguments = parse(sys.argv[1:])
     try:
         arguments.run(arguments)
     except ValueError as error:

@@ -5,9 +5,10 @@ Every field has a type, a range and a line on what it means. A mistake is a `Con
 
 import difflib
 import math
+import re
 from collections.abc import Collection, Iterator, Sequence
 from importlib import resources
-from itertools import pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -704,13 +705,74 @@ class Config(_Section):
         for name in self._unused(given=False):
             section, _, field = name.partition(".")
             del tree[section][field]
-        return yaml.safe_dump(tree, sort_keys=False)
+        return yaml.dump(tree, Dumper=_Dumper, sort_keys=False)
 
 
 def recipe_names() -> list[str]:
     """Recipes that ship with the package."""
     names = (item.name for item in resources.files("egrpo_fast.recipes").iterdir())
     return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose plain scalars are those of YAML 1.2: `1e-4` is a number; `yes`, `010` and `1:30` are text."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if key in keys:
+                raise yaml.constructor.ConstructorError(None, None, f"{key} is given twice", key_node.start_mark)
+            keys.add(key)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes all text that either version of YAML would read as something else."""
+
+
+MOST_VALUES, MOST_LEVELS = 100_000, 50
+"""Of a recipe. Thousands of merge lengths are few, and nothing is nested so deeply."""
+PLAIN = (
+    ("bool", "true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", "[-+]?(0|[1-9][0-9]*)|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+     "-+.0123456789"),
+    ("null", "~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("merge", "<<", "<"),
+)  # fmt: skip
+_Loader.yaml_implicit_resolvers = {}
+for _kind, _pattern, _first in PLAIN:
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern})$"), list(_first))
+    _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern})$"), list(_first))
+
+
+def _number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    return int(loader.construct_scalar(node), 0)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _number)
+
+
+def read_yaml(text: str, where: str) -> Any:
+    """What a YAML text says, by the rules of YAML 1.2. ConfigError, with `where` it stands: it is none, or too much."""
+    try:
+        found = yaml.load(text, _Loader)
+    except RecursionError:
+        raise ConfigError(f"{where}: nested too deeply") from None
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ConfigError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
+    layer = [found]
+    for _ in range(MOST_LEVELS):  # an alias may make a tree of any size, or without end
+        inside = (each.values() if isinstance(each, dict) else each for each in layer if isinstance(each, dict | list))
+        layer = list(islice(chain.from_iterable(inside), MOST_VALUES + 1))
+        if len(layer) > MOST_VALUES:
+            raise ConfigError(f"{where}: more than {MOST_VALUES:,} values")
+    if layer:
+        raise ConfigError(f"{where}: nested too deeply")
+    return found
 
 
 def _read_recipe(recipe: str) -> dict[str, Any]:
@@ -724,10 +786,7 @@ def _read_recipe(recipe: str) -> dict[str, Any]:
             raise ConfigError(f"recipe: cannot read {recipe}: {error.strerror}") from None
     else:
         raise ConfigError(f"recipe: no file and no recipe {recipe!r}; there are: {', '.join(recipe_names())}")
-    try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"recipe: {recipe} is not YAML: {' '.join(str(error).split())}") from None
+    tree = read_yaml(text, f"recipe: {recipe}")
     if not isinstance(tree, dict):
         raise ConfigError(f"recipe: {recipe} must hold a mapping of settings")
     return tree
@@ -743,10 +802,7 @@ def _override(tree: dict[str, Any], assignment: str) -> None:
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
             raise ConfigError(f"{path}: {parent} is a value, not a section")
-    try:
-        node[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise ConfigError(f"{path}: {value!r} is not a YAML value") from None
+    node[leaf] = read_yaml(value, path)
 
 
 def _sections(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -6,13 +6,13 @@ and FLOPs are exact, memory is held against CPU runs (`tests/test_cost.py`); wha
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from egrpo_fast.backbones.weight_files import WeightFiles
-from egrpo_fast.config import Config, FirstBlock, Lora
+from egrpo_fast.config import Config, FirstBlock, Lora, read_yaml
 from egrpo_fast.files import read_text
 from egrpo_fast.methods import plan_of
 from egrpo_fast.plan import Plan
@@ -42,6 +42,29 @@ GPUS = {
     "cpu": Gpu(0.1e12, 16.0 * GIB, 0.02e12, 10e9),
 }
 """Vendors' peaks: SXM modules with NVLink (A100 of 80 GB, B200 of 180 GB), RTX4090 on PCIe 4; a small CPU."""
+UNITS = {"tflops": 1e12, "memory": GIB, "bandwidth": 1e9, "link": 1e9}
+"""What the numbers of a GPU of one's own are given in: TFLOP/s, GiB, GB/s, GB/s; in the order of `Gpu`."""
+
+
+def parse_gpu(text: str) -> tuple[str, Gpu]:
+    """Name and numbers of `NAME`, one of GPUS, or `NAME={tflops: ..., memory: ..., bandwidth: ..., link: ...}`.
+
+    ValueError: it is neither.
+    """
+    name, equals, numbers = text.partition("=")
+    if not equals:
+        if name not in GPUS:
+            told = f"there are {', '.join(GPUS)}; of another give the numbers: {name}={{{': N, '.join(UNITS)}: N}}"
+            raise ValueError(f"--gpu: {name!r} is unknown; {told}")
+        return name, GPUS[name]
+    given = read_yaml(numbers, "--gpu")
+    if not isinstance(given, dict) or given.keys() != UNITS.keys():
+        raise ValueError(f"--gpu: {name}={{{': N, '.join(UNITS)}: N}} is needed, not {numbers!r}")
+    for key, value in given.items():
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e9:
+            raise ValueError(f"--gpu: {key}: {value!r} is no number above 0 and below 1e9")
+    return name, Gpu(*(unit * given[key] for key, unit in UNITS.items()))
+
 
 RESERVE = 2 * GIB
 """Assumed for the CUDA context, NCCL, libraries' workspaces and what the allocator cannot use."""
@@ -269,23 +292,24 @@ def _count(files: WeightFiles) -> int:
 @dataclass(frozen=True)
 class Cluster:
     """gpus: in all, spread evenly over nodes. network: bytes per second and GPU between machines. utilisation: share of
-    the peak FLOP/s that is reached; assumed, not measured."""
+    the peak FLOP/s that is reached; assumed, not measured. own: numbers of a kind that is none of GPUS."""
 
     gpus: int = 8
     nodes: int = 1
     kind: str = "H100"
     utilisation: float = 0.4
     network: float = 50e9
+    own: Gpu | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in GPUS:
-            raise ValueError(f"--gpu: {self.kind!r} is unknown; there are: {', '.join(GPUS)}")
+        if self.own is None:
+            parse_gpu(self.kind)
         if self.gpus < 1 or self.nodes < 1 or self.gpus % self.nodes:
             raise ValueError(f"--nodes: {self.gpus} GPUs cannot be spread evenly over {self.nodes} machines")
 
     @property
     def gpu(self) -> Gpu:
-        return GPUS[self.kind]
+        return self.own or GPUS[self.kind]
 
     @property
     def reserve(self) -> float:
@@ -615,7 +639,7 @@ class Cost:
         for name, value in settings.items():
             if name == "GPUs":
                 count = cluster.gpus * value
-                cluster = Cluster(count, cluster.nodes * value, cluster.kind, cluster.utilisation, cluster.network)
+                cluster = replace(cluster, gpus=count, nodes=cluster.nodes * value)
                 tree["prompts"]["per_iteration"] = max(tree["prompts"]["per_iteration"], count)
             elif name == "rewards.offload":
                 for reward in tree["rewards"]:

@@ -65,11 +65,35 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
     )
 
 
+DEFAULT_PORT = "29500"
+"""Of torch's and DeepSpeed's launchers."""
+
+
 def free_port() -> int:
     """A port of loopback that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def _meeting_port() -> str:
+    """The port where the ranks meet: the launcher's, but never the one that every run of its machine would have.
+
+    The deepspeed launcher says 29500 where it is told none. Where all ranks are on one machine that becomes a free
+    port, which rank 0 finds; of several ranks all take one that follows from their launcher's process, so that they
+    agree without a word and another run has another.
+    """
+    given, size = os.environ.get("MASTER_PORT", DEFAULT_PORT), os.environ["WORLD_SIZE"]
+    if given != DEFAULT_PORT:
+        return given
+    if size == "1":
+        return str(free_port())
+    if os.environ.get("LOCAL_SIZE") != size:  # several machines, or another launcher
+        return given
+    launcher = os.getppid()
+    with contextlib.suppress(OSError, IndexError):  # numbers of processes come again: since when it runs
+        launcher += int(Path(f"/proc/{launcher}/stat").read_text().rpartition(")")[2].split()[19])
+    return str(20000 + launcher % 10000)
 
 
 class World:
@@ -79,17 +103,17 @@ class World:
     """
 
     def __init__(self, timeout: float = 7200.0) -> None:
+        lacking = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR") if name not in os.environ]
+        if lacking and os.environ.get("WORLD_SIZE", "1") != "1":
+            raise ValueError(f"WORLD_SIZE: {os.environ['WORLD_SIZE']} ranks, but {', '.join(lacking)} is not set")
         for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("MASTER_ADDR", "127.0.0.1")):
             os.environ.setdefault(name, str(value))
-        alone = os.environ["WORLD_SIZE"] == "1"  # then a fixed port would meet that of another run on this machine
-        os.environ.setdefault("MASTER_PORT", str(free_port() if alone else 29500))
+        os.environ["MASTER_PORT"] = _meeting_port()
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         else:
             self.device = torch.device("cpu")
-            if "OMP_NUM_THREADS" not in os.environ:
-                torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // self.local_size))
         # For CPU ranks DeepSpeed would now compile a reduction for inference, for a minute. ZeRO does not call it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(
@@ -100,11 +124,16 @@ class World:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         # What ranks agree on between model calls goes from host to host: no device waits for it.
         self._hosts: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
-
-    @property
-    def local_size(self) -> int:
+        self.local_size = self._ranks_here()
         """Ranks on this machine."""
-        return int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
+        if self.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // self.local_size))
+
+    def _ranks_here(self) -> int:
+        """Counted by name of machine: every launcher has a variable of its own for it, and some have none."""
+        names: list[Any] = [None] * self.size
+        dist.all_gather_object(names, socket.gethostname(), group=self._hosts)
+        return names.count(socket.gethostname())
 
     @property
     def is_main(self) -> bool:

@@ -17,10 +17,13 @@ and position mod 4 selects the output (see `kernels/reference/philox.py` for the
 Every backend takes the same bits: equal integers, normals equal to rounding. Nothing else in a run draws normals.
 """
 
-import torch
-from torch import Tensor
+from __future__ import annotations
 
-from egrpo_fast.kernels.reference.philox import philox_normal
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # who only plans needs the words of streams, and does not wait for torch
+    import torch
+    from torch import Tensor
 
 INITIAL = 0xFFFF
 """Step word of the noise that a training prompt's trajectories start from."""
@@ -36,6 +39,8 @@ def draw_word(step: int, sample: int) -> int:
 
 def streams(iteration: int, prompts: Tensor, draws: Tensor) -> Tensor:
     """Counter words 1 to 3 of every (prompt, draw): prompts int64 [P], draws int64 [G] of `draw_word`s -> [P, G, 3]."""
+    import torch
+
     prompt, draw = torch.broadcast_tensors(prompts[:, None], draws[None, :])
     return torch.stack((torch.full_like(prompt, iteration), prompt, draw), dim=-1)
 
@@ -45,11 +50,19 @@ def initial_noise(
     iteration: int,
     prompts: Tensor,
     shape: tuple[int, ...],
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     step: int = INITIAL,
     sample: int = 0,
 ) -> Tensor:
-    """`x_1 ~ N(0, I)` of every prompt. prompts int64 [P]; shape: (tokens, channels). Returns [P, *shape]."""
+    """`x_1 ~ N(0, I)` of every prompt. prompts int64 [P]; shape: (tokens, channels). dtype: else float32.
+
+    Returns [P, *shape].
+    """
+    import torch
+
+    from egrpo_fast.kernels.reference.philox import philox_normal
+
     draws = torch.full((1,), draw_word(step, sample), device=prompts.device)
     numel = torch.Size(shape).numel()
-    return philox_normal(streams(iteration, prompts, draws)[:, 0], numel, seed, dtype).reshape(-1, *shape)
+    normals = philox_normal(streams(iteration, prompts, draws)[:, 0], numel, seed, dtype or torch.float32)
+    return normals.reshape(-1, *shape)

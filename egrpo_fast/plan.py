@@ -6,17 +6,20 @@ so a step is one batched model call, whatever the number of branches. A method i
 (`methods.py`); `Draft` is what it draws with.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, pairwise
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from egrpo_fast.noise import draw_word
 from egrpo_fast.schedule import AffineStep, Schedule, Solver
-from egrpo_fast.transfer import on_device
+
+if TYPE_CHECKING:  # a plan is integers: only its tables and the scores of its pictures are tensors
+    import torch
+    from torch import Tensor
 
 ANCHOR = 0
 """The row that a plan's first trajectory lives in."""
@@ -220,6 +223,10 @@ class Plan:
 
     def by_group(self, values: Tensor) -> tuple[Tensor, ...]:
         """[K, P, pictures] -> per group [K V, P, G]: each sample's mean over its pictures; V views vary fastest."""
+        import torch
+
+        from egrpo_fast.transfer import on_device
+
         place = {row: i for i, row in enumerate(self.picture_rows)}
         result = []
         for group in self.groups:
@@ -232,6 +239,8 @@ class Plan:
         """Scores [P, pictures] -> per group bool [P, G]: samples that led to one of the `extremes`. None: all train."""
         if not self.extremes:
             return (None,) * len(self.groups)
+        import torch
+
         order = scores.argsort(-1)
         chosen = torch.cat((order[:, : self.extremes], order[:, -self.extremes :]), -1)
         kept = torch.zeros_like(scores).scatter(-1, chosen, 1.0)
@@ -276,6 +285,10 @@ class Plan:
         device: torch.device | str,
         dtype: torch.dtype,
     ) -> WaveTable:
+        import torch
+
+        from egrpo_fast.transfer import on_device
+
         edges = [(slot, edge) for slot in range(num_prompts) for edge in wave.edges]
         degrees = [sum(edge.source == source for edge in wave.edges) for source in wave.sources]
         mirrored = [

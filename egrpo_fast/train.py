@@ -1,4 +1,4 @@
-"""The entry: `deepspeed egrpo_fast/train.py RECIPE [key.path=value ...]`."""
+"""What every rank runs: `egrpo train` starts it, or `deepspeed egrpo_fast/train.py RECIPE [key.path=value ...]`."""
 
 import os
 import sys
@@ -40,6 +40,18 @@ def check_ranks(config: Config, world_size: int) -> None:
         )
 
 
+MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+"""Where mpirun and srun say how many processes they started; which of them each is, torch reads elsewhere."""
+
+
+def check_launcher() -> None:
+    """ConfigError where this is one of several processes that do not know of each other: each would train alone."""
+    started = next((name for name in MPI_SIZES if os.environ.get(name, "1") != "1"), None)
+    if started and "RANK" not in os.environ:
+        told = "set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, or start by `egrpo train` or torchrun"
+        raise ConfigError(f"{started}: {os.environ[started]} processes were started without ranks; {told}")
+
+
 def check_inputs(config: Config) -> tuple[Sequence[str], Sequence[str]]:
     """Everything that can be checked without weights and other ranks: ValueError names what the user must mend.
 
@@ -55,6 +67,7 @@ def check_inputs(config: Config) -> tuple[Sequence[str], Sequence[str]]:
             read_split(getattr(config.prompts, split), split, config.prompts.column) for split in PROMPTS
         )
     world_size = int(os.environ.get("WORLD_SIZE", 1))
+    check_launcher()
     check_output(config)
     check_ranks(config, world_size)
     if config.optimizer.name == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = [  # from the top; a room imports from rooms below it and from itself, never from its own floor or above
     ("train", "cli"),
     ("run_folder",),
-    ("trainer", "evaluation", "fidelity", "reward_server", "encoding", "cost", "doctor"),
+    ("trainer", "evaluation", "fidelity", "reward_server", "encoding", "cost", "doctor", "launch"),
     ("report",),
     ("sampler",),
     ("tail_check", "progress"),

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from egrpo_fast.cli import _parser
+from egrpo_fast.cli import parse
 from egrpo_fast.config import Config, _field_names, load_config
 from egrpo_fast.config_reference import reference
 from egrpo_fast.schedule import make_schedule
@@ -28,7 +28,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`([^`]+)`")
 LINK = re.compile(r"\[[^\]]*\]\(([^)]+)\)")
-COMMAND = re.compile(r"(?:^|[;&|]\s*|\bdo\s+)(?:\w+=\S+\s+)*((?:egrpo|deepspeed|make|python|pytest)\s[^;&|]*)")
+COMMAND = re.compile(r"(?:^|[;&|]\s*|\bdo\s+)(?:\w+=\S+\s+)*((?:egrpo|make|python|pytest)\s[^;&|]*)")
 DOTTED = re.compile(r"(?<![\w/.])(\w+)\.(\w+)((?:\.\w+)*)(?![\w*/])")
 PHASES = ("rollout", "decode", "rewards", "update")
 SUFFIXES = {"py", "md", "txt", "json", "jsonl", "yaml", "html", "csv", "cu", "h"}
@@ -144,12 +144,9 @@ def check_command(words):
     """Whether the program would take these arguments. AssertionError, ConfigError, or SystemExit of its parser."""
     program, *arguments = words
     if program == "egrpo":
-        parsed = _parser().parse_args(arguments)
-        if arguments[0] == "plan":
+        parsed = parse(arguments)
+        if arguments[0] in ("plan", "train"):
             load_config(parsed.recipe, parsed.overrides)
-    elif program == "deepspeed":
-        assert arguments[0] == "egrpo_fast/train.py"
-        load_config(arguments[1], arguments[2:])
     elif program == "make":
         values = dict(word.split("=", 1) for word in arguments if "=" in word)
         targets = " ".join(re.findall(r"^([a-z -]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)).split()
@@ -182,7 +179,7 @@ def test_what_is_named_in_passing_exists(page):
         program, *words = span.split()
         if program == "egrpo" and words:
             with contextlib.redirect_stdout(io.StringIO()) as told, pytest.raises(SystemExit) as ended:
-                _parser().parse_args([words[0], "--help"])
+                parse([words[0], "--help"])
             assert ended.value.code == 0, f"{span}: no such command"
             assert all(word in told.getvalue() for word in words if word.startswith("--")), f"{span}: no such option"
         elif (program == "make" and words) or re.match(r"python (-m \w|benchmarks/)", span):

@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from egrpo_fast.checkpoint import CheckpointReader, Checkpoints
 from egrpo_fast.config import Optimizer
-from egrpo_fast.engine import free_port, learning_rate_factor
+from egrpo_fast.engine import World, free_port, learning_rate_factor
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -197,6 +198,38 @@ def test_a_load_that_hangs_ends_and_names_rank_and_parameter():
     assert all(re.search(named, text) for text in told), told
 
 
+def count():
+    """Two ranks, which torchrun started on a machine each."""
+    from egrpo_fast.engine import World
+
+    socket.gethostname = lambda: f"machine-{os.environ['RANK']}" if sys.argv[2] == "apart" else "one"
+    print("ranks here", World().local_size)
+
+
+@pytest.mark.parametrize(("machines", "expected"), [("apart", "1"), ("together", "2")])
+def test_the_ranks_of_a_machine_are_counted_whoever_started_them(machines, expected):
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **world, "LOCAL_WORLD_SIZE": expected}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, __file__, "count", machines], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank if expected == "2" else 0)},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    told = [rank.communicate(timeout=120)[0].splitlines()[-1] for rank in ranks]
+    assert told == [f"ranks here {expected}"] * 2
+
+
+@pytest.mark.parametrize("lacking", ["RANK", "LOCAL_RANK", "MASTER_ADDR"])
+def test_a_world_that_is_told_by_half_is_refused(lacking, monkeypatch):
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv(lacking)
+    with pytest.raises(ValueError, match=f"WORLD_SIZE: 2 ranks, but {lacking} is not set"):
+        World()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
@@ -253,7 +286,8 @@ def test_the_learning_rate(settings, expected):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["stall"]:
-        stall()
+    if sys.argv[1] in ("stall", "count"):
+        {"stall": stall, "count": count}[sys.argv[1]]()
+        raise SystemExit
     folder, stage, *overrides = (argument for argument in sys.argv[1:] if not argument.startswith("--local_rank"))
     main(Path(folder), int(stage), *overrides)

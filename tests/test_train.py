@@ -29,13 +29,12 @@ TINY = [
     "evaluation.num_prompts=5", "evaluation.prompts_per_call=2", "evaluation.num_steps=4", "optimizer.warmup_steps=1",
     "checkpoint.every=2", "tail.stride=2", "tail.solver=ab2", "tail.check_every=3", "tail.target=0.01",
 ]  # fmt: skip
-LAUNCHER = [sys.executable, "-m", "deepspeed.launcher.runner"]
 
 
-def command(output, *overrides, ranks=1, port=29611):
-    """`deepspeed --num_gpus RANKS egrpo_fast/train.py shapes ...`, one thread per rank."""
-    launcher = [*LAUNCHER, "--num_gpus", str(ranks), "--master_port", str(port)]
-    arguments = [*launcher, "egrpo_fast/train.py", "shapes", *TINY, f"output_dir={output}", *overrides]
+def command(output, *overrides, ranks=1):
+    """`egrpo train shapes ...`, one thread per rank."""
+    egrpo = [sys.executable, "-m", "egrpo_fast.cli", "train", "shapes"]
+    arguments = [*egrpo, *TINY, "--num_gpus", str(ranks), f"output_dir={output}", *overrides]
     return {"args": arguments, "cwd": ROOT, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
 
 
@@ -86,7 +85,7 @@ def test_the_ratio_is_one_before_the_first_update(tmp_path):
     run = launch(
         tmp_path / "steps", "objective.optimizer_step=active_step", "rollout.micro_batch=5", "iterations=2",
         "rollout.group_size=6", "tail.stride=1", "tail.cache.name=first_block", "tail.cache.threshold=1000",
-        "tail.check_every=1", "tail.target=0.999", port=29614,
+        "tail.check_every=1", "tail.target=0.999",
     )  # fmt: skip
     approximated, exact = metrics(run)[0]
     assert approximated["tail/exact"] == 1 and approximated["tail/rank_correlation"] < 0.999, "given up at once"
@@ -101,7 +100,7 @@ def test_two_ranks_equal_one(rollout_weights, uninterrupted, tmp_path):
     """The same prompts, dealt to two ranks: the same rewards, and the same weights to float32 tolerance. However the
     rollout finds its weights."""
     both = launch(tmp_path / "two", f"rollout.weights={rollout_weights}", "deepspeed.overrides="
-                  "{zero_optimization: {stage3_param_persistence_threshold: 0}}", ranks=2, port=29612)  # fmt: skip
+                  "{zero_optimization: {stage3_param_persistence_threshold: 0}}", ranks=2)  # fmt: skip
     for ours, theirs in zip(metrics(uninterrupted)[0], metrics(both)[0], strict=True):
         assert ours["reward/shapes_soft"] == pytest.approx(theirs["reward/shapes_soft"], rel=1e-5)
     for ours, theirs in zip(metrics(uninterrupted)[1], metrics(both)[1], strict=True):
@@ -116,7 +115,7 @@ def test_killed_and_resumed_equals_uninterrupted(uninterrupted, tmp_path):
     """SIGKILL to the whole run once a checkpoint is there, wherever it then is; then `resume=true`."""
     run = tmp_path / "run"
     with subprocess.Popen(
-        **command(run, port=29613), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        **command(run), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     ) as process:
         deadline = time.monotonic() + 300
         while not Checkpoints(run / "checkpoints").newest():
@@ -125,7 +124,7 @@ def test_killed_and_resumed_equals_uninterrupted(uninterrupted, tmp_path):
         for child in psutil.Process(process.pid).children(recursive=True):
             child.kill()
         process.kill()
-    resumed = launch(run, "resume=true", port=29615)
+    resumed = launch(run, "resume=true")
     assert metrics(resumed)[0] == metrics(uninterrupted)[0]
     assert metrics(resumed)[1] == metrics(uninterrupted)[1]
     one, two = weights(uninterrupted), weights(resumed)
@@ -414,10 +413,10 @@ def test_the_command_tells_one_line_and_fails():
 )
 def test_a_plan_that_changes_over_training(overrides, tmp_path):
     """The ratio starts at 1 under every iteration's plan; a resumed run goes on with the plan it would have had."""
-    run = launch(tmp_path / "whole", *overrides, port=29621)
+    run = launch(tmp_path / "whole", *overrides)
     lines = metrics(run)[0]
     assert all(line["log_ratio_before_update"] == 0.0 < line["grad_norm"] for line in lines)
     assert len({tuple(line["spread_by_step"]["shapes_soft"]) for line in lines}) > 1, "other steps are trained"
-    resumed = launch(tmp_path / "resumed", *overrides, "iterations=2", port=29622)
-    launch(resumed, *overrides, "resume=true", port=29622)
+    resumed = launch(tmp_path / "resumed", *overrides, "iterations=2")
+    launch(resumed, *overrides, "resume=true")
     assert metrics(resumed)[0] == lines

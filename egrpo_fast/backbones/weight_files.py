@@ -1,15 +1,18 @@
 """A model's safetensors files, one or several with an index: checked by their headers, read one tensor at a time."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
 import struct
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+if TYPE_CHECKING:  # headers alone tell the shapes, and do not wait for torch
+    from safetensors import safe_open
+    from torch import Tensor
 
 from egrpo_fast.files import read_text
 
@@ -94,6 +97,8 @@ class WeightFiles:
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU, in the file's dtype. One file is open at a time: read in the files' order."""
+        from safetensors import SafetensorError, safe_open
+
         path, _ = self._where[name]
         try:
             if self._open is None or self._open[0] != path:
@@ -135,6 +140,8 @@ def _sample(path: Path, offset: int, size: int) -> bytes:
 
 def new_adapter(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     """A new LoRA factor: A uniform in `+-sqrt(1 / in)` (Kaiming, a = sqrt 5), B zero. A function of (seed, name)."""
+    import torch
+
     if ".lora_B." in name:
         return torch.zeros(shape)
     word = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little")
