@@ -141,6 +141,9 @@ def _device(asked: str | None) -> str:
 SETTINGS = ("height", "width", "num_steps", "guidance", "shift", "max_sequence_length", "dtype", "seed")
 
 
+TRUST = "let the run's own config.yaml name rewards that run Python code, or send pictures and a token to a server"
+
+
 def _evaluate(arguments: argparse.Namespace) -> None:
     # Mistakes in what is quick to read are told before the seconds that diffusers takes to import.
     from egrpo_fast.prompts import read_prompts
@@ -157,12 +160,12 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     models = evaluation.find_models(arguments.models)
     asked = {name: value for name in SETTINGS if (value := getattr(arguments, name)) is not None}
     settings = evaluation.Settings(prompts, **evaluation.default_settings(models[0]) | asked)
+    rewards = rewards or evaluation.default_rewards(models, arguments.trust_run)
     device = _device(arguments.device)
     print(settings)
     told = evaluation.evaluate(
-        models, settings, rewards or evaluation.default_rewards(models), arguments.out, arguments.batch, device,
-        arguments.part, arguments.page_prompts,
-    )  # fmt: skip
+        models, settings, rewards, arguments.out, arguments.batch, device, arguments.part, arguments.page_prompts
+    )
     whole = "table.md, scores.parquet, page.html, and the pictures in models/"
     print(f"\n{told}\n{arguments.out}: {whole if arguments.part is None else 'the pictures of this part in models/'}")
 
@@ -218,7 +221,7 @@ def _fidelity(arguments: argparse.Namespace) -> None:
 
     told = fidelity(
         arguments.recipe, arguments.overrides, arguments.tails or (), arguments.target, arguments.num_prompts,
-        arguments.checkpoint, _device(arguments.device), arguments.json,
+        arguments.checkpoint, _device(arguments.device), arguments.json, arguments.trust_run,
     )  # fmt: skip
     print(f"\n{told}", end="")
 
@@ -298,6 +301,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     add("--num-prompts", type=_number(1), metavar="N", help="only the first N of them")
     add("--rewards", nargs="+", action="extend", metavar="NAME[={...}]",
         help="with options as YAML; none given: the run's own and, for FLUX, the paper's four")  # fmt: skip
+    add("--trust-run", action="store_true", help=TRUST)
     add("--out", type=Path, default=Path("runs/evaluation"), metavar="DIR",
         help="continued where it already holds this evaluation (%(default)s)")  # fmt: skip
     protocol = evaluate.add_argument_group("how pictures are made", "FLUX's default; a Shapes model has its own")
@@ -357,6 +361,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         help="rank correlation within groups (%(default)s)")  # fmt: skip
     add("--num-prompts", type=_number(1), default=8, metavar="N", help="from the run's order (%(default)s)")
     add("--checkpoint", default="newest", metavar="WHICH", help="newest, best, or an iteration (%(default)s)")
+    add("--trust-run", action="store_true", help=TRUST)
     add("--device", help="(cuda where there is one, else cpu)")
     add("--json", type=Path, metavar="FILE", help="write the figures there as well")
 

@@ -363,6 +363,13 @@ class Reward(_Section):
     options: dict[str, Any] = {}
     """Arguments of that reward."""
 
+    @field_validator("name")
+    @classmethod
+    def _printable(cls, name: str) -> str:
+        if not name.isprintable():
+            raise ValueError("a name of printable characters is expected")
+        return name
+
 
 class Objective(_Section):
     mix: Literal["reward", "advantage"] = "reward"

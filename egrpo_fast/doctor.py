@@ -30,6 +30,7 @@ from egrpo_fast.methods import e_grpo
 from egrpo_fast.noise import draw_word, streams
 from egrpo_fast.rollout import NoiseKey, Wavefront
 from egrpo_fast.schedule import make_schedule
+from egrpo_fast.telling import printable
 
 OK, WARNING, FAILED = "ok", "warning", "FAILED"
 GIB = 2**30
@@ -428,7 +429,9 @@ def examine(output_dir: Path) -> Iterator[Finding]:
     ]  # fmt: skip
     for look, arguments in looks:
         for finding in guarded(look.__name__.replace("_", " "), look, *arguments):
-            yield replace(finding, value=" ".join(scrub(finding.value).split()), remedy=scrub(finding.remedy))
+            yield replace(
+                finding, value=printable(" ".join(scrub(finding.value).split())), remedy=scrub(finding.remedy)
+            )
 
 
 def main(output_dir: Path, as_json: bool) -> int:

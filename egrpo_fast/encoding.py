@@ -17,6 +17,7 @@ from egrpo_fast.config import load_config
 from egrpo_fast.embeddings import EmbeddingWriter, Index
 from egrpo_fast.prompts import read_prompts
 from egrpo_fast.shapes import EMBEDDED, PROMPTS, pipeline_path
+from egrpo_fast.telling import printable
 
 
 class _Joined(Sequence[str]):
@@ -82,7 +83,7 @@ def encode(
     """
     prompts, told = read_all(files, column)
     for warning in told:
-        print(f"warning: {warning}")
+        print(printable(f"warning: {warning}"))
     path = resolve(pipeline_path(model))
     if not path.is_dir():
         raise ValueError(f"model.path: no folder {path}; that of a FLUX pipeline in diffusers' layout is expected")
@@ -97,7 +98,7 @@ def encode(
     )  # fmt: skip
     with EmbeddingWriter(out, index, shard_bytes, verify) as writer:
         if writer.dropped:
-            print(f"warning: damaged, to be made again: {', '.join(writer.dropped)}")
+            print(printable(f"warning: damaged, to be made again: {', '.join(writer.dropped)}"))
         places = writer.missing(prompts)
         print(f"{len(prompts):,} prompts: {len(places):,} to encode, the others are there already or repeated")
         if not len(places):

@@ -36,11 +36,11 @@ from egrpo_fast import noise, ops
 from egrpo_fast.backbones.flux import FluxBackbone
 from egrpo_fast.backbones.flux_folder import check_folder, resolve
 from egrpo_fast.backbones.identity import TRAINED, base_of, differing, identity
-from egrpo_fast.config import Reward, load_config
+from egrpo_fast.config import CONFIG_FILE, Reward, load_config
 from egrpo_fast.files import read_text
 from egrpo_fast.page import Shown, Table, write_page
 from egrpo_fast.plan import ode_plan
-from egrpo_fast.rewards import check_reward, make_reward, score, try_reward
+from egrpo_fast.rewards import check_reward, make_reward, require_trust, score, try_reward
 from egrpo_fast.rollout import NoiseKey, Wavefront
 from egrpo_fast.schedule import make_schedule
 from egrpo_fast.shapes import EMBEDDED, PIPELINE
@@ -133,7 +133,7 @@ def find_model(given: str) -> Model:
             except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
                 raise ValueError(f"models: {config} cannot be read: {' '.join(str(error).split())}") from None
     label = label or Path(path).name
-    if not label or label != Path(label).name or label.startswith("."):
+    if not label or label != Path(label).name or label.startswith(".") or not label.isprintable():
         raise ValueError(f"models: {label!r} is no name for a folder; give LABEL=PATH")
     return Model(label, path, rewards, run)
 
@@ -175,9 +175,16 @@ def default_settings(model: Model) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def default_rewards(models: Sequence[Model]) -> list[Reward]:
-    """The first run's own rewards, and for FLUX the paper's four columns with that run's options."""
-    ran = next((model.rewards for model in models if model.rewards), ())
+def default_rewards(models: Sequence[Model], trust_run: bool = False) -> list[Reward]:
+    """The first run's own rewards, and for FLUX the paper's four columns with that run's options.
+
+    ValueError where that run's file names rewards that need the user's trust (`require_trust`), and trust_run is not
+    set.
+    """
+    first = next((model for model in models if model.rewards), None)
+    ran = first.rewards or () if first else ()
+    if first and first.run and not trust_run:
+        require_trust((reward.name for reward in ran), first.run / CONFIG_FILE)
     if models[0].is_shapes:
         return list(ran) or list(load_config("shapes").rewards)
     names = {reward.name for reward in ran}

@@ -29,7 +29,7 @@ from egrpo_fast.objective import Objective
 from egrpo_fast.page import Table
 from egrpo_fast.plan import tail_grid
 from egrpo_fast.prompts import Prompt, PromptOrder, read_split
-from egrpo_fast.rewards import check_reward, make_reward, score, try_reward
+from egrpo_fast.rewards import check_reward, make_reward, require_trust, score, try_reward
 from egrpo_fast.rollout import NoiseKey, TailVelocity, Wavefront
 from egrpo_fast.shapes import pipeline_path
 from egrpo_fast.tail_check import Comparison, compare
@@ -278,12 +278,14 @@ def fidelity(
     checkpoint: str = "newest",
     device: str = "cpu",
     out: Path | None = None,
+    trust_run: bool = False,
 ) -> str:
     """Measure tails against the exact one and suggest a setting; returns a table. ValueError: what the user must mend.
 
     recipe: one, or a run's folder, whose `checkpoint` is then the policy. tails: settings each, as on the command line;
     none given: strides, solvers and caches. The prompts are the first `num_prompts` of the run's own order; what is
-    suggested was measured once more on the next ones. out: also write everything there as JSON.
+    suggested was measured once more on the next ones. out: also write everything there as JSON. trust_run: the run's
+    own rewards may run code, and send pictures and a token elsewhere; so may those that `overrides` name.
     """
     reader = None
     with ExitStack() as stack:
@@ -294,6 +296,8 @@ def fidelity(
             reader = stack.enter_context(open_checkpoint(run, checkpoint))
             check_sound(reader.path)
         config = load_config(recipe, overrides)
+        if reader and not trust_run and not any(given.startswith("rewards=") for given in overrides):
+            require_trust((reward.name for reward in config.rewards if reward.weight), run / CONFIG_FILE)
         candidates = list(tails) or _candidates(config)
         configs = [load_config(recipe, [*overrides, *settings.split()]) for settings in candidates]
         if not plan_of(config.with_tail(), 0).tail_evaluations or not configs:

@@ -24,6 +24,8 @@ from types import TracebackType
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from egrpo_fast.telling import printable
+
 EXIT_CODE = os.EX_TEMPFAIL
 """Of a process that the heartbeat ends: 75, nothing is wrong with the settings, the run may be resumed."""
 HUSH = 2
@@ -331,4 +333,4 @@ class Heartbeat:
 def _tell(text: str) -> None:
     """To the descriptor itself: sys.stderr may be captured, or locked by the thread that hangs."""
     with suppress(OSError):
-        os.write(2, f"\n[heartbeat] {text}\n".encode(errors="replace"))
+        os.write(2, f"\n[heartbeat] {printable(text)}\n".encode())

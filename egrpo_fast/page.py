@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from egrpo_fast.telling import printable
+
 
 @dataclass(frozen=True)
 class Table:
@@ -40,7 +42,7 @@ class Table:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    return printable(text.replace("|", "\\|").replace("\n", " "))
 
 
 @dataclass(frozen=True)

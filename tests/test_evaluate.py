@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import socket
+import sys
 from html.parser import HTMLParser
 
 import pyarrow.parquet
@@ -189,6 +191,73 @@ def test_models_that_cannot_be_compared(trained, tmp_path):
         evaluation.find_models([str(unfinished)])
     with pytest.raises(ValueError, match="some are of the Shapes world"):
         evaluation.find_models(["shapes", "black-forest-labs/FLUX.1-dev"])
+
+
+STRANGE = "from pathlib import Path\nPath(__file__).with_name('it_ran').touch()\ndef it(images, prompts): 1 / 0\n"
+
+
+@pytest.fixture
+def strangers(trained, tmp_path, monkeypatch):
+    """A run's folder from somebody else, and a way to say which rewards its file names."""
+    (tmp_path / "strangers_code.py").write_text(STRANGE)
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = tmp_path / "strangers"
+    shutil.copytree(trained, folder)
+
+    def named(rewards):
+        (folder / "config.yaml").write_text(f"rewards: {rewards}\n")
+        return folder
+
+    yield named
+    sys.modules.pop("strangers_code", None)
+
+
+def alone(folder, out, *more):
+    return command(folder, out, *more)[1:]  # the embedded pipeline would bring rewards of its own
+
+
+@pytest.mark.parametrize("part", [(), ("--part", "0/2")])
+def test_a_strangers_folder_runs_no_code_and_sends_nothing(strangers, tmp_path, monkeypatch, part):
+    """It is data, until the user says --trust-run or names the rewards."""
+    monkeypatch.setenv("EGRPO_REWARD_TOKEN", "a-secret")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setblocking(False)
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        http = f"{{name: http/x, options: {{reward: x, url: '{url}', retries: 0, timeout: 0.1}}}}"
+        for rewards, wary in (
+            (f"[{{name: shapes_soft}}, {http}]", "http/x"),
+            ("[{name: 'strangers_code:it'}, {name: clip, options: {model: shapes}}]", "strangers_code:it"),
+        ):
+            told = (
+                f"error: rewards: .*strangers/config.yaml asks for {wary}. .*--trust-run; or name the rewards yourself"
+            )
+            with pytest.raises(SystemExit, match=told):
+                run(monkeypatch, *alone(strangers(rewards), tmp_path / "out", *part))
+        assert not (tmp_path / "it_ran").exists() and not (tmp_path / "out").exists()
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+
+
+def test_with_the_users_word_a_runs_own_rewards_are_used(strangers, tmp_path, monkeypatch):
+    """And a mistake in one is told, with its line, before anything is drawn."""
+    folder = strangers("[{name: 'strangers_code:it'}]")
+    run(monkeypatch, *alone(folder, tmp_path / "named", "--rewards", "shapes_soft"))
+    assert not (tmp_path / "it_ran").exists()
+    for more in (["--trust-run"], ["--rewards", "strangers_code:it"]):
+        told = r"(?s)Traceback.*strangers_code.py.*error: .* ZeroDivisionError: .* \(strangers_code.py, line 3\)"
+        with pytest.raises(SystemExit, match=told):
+            run(monkeypatch, *alone(folder, tmp_path / "trusted", *more))
+    assert (tmp_path / "it_ran").exists() and not list((tmp_path / "trusted").rglob("*.png"))
+
+
+def test_a_name_that_a_terminal_would_obey_is_none(strangers, tmp_path):
+    folder = strangers('[{name: "jpeg/\\e[2J"}]')
+    with pytest.raises(ValueError, match="config.yaml cannot be read: .* a name of printable characters"):
+        evaluation.find_model(str(folder))
+    strangers("[{name: jpeg}]")
+    moved = folder.rename(tmp_path / "a\x1b[2J")
+    with pytest.raises(ValueError, match="is no name for a folder; give LABEL=PATH"):
+        evaluation.find_model(str(moved / "pipeline"))
 
 
 def test_weights_that_changed_since_are_refused(evaluated, trained, tmp_path, monkeypatch):

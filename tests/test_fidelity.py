@@ -157,6 +157,25 @@ def test_a_run_whose_model_has_changed_is_not_measured(tmp_path):
         fidelity(str(run), SMALL, ["tail.stride=2"], num_prompts=1)
 
 
+def test_a_strangers_run_runs_no_code(tmp_path, monkeypatch):
+    (tmp_path / "fidelitys_stranger.py").write_text(
+        "from pathlib import Path\nPath(__file__).with_name('it_ran').touch()\ndef it(images, prompts): 1 / 0\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    run = tmp_path / "run"
+    checkpoints = Checkpoints(run / CHECKPOINTS, 0, 1, asynchronous=False)
+    checkpoints.save(1, [Piece("a", "weight", 0, (1,), torch.ones(1))], {}, {}, "test")
+    strange = "rewards=[{name: 'fidelitys_stranger:it'}]"
+    (run / CONFIG_FILE).write_text(load_config("shapes", [f"output_dir={run}", strange]).yaml())
+    (run / RUN_FILE).write_text(json.dumps({"base": identity(PIPELINE)}))
+    with pytest.raises(ValueError, match="rewards: .*config.yaml asks for fidelitys_stranger:it.*--trust-run"):
+        fidelity(str(run), SMALL, ["tail.stride=2"], num_prompts=1)
+    assert not (tmp_path / "it_ran").exists()
+    for overrides, trust_run in (([], True), ([strange], False)):
+        with pytest.raises(ValueError, match="fidelitys_stranger:it: ZeroDivisionError"):
+            fidelity(str(run), [*SMALL, *overrides], ["tail.stride=2"], num_prompts=1, trust_run=trust_run)
+
+
 def test_what_the_command_refuses(tmp_path):
     with pytest.raises(ValueError, match="tails: 'schedule.eta=1' changes more than tail"):
         fidelity("shapes", tails=["schedule.eta=1"])

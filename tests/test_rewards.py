@@ -1,7 +1,10 @@
 """The rewards' common contract: what is found, what is refused by name, what is dropped, batches, caches, dtypes."""
 
+import contextlib
+import json
 import os
 import re
+import shutil
 import sys
 import types
 from asyncio import CancelledError
@@ -227,6 +230,32 @@ def test_weights_of_another_model_are_refused(tmp_path):
     save_file(weights, tmp_path / "tiny.safetensors")
     with pytest.raises(ValueError, match="rewards.hps: .*another model or version: .* missing .* of another shape"):
         make_reward("hps", {"weights": str(tmp_path / "tiny.safetensors"), "model": "ViT-S-32-alt"})
+
+
+def test_a_models_tokenizer_runs_no_code(tmp_path):
+    """Though its own settings ask for it, twice over."""
+    folder, ran = tmp_path / "model", tmp_path / "it_ran"
+    shutil.copytree(CLIP, folder)
+    (folder / "strange.py").write_text(
+        f"open({str(ran)!r}, 'w')\nfrom transformers import PreTrainedTokenizerFast as Strange\n"
+    )
+    for name, place, more in (
+        (
+            "tokenizer_config.json",
+            (),
+            {"tokenizer_class": "Strange", "auto_map": {"AutoTokenizer": ["strange.Strange"] * 2}},
+        ),
+        ("open_clip_config.json", ("model_cfg", "text_cfg"), {"tokenizer_kwargs": {"trust_remote_code": True}}),
+    ):
+        settings = json.loads((folder / name).read_text())
+        found = settings
+        for key in place:
+            found = found[key]
+        found |= more
+        (folder / name).write_text(json.dumps(settings))
+    with contextlib.suppress(ValueError):
+        make_reward("clip", {"model": f"local-dir:{folder}"})
+    assert not ran.exists()
 
 
 # Pictures and scores during a run

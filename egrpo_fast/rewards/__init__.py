@@ -8,10 +8,11 @@ import inspect
 import os
 import pickle
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ __all__ = [
     "check_reward",
     "fill_dropped",
     "make_reward",
+    "require_trust",
     "score",
     "score_or_nan",
     "try_reward",
@@ -102,6 +104,17 @@ def _bind(reward: Any, options: Mapping[str, Any]) -> None:
         inspect.signature(reward).bind(**options, device="cpu")
     else:
         inspect.signature(reward).bind("images", "prompts", **options)
+
+
+def require_trust(names: Iterable[str], file: Path) -> None:
+    """ValueError where a file that may be a stranger's names rewards that run code, or send pictures and a token."""
+    kinds = {name: name.partition("/")[0] for name in names}
+    if wary := [name for name, kind in kinds.items() if kind == "http" or kind not in REGISTRY]:
+        raise ValueError(
+            f"rewards: {file} asks for {', '.join(wary)}. Such a reward runs Python code from your disk, or sends "
+            "pictures and your token to an address in that file. If you trust the file, add --trust-run; or name the "
+            "rewards yourself on the command line"
+        )
 
 
 def check_reward(name: str, options: Mapping[str, Any], prompts: Sequence[str], height: int, width: int) -> None:

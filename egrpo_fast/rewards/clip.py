@@ -38,6 +38,13 @@ class OpenClipCosine(Scorer):
         return (F.normalize(self.network.encode_image(pictures).float(), dim=-1) * features).sum(-1)
 
 
+def tokenizer_of(model: str) -> Callable[[list[str]], Tensor]:
+    """The tokenizer of an open_clip model, which runs no code of the model's folder, though its settings ask for it."""
+    text = (open_clip.get_model_config(model) or {}).get("text_cfg", {})
+    refused = {"trust_remote_code": False} if text.get("hf_tokenizer_name") else {}
+    return open_clip.get_tokenizer(model, **refused)
+
+
 class ClipScore(OpenClipCosine):
     """`cos(image_features, text_features)` in [-1, 1].
 
@@ -69,4 +76,4 @@ class ClipScore(OpenClipCosine):
         preprocess = Preprocess(
             height, tuple(config["mean"]), tuple(config["std"]), config["resize_mode"], config["interpolation"]
         )
-        super().__init__(network, open_clip.get_tokenizer(name), preprocess, device, micro_batch, dtype, offload)
+        super().__init__(network, tokenizer_of(name), preprocess, device, micro_batch, dtype, offload)

@@ -7,7 +7,7 @@ import open_clip
 import torch
 from accelerate import init_empty_weights
 
-from egrpo_fast.rewards.clip import OpenClipCosine
+from egrpo_fast.rewards.clip import OpenClipCosine, tokenizer_of
 from egrpo_fast.rewards.preprocess import Preprocess
 from egrpo_fast.rewards.scorer import Dtype
 from egrpo_fast.rewards.weights import find_weights, load_weights, read_weights
@@ -54,4 +54,4 @@ class HpsScore(OpenClipCosine):
             network = open_clip.CLIP(**config)
         load_weights(network, tensors, str(path))
         preprocess = Preprocess(network.visual.image_size[0], mode="longest", resize="float")
-        super().__init__(network, open_clip.get_tokenizer(model), preprocess, device, micro_batch, dtype, offload)
+        super().__init__(network, tokenizer_of(model), preprocess, device, micro_batch, dtype, offload)

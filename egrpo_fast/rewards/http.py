@@ -19,8 +19,11 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from egrpo_fast.files import read_text
+from egrpo_fast.telling import printable
 
 TOKEN_VARIABLE = "EGRPO_REWARD_TOKEN"
+TOKEN_VARIABLES = "EGRPO_"
+"""How a variable must be called that is sent to a server: no recipe can ask for another secret of the environment."""
 Precision = Literal["uint8", "float16", "float32"]
 LONGEST_WAIT = 30.0
 """Seconds, between two attempts."""
@@ -71,9 +74,9 @@ def unpack_request(body: bytes) -> tuple[Tensor, list[str]]:
 class HttpReward:
     """A reward that another process computes.
 
-    reward: its name there. token_file, or the environment variable named by token_variable: the bearer token; it is
-    sent to `url` and nowhere else, proxies of the environment included. timeout: seconds of one attempt, from
-    connecting to the last byte. retries: further attempts, after 0.5, 1, 2, ... seconds. batch: pictures of one
+    reward: its name there. token_file, or the environment variable named by token_variable (EGRPO_...): the bearer
+    token; it is sent to `url` and nowhere else, proxies of the environment included. timeout: seconds of one attempt,
+    from connecting to the last byte. retries: further attempts, after 0.5, 1, 2, ... seconds. batch: pictures of one
     request. precision: how pictures travel. RewardServerError, with nothing scored, where all attempts failed;
     ValueError where the server cannot judge these pictures.
     """
@@ -96,6 +99,9 @@ class HttpReward:
         for name, value, least in (("timeout", timeout, 1e-3), ("retries", retries, 0), ("batch", batch, 1)):
             if not least <= value < float("inf"):
                 raise ValueError(f"{name}: {value} is not allowed; at least {least:g}")
+        if not token_variable.startswith(TOKEN_VARIABLES):
+            told = f"is sent to the server; only a variable whose name begins with {TOKEN_VARIABLES} is allowed"
+            raise ValueError(f"token_variable: {token_variable!r} {told}")
         try:
             address = httpx2.URL(url)
         except httpx2.InvalidURL as error:
@@ -132,8 +138,8 @@ class HttpReward:
     def _read_names(reply: bytes) -> list[str]:
         try:
             names = json.loads(reply)["rewards"]
-            return [str(name) for name in names]
-        except (ValueError, KeyError, TypeError):
+            return [printable(str(name)) for name in names]
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise _Unusable("the answer is not that of a reward server") from None
 
     def _ask(self, method: str, path: str, body: bytes | None, read: Any) -> Any:
@@ -175,8 +181,8 @@ class HttpReward:
 
 def _message(reply: bytes) -> str:
     try:
-        return " ".join(str(json.loads(reply)["error"]).split())[:300]
-    except (ValueError, KeyError, TypeError):
+        return printable(" ".join(str(json.loads(reply)["error"]).split())[:300])
+    except (ValueError, KeyError, TypeError, RecursionError):
         return ""
 
 

@@ -39,7 +39,7 @@ class PickScore(Scorer):
         super().__init__(
             network, Preprocess(network.config.vision_config.image_size), device, micro_batch, dtype, offload
         )
-        self._tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        self._tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
         self._length = network.config.text_config.max_position_embeddings
         self._scale = network.logit_scale.exp().item() if scaled else 1.0
 
