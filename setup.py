@@ -3,10 +3,10 @@
 The folders of `kernels/` are imported as `egrpo_fast.kernels.*`. The extension is one library on PyTorch's stable ABI,
 `kernels/extension/_C.abi3.so`, for every Python >= 3.11 and torch >= 2.10. EGRPO_BUILD says what to build:
 
-- auto (default): CUDA where nvcc and a CUDA build of torch are found, else CPU, else (no C++ compiler) nothing
+- auto (default): CUDA where nvcc and torch are of one CUDA major version, else CPU, else (no C++ compiler) nothing
 - cuda, cpu: that, or an error; none: nothing
 
-Only a tool that is absent changes what `auto` builds: a compilation that fails is an error. EGRPO_SANITIZE=1 adds
+Only a tool that is absent or does not fit changes what `auto` builds: a compilation that fails is an error. EGRPO_SANITIZE=1 adds
 AddressSanitizer and UndefinedBehaviorSanitizer to a CPU build. Tools: CXX (or c++), CUDA_HOME/bin/nvcc (or nvcc).
 """
 
@@ -21,7 +21,7 @@ from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Extension, find_namespace_packages, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, SetupError
 
@@ -90,6 +90,11 @@ class Tools:
             return "no nvcc (CUDA_HOME/bin or PATH)"
         if self.torch_cuda is None:
             return "this torch is built without CUDA"
+        told = subprocess.check_output([self.nvcc, "--version"], text=True)
+        version = re.search(r"release (\d+)\.", told)
+        if version is None or version[1] != self.torch_cuda.split(".")[0]:
+            release = version[1] if version else "?"
+            return f"{self.nvcc} is CUDA {release}, torch is built with {self.torch_cuda}: CUDA_HOME names a toolkit"
         return None
 
     def choose(self, asked: str) -> str:
@@ -111,14 +116,6 @@ class Tools:
         print(f"egrpo_fast extension: {build}" + (f"; {reasons[-1]}" if reasons else ""))
         return build
 
-    def check_cuda_version(self) -> None:
-        version = re.search(r"release (\d+)\.", subprocess.check_output([self.nvcc, "--version"], text=True))
-        if version is None or version[1] != self.torch_cuda.split(".")[0]:
-            raise SetupError(
-                f"{self.nvcc} is CUDA {version[1] if version else '?'}, torch is built with {self.torch_cuda}: install "
-                f"a toolkit of the same major version (CUDA_HOME), or set EGRPO_BUILD=cpu"
-            )
-
 
 class BuildLibrary(build_ext):
     """Compiles every source on its own, at the same time, and links one library."""
@@ -132,8 +129,6 @@ class BuildLibrary(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         tools, cuda = self.tools, self.choice == "cuda"
-        if cuda:
-            tools.check_cuda_version()
         if SANITIZE and cuda:
             raise SetupError("EGRPO_SANITIZE=1 needs EGRPO_BUILD=cpu")
         sanitize = SANITIZE_FLAGS if SANITIZE else []
@@ -172,7 +167,8 @@ class BuildLibrary(build_ext):
 BACKENDS = {f"egrpo_fast.kernels.{name}": f"kernels/{name}" for name in find_packages("kernels")}
 
 setup(
-    packages=[*find_packages(include=["egrpo_fast", "egrpo_fast.*"]), *BACKENDS],
+    # Folders of data, such as the embedded pipeline, count as packages: setuptools warns about each that is none.
+    packages=[*find_namespace_packages(include=["egrpo_fast", "egrpo_fast.*"], exclude=["*.__pycache__"]), *BACKENDS],
     package_dir={"egrpo_fast": "egrpo_fast", **BACKENDS},
     ext_modules=[
         Extension(
