@@ -6,8 +6,9 @@ The folders of `kernels/` are imported as `egrpo_fast.kernels.*`. The extension 
 - auto (default): CUDA where nvcc and torch are of one CUDA major version, else CPU, else (no C++ compiler) nothing
 - cuda, cpu: that, or an error; none: nothing
 
-Only a tool that is absent or does not fit changes what `auto` builds: a compilation that fails is an error. EGRPO_SANITIZE=1 adds
-AddressSanitizer and UndefinedBehaviorSanitizer to a CPU build. Tools: CXX (or c++), CUDA_HOME/bin/nvcc (or nvcc).
+Only a tool that is absent or does not fit changes what `auto` builds: a compilation that fails is an error.
+EGRPO_SANITIZE=1 adds AddressSanitizer and UndefinedBehaviorSanitizer to a CPU build. Tools: CXX (or c++),
+CUDA_HOME/bin/nvcc (or nvcc).
 """
 
 import os

@@ -21,7 +21,7 @@ from egrpo_fast.files import read_text
 from egrpo_fast.methods import plan_of
 from egrpo_fast.plan import Plan
 from egrpo_fast.shapes import prompts_path
-from egrpo_fast.telling import error_lines, print_warnings_safely
+from egrpo_fast.terminal import error_lines, keep_clean
 
 
 def describe(config: Config) -> dict[str, Any]:
@@ -394,7 +394,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 
 def main() -> None:
-    print_warnings_safely()
+    keep_clean()
     arguments = parse(sys.argv[1:])
     try:
         arguments.run(arguments)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from egrpo_fast.config import Config, ConfigError, load_config, recipe_names
 from egrpo_fast.run_folder import check_output, claim_output, identify, record
 from egrpo_fast.shapes import PROMPTS, pipeline_path
-from egrpo_fast.telling import error_lines, print_warnings_safely, printable
+from egrpo_fast.terminal import error_lines, keep_clean, printable
 
 if TYPE_CHECKING:
     from egrpo_fast.claim import Claim
@@ -232,13 +232,14 @@ def run(config: Config) -> int:
 
 
 def main() -> None:
-    print_warnings_safely()
     parser = argparse.ArgumentParser(description=__doc__)
     recipes = ", ".join(recipe_names())
     parser.add_argument("recipe", nargs="?", default="shapes", help=f"a YAML file, or one of: {recipes}")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings of the recipe to change")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    parser.add_argument("--verbose", action="store_true", help="show also what DeepSpeed, torch and others print")
     arguments = parser.parse_args()
+    keep_clean(arguments.verbose)
     try:
         status = run(load_config(arguments.recipe, arguments.overrides))
     except ValueError as error:

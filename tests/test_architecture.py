@@ -22,7 +22,7 @@ ROOMS = [  # from the top; a room imports from rooms below it and from itself, n
     ("methods", "config_reference"),
     ("plan", "prompts", "config", "embeddings"),
     ("schedule", "noise", "ops", "shapes", "recipes", "transfer", "claim", "prompt_files"),
-    ("kernels", "files", "telling"),
+    ("kernels", "files", "terminal"),
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
 KNOWN_TO = {

@@ -20,7 +20,7 @@ from egrpo_fast.kernels.reference.group_advantage_clip_loss import group_advanta
 from egrpo_fast.rewards import RewardError, check_reward, fill_dropped, make_reward, score, score_or_nan, try_reward
 from egrpo_fast.shapes import CLIP, PROMPTS
 from egrpo_fast.shapes.world import parse, render
-from egrpo_fast.telling import error_lines
+from egrpo_fast.terminal import error_lines
 
 CAPTIONS = PROMPTS["held_out"].read_text().splitlines()[:6]
 NAN = float("nan")

@@ -5,7 +5,7 @@ import sys
 import unicodedata
 
 from egrpo_fast.rewards import RewardError
-from egrpo_fast.telling import error_lines, printable
+from egrpo_fast.terminal import error_lines, printable
 
 
 def test_what_a_terminal_may_act_upon_is_spelled():
@@ -30,8 +30,43 @@ def test_errors_and_their_traceback_are_safe():
 
 def test_a_warning_is_printed_safely():
     code = (
-        "import warnings; from egrpo_fast.telling import print_warnings_safely; print_warnings_safely();"
+        "import warnings; from egrpo_fast.terminal import keep_clean; keep_clean();"
         "warnings.warn('a \\x1b[31mserver\\x1b[0m says')"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "a \\x1b[31mserver\\x1b[0m says" in result.stderr and "\x1b" not in result.stderr
+
+
+CODE = """
+import logging, warnings
+from egrpo_fast.terminal import keep_clean
+keep_clean(verbose=%s)
+for name in ("torch.utils._pytree", "DeepSpeed", "transformers.modeling_utils", "a_reward_of_mine"):
+    for level in ("warning", "error"):
+        getattr(logging.getLogger(name), level)("%%s: %%s", name, level)
+warnings.warn("mine")
+warnings.warn_explicit("installed", FutureWarning, "/x/site-packages/torch/nn.py", 1)
+warnings.warn_explicit("ours, installed", UserWarning, "/x/site-packages/egrpo_fast/trainer.py", 1)
+"""
+
+
+def shown(verbose):
+    result = subprocess.run([sys.executable, "-c", CODE % verbose], capture_output=True, text=True, check=True)
+    return result.stderr.splitlines()
+
+
+def test_other_packages_keep_their_warnings_to_themselves():
+    """Errors of anybody, and warnings of the user's own code, are shown."""
+    assert shown(verbose=False) == [
+        "torch.utils._pytree: error",
+        "DeepSpeed: error",
+        "transformers.modeling_utils: error",
+        "a_reward_of_mine: warning",
+        "a_reward_of_mine: error",
+        "warning: mine",
+        "warning: ours, installed",
+    ]
+
+
+def test_verbose_shows_everything():
+    assert len(shown(verbose=True)) == 11
