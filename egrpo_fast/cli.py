@@ -263,6 +263,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     train = commands.add_parser("train", help=about, description=about)
     train.set_defaults(run=_train)
     _recipe(train)
+    train.add_argument("--verbose", action="store_true", help="show also what DeepSpeed, torch and others print")
     options = train.add_argument_group("options of the deepspeed launcher")
     kinds = {"N": _number(0), "PORT": _number(1, 65535)}
     for name, (metavar, told) in launch.OPTIONS.items():

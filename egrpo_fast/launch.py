@@ -31,7 +31,6 @@ FLAGS = {
     "no_ssh_check": "do not try the connection first",
     "force_multi": "use the host file even for one machine",
     "bind_cores_to_rank": "every rank keeps to cores of its own",
-    "quiet": "the launcher itself tells errors only",
 }
 """Those that take none."""
 
@@ -44,6 +43,10 @@ def launch(recipe: str, overrides: Sequence[str], options: Mapping[str, Any]) ->
     load_config(recipe, overrides)
     given = [f"--{name}={options[name]}" for name in OPTIONS if options.get(name) is not None]
     flags = [f"--{name}" for name in FLAGS if options.get(name)]
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", *given, *flags, str(SCRIPT), recipe, *overrides]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", *given, *flags]
+    script = [str(SCRIPT), recipe, *overrides]
+    command = [*launcher, *script, "--verbose"] if options.get("verbose") else [*launcher, "--quiet", *script]
+    if not any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd"))):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else each process of DeepSpeed warns that it found no GPU
     sys.stdout.flush()
     os.execv(sys.executable, command)

@@ -60,7 +60,7 @@ def test_train_becomes_the_launcher_with_its_options(monkeypatch):
     ((program, command),) = made
     assert program == command[0] == sys.executable and command[1:3] == ["-m", "deepspeed.launcher.runner"]
     assert command[3:7] == ["--num_gpus=2", "--node_rank=0", "--launcher_args=-v", "--no_ssh"]
-    assert command[7:] == [str(launch.SCRIPT), "shapes", "seed=3"] and launch.SCRIPT.is_file()
+    assert command[7:] == ["--quiet", str(launch.SCRIPT), "shapes", "seed=3"] and launch.SCRIPT.is_file()
 
 
 def test_a_wrong_setting_is_told_before_the_launcher_starts(monkeypatch):
