@@ -11,6 +11,7 @@ from asyncio import CancelledError
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+import open_clip
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -193,6 +194,9 @@ def test_a_malicious_pickle_executes_nothing(reward, options, file, zipped, tmp_
     created = tmp_path / "created"
     torch.save({"state_dict": Malicious(created)}, tmp_path / file, _use_new_zipfile_serialization=zipped)
     (tmp_path / "config.json").write_text('{"model_type": "clip"}')  # else the pickle is never looked at
+    if reward == "clip":
+        config = {"model_cfg": open_clip.get_model_config(options["model"])}
+        (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
     argument = {"clip": "pretrained"}.get(reward, "weights")
     path = tmp_path if reward == "pick_score" else tmp_path / file
     with pytest.raises(ValueError, match=f"rewards.{reward}: .*(not executed|safetensors)"):

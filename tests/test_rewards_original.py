@@ -121,6 +121,7 @@ def test_hps_with_another_transform_is_seen(hps, original):
 def test_weights_from_safetensors_and_for_a_bare_clip_name(hps, tmp_path):
     """One set of weights in another file format, and as a CLIP: on pictures of the model's own size all are equal."""
     save_file({name: tensor.float() for name, tensor in hps[1].items()}, tmp_path / "weights.safetensors")
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": TINY, "preprocess_cfg": {}}))
     path, images = str(tmp_path / "weights.safetensors"), pictures(56, 56)
     for name, options in (("hps", {"weights": path}), ("clip", {"pretrained": path})):
         scores = make_reward(name, {"model": "tiny-hps", **options})(images, PROMPTS)
@@ -159,6 +160,29 @@ def test_device_preprocess_is_pils_transform_up_to_its_rounding(height, width, s
     theirs = torch.stack([transform(to_pil_image(image)) for image in images])
     difference = (Preprocess(size)(images) - theirs).abs() * 255 * torch.tensor(OPENAI_STD).reshape(3, 1, 1)
     assert difference.max() < 2.01 and difference.mean() < 0.02
+
+
+CROPS = [(832, 1216), (720, 404), (1216, 832), (404, 720), (720, 720), (1024, 768)]
+CROPS += [(32 + 7 * n % 61, 33 + 11 * n % 97) for n in range(200)]
+
+
+@pytest.mark.parametrize("name", ["CLIPImageProcessor", "CLIPImageProcessorPil"])
+def test_pick_scores_transform_is_transformers_own(name):
+    """Which pixels are kept, at sizes of every parity; one column to the side would be seen."""
+    if not (kind := getattr(transformers, name, None)):
+        pytest.skip(f"this transformers has no {name}")
+    steps, shifted = 255 * torch.tensor(OPENAI_STD).reshape(3, 1, 1), 0
+    sizes = CROPS if name == "CLIPImageProcessor" else CROPS[:40]
+    for place, (height, width) in enumerate(sizes):
+        size = 224 if min(height, width) > 224 else 32
+        image = pictures(height, width, 1)
+        processor = kind(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+        theirs = processor(images=to_pil_image(image[0]), return_tensors="pt").pixel_values
+        difference = (Preprocess(size, crop="floor")(image) - theirs).abs() * steps
+        assert difference.max() < 2.01 and difference.mean() < 0.05, (height, width)
+        if place < 40:
+            shifted += bool(((Preprocess(size)(image) - theirs).abs() * steps).mean() > 0.5)
+    assert shifted > 5
 
 
 @pytest.fixture(scope="module")

@@ -1,15 +1,24 @@
 """CLIP score: cosine similarity of picture and prompt in an open_clip model (Radford et al., 2021)."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
 
 import open_clip
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import dynamic_module_utils
 
-from egrpo_fast.rewards.preprocess import Preprocess
+from egrpo_fast.files import read_text
+from egrpo_fast.rewards.preprocess import Interpolation, Preprocess, ResizeMode
 from egrpo_fast.rewards.scorer import Dtype, Scorer
 from egrpo_fast.shapes import CLIP, EMBEDDED
+
+# open_clip has transformers load text towers of any kind: one that brings its own code is refused, without a question.
+dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
 
 
 class OpenClipCosine(Scorer):
@@ -48,32 +57,100 @@ def tokenizer_of(model: str) -> Callable[[list[str]], Tensor]:
 class ClipScore(OpenClipCosine):
     """`cos(image_features, text_features)` in [-1, 1].
 
-    model: an open_clip model name, `local-dir:FOLDER` or `hf-hub:ID`, or `shapes` for the embedded one. pretrained: its
-    weights' tag or file, where the model does not name them itself; one of the two must. Pictures: the model's own
-    transform, on the device. micro_batch, dtype, offload: as in `Scorer`; autocast to float16 on a GPU.
-    ValueError: no weights, or not this model's.
+    model: an open_clip model name, `local-dir:FOLDER` or `hf-hub:ID`, or `shapes` for the embedded one. pretrained,
+    with a name alone: open_clip's tag of its weights, or a file of weights. weights: a file that holds those of the
+    tag. Picture transform and activation belong to the weights: they are the tag's; of a file without one, those in
+    `open_clip_config.json` beside it, or those that all of the model's tags share. Pictures: that transform, on the
+    device. micro_batch, dtype, offload: as in `Scorer`; autocast to float16 on a GPU.
+    ValueError: no weights, or not this model's; or nothing tells the transform and the activation.
     """
 
     def __init__(
         self,
         model: str,
         pretrained: str | None = None,
+        weights: str | None = None,
         micro_batch: int | None = None,
         dtype: Dtype | None = None,
         offload: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
-        name = f"local-dir:{CLIP}" if model == EMBEDDED else model
-        home = "cpu" if offload else device
-        # Without weights open_clip would hand out a random model, and a run would train on noise.
-        network = open_clip.create_model(
-            name, pretrained=pretrained, require_pretrained=True, weights_only=True, device=home
-        )
+        network, tokenizer = _load(model, pretrained, weights, "cpu" if offload else device)
         config = open_clip.get_model_preprocess_cfg(network)
         height, width = config["size"] if isinstance(config["size"], (tuple, list)) else (config["size"],) * 2
         if height != width:
             raise ValueError(f"model: {model} reads pictures of {height}x{width}; only square ones are served")
-        preprocess = Preprocess(
-            height, tuple(config["mean"]), tuple(config["std"]), config["resize_mode"], config["interpolation"]
+        how = config["resize_mode"], config["interpolation"], config.get("fill_color", 0)
+        if how[0] not in get_args(ResizeMode) or how[1] not in get_args(Interpolation) or how[2]:
+            raise ValueError(f"model: {model} resizes pictures by {how}, which is not served")
+        preprocess = Preprocess(height, tuple(config["mean"]), tuple(config["std"]), *how[:2])
+        super().__init__(network, tokenizer, preprocess, device, micro_batch, dtype, offload)
+
+
+def _load(
+    model: str, pretrained: str | None, weights: str | None, device: torch.device | str
+) -> tuple[nn.Module, Callable[[list[str]], Tensor]]:
+    """The network, which knows its picture transform, and its tokenizer."""
+    # Without weights open_clip would hand out a random model, and a run would train on noise.
+    make = partial(open_clip.create_model, device=device, weights_only=True)
+    name = f"local-dir:{CLIP}" if model == EMBEDDED else model
+    if name.startswith(("local-dir:", "hf-hub:")):
+        if pretrained or weights:
+            raise ValueError(f"pretrained: {pretrained or weights}, but model: {model} names its weights itself")
+        return make(name, require_pretrained=True), tokenizer_of(name)
+    architecture = open_clip.get_model_config(name)
+    if architecture is None:
+        raise ValueError(f"model: {model!r} is no open_clip architecture")
+    if pretrained is None:
+        raise ValueError(f"pretrained: a tag or a file of weights is needed for model: {model}")
+    file, tags = Path(weights or pretrained).expanduser(), open_clip.list_pretrained_tags_by_model(name)
+    if weights is not None and not file.is_file():
+        raise ValueError(f"weights: no file {weights}")
+    if weights is not None or not file.is_file():
+        if not open_clip.get_pretrained_cfg(name, pretrained):
+            raise ValueError(f"pretrained: {pretrained!r} is no file and no tag of {model}; tags: {', '.join(tags)}")
+        tags = [pretrained]
+    elif (beside := file.parent / "open_clip_config.json").is_file():
+        _check_same(model, architecture, beside)
+        network = make(f"local-dir:{file.parent}", load_weights=False, pretrained_text=False)
+        open_clip.load_checkpoint(network, str(file), strict=True, weights_only=True)
+        return network, tokenizer_of(f"local-dir:{file.parent}")
+    transform, quick_gelu = _of_tags(name, tags, file)
+    if architecture.get("quick_gelu", False) and not quick_gelu:
+        raise ValueError(f"model: {model} computes QuickGELU, the weights {pretrained} do not; leave out -quickgelu")
+    network = make(
+        name, pretrained=str(file) if file.is_file() else pretrained, require_pretrained=True,
+        force_quick_gelu=quick_gelu, force_preprocess_cfg=transform,
+    )  # fmt: skip
+    return network, tokenizer_of(name)
+
+
+def _of_tags(model: str, tags: Sequence[str], file: Path) -> tuple[dict[str, Any], bool]:
+    """The picture transform of open_clip's tags, and whether they compute QuickGELU. ValueError: they do not agree."""
+    known = [open_clip.get_pretrained_cfg(model, tag) for tag in tags]
+    found = [
+        ({key: of_tag[key] for key in ("mean", "std", "interpolation", "resize_mode")}, of_tag.get("quick_gelu", False))
+        for of_tag in known
+    ]
+    if not found or found.count(found[0]) != len(found):
+        raise ValueError(
+            f"pretrained: {file} does not say its picture transform and activation, and open_clip's tags of {model} do "
+            f"not tell them; name its tag (pretrained: TAG, weights: {file}), or put open_clip_config.json beside it"
         )
-        super().__init__(network, tokenizer_of(name), preprocess, device, micro_batch, dtype, offload)
+    return found[0]
+
+
+def _check_same(model: str, architecture: Mapping[str, Any], file: Path) -> None:
+    """ValueError where an `open_clip_config.json` describes other towers than the named model's."""
+    try:
+        found = json.loads(read_text(file))["model_cfg"]
+        differ = [
+            f"{part}.{key}"
+            for part in ("vision_cfg", "text_cfg")
+            for key, value in architecture[part].items()
+            if found[part].get(key, value) != value
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"pretrained: {file} cannot be read: {error!r}") from None
+    if differ:
+        raise ValueError(f"model: {model} is not what {file} describes ({differ[0]}, ...)")

@@ -36,9 +36,8 @@ class PickScore(Scorer):
         lacking = {str(key) for what in ("missing_keys", "mismatched_keys") for key in report[what]}
         if lacking:
             raise ValueError(f"weights: {weights} is no whole CLIP model: {len(lacking)} tensors, as {min(lacking)}")
-        super().__init__(
-            network, Preprocess(network.config.vision_config.image_size), device, micro_batch, dtype, offload
-        )
+        preprocess = Preprocess(network.config.vision_config.image_size, crop="floor")
+        super().__init__(network, preprocess, device, micro_batch, dtype, offload)
         self._tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
         self._length = network.config.text_config.max_position_embeddings
         self._scale = network.logit_scale.exp().item() if scaled else 1.0

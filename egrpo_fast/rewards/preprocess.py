@@ -1,5 +1,6 @@
 """Pictures, on their device, to what a vision model reads: antialiased bicubic resize, crop or pad, normalise."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -10,6 +11,8 @@ from torch import Tensor
 
 OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """Of OpenAI's CLIP, and of every model here that descends from it."""
+ResizeMode = Literal["shortest", "longest", "squash"]
+Interpolation = Literal["bicubic", "bilinear"]
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,8 @@ class Preprocess:
     mode: 'shortest' scales the shorter side to `size` and crops the centre; 'longest' scales the longer side and pads
     with black; 'squash' ignores the aspect. resize: 'pil' is PIL's, one pass along each side, each rounded and cut to
     8 bits; 'float' is one that never rounds, nor cuts what overshoots at edges, as torchvision's of float tensors.
+    crop: where half a pixel goes that the centre is off by, to the even side as torchvision's, or 'floor' as
+    transformers'.
 
     Pictures are first rounded to 8 bits: a score is of the picture as it would be saved, and the originals, which read
     files, give the same. Against PIL itself: at most 2 steps of 1/255 where a rounding falls the other way, mean 0.02.
@@ -27,9 +32,10 @@ class Preprocess:
     size: int
     mean: tuple[float, ...] = OPENAI_MEAN
     std: tuple[float, ...] = OPENAI_STD
-    mode: Literal["shortest", "longest", "squash"] = "shortest"
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    mode: ResizeMode = "shortest"
+    interpolation: Interpolation = "bicubic"
     resize: Literal["pil", "float"] = "pil"
+    crop: Literal["even", "floor"] = "even"
 
     def __call__(self, images: Tensor) -> Tensor:
         size = self.size
@@ -45,8 +51,8 @@ class Preprocess:
             top, left = (size - height) // 2, (size - width) // 2
             images = F.pad(images, (left, size - width - left, top, size - height - top))
         else:
-            # torchvision's centre: half a pixel goes to the even side.
-            top, left = round((height - size) / 2), round((width - size) / 2)
+            whole = math.floor if self.crop == "floor" else round
+            top, left = whole((height - size) / 2), whole((width - size) / 2)
             images = images[..., top : top + size, left : left + size]
         mean, std = (images.new_tensor(value).reshape(3, 1, 1) for value in (self.mean, self.std))
         return (images - mean) / std
