@@ -1,13 +1,19 @@
-"""Files that a user names, read without hanging and without filling the memory; and files that are written whole."""
+"""Files that a user names: read without hanging or filling the memory, and told apart; and files written whole."""
 
 import errno
+import hashlib
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
 SMALL = 1 << 24
 """Bytes that a file of settings, of JSON or of the like may have."""
+SAMPLES, SAMPLE_BYTES = 16, 4096
+"""What a fingerprint reads of a tensor: so many pieces, evenly spaced, or all of a small one."""
+FILE_SAMPLES = 4096
+"""The same of a file."""
 _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
 
@@ -42,6 +48,30 @@ def read_text(path: str | Path, most: int = SMALL) -> str:
         return read_bytes(path, most).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise OSError(errno.EILSEQ, f"it is not UTF-8 (byte {error.start})") from None
+
+
+def fingerprint(parts: Iterable[bytes]) -> str:
+    """SHA-256, in hex, of the parts' own SHA-256: where one ends and the next begins counts, too."""
+    whole = hashlib.sha256()
+    for part in parts:
+        whole.update(hashlib.sha256(part).digest())
+    return whole.hexdigest()
+
+
+def sampled(size: int, samples: int = SAMPLES) -> list[slice]:
+    """Where in `size` bytes `samples` evenly spaced pieces of 4 KiB lie; where they would fill it, all of it."""
+    if size <= samples * SAMPLE_BYTES:
+        return [slice(0, size)]
+    starts = (place * (size - SAMPLE_BYTES) // (samples - 1) for place in range(samples))
+    return [slice(start, start + SAMPLE_BYTES) for start in starts]
+
+
+def file_fingerprint(path: Path) -> str:
+    """Of a file's size, and of its content: all of up to 16 MiB, of a larger one 16 MiB in pieces of 4 KiB. OSError."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        pieces = [os.pread(file.fileno(), at.stop - at.start, at.start) for at in sampled(size, FILE_SAMPLES)]
+    return fingerprint([str(size).encode(), *pieces])
 
 
 def follow_umask(path: Path) -> None:

@@ -9,6 +9,7 @@ import socket
 import time
 import uuid
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -150,22 +151,46 @@ def identify(config: Config, folder: Path, world: "World") -> dict[str, str]:
     """
     from egrpo_fast.backbones.identity import check_base, identity
 
-    base: dict[str, str] = {}
+    def find() -> dict[str, str]:
+        if not config.resume:
+            return identity(folder)
+        check_base(config.output_dir, folder)
+        return {}
+
+    return _by_main(find, world)
+
+
+def keep_inputs(config: Config, find: Callable[[], dict[str, str]], world: "World") -> dict[str, str]:
+    """What `find` finds of a run's inputs (`inputs.py`), for its record; on rank 0.
+
+    ConfigError, on all ranks: it cannot be found, or a resumed run began with other inputs.
+    """
+    from egrpo_fast.inputs import compare
+
+    def compared() -> dict[str, str]:
+        found = find()
+        for told in compare(config.output_dir, found) if config.resume else ():
+            warnings.warn(told, stacklevel=4)
+        return found
+
+    return _by_main(compared, world)
+
+
+def _by_main(find: Callable[[], dict[str, str]], world: "World") -> dict[str, str]:
+    """What rank 0 finds; {} on the others. ConfigError, on all ranks, for its ValueError."""
+    found: dict[str, str] = {}
     told = ""
     if world.is_main:
         try:
-            if config.resume:
-                check_base(config.output_dir, folder)
-            else:
-                base = identity(folder)
+            found = find()
         except ValueError as error:
             told = str(error)
     if told := world.from_main(told):
         raise ConfigError(told)
-    return base
+    return found
 
 
-def record(config: Config, base: dict[str, str], world_size: int, run: str = "") -> None:
+def record(config: Config, base: dict[str, str], inputs: dict[str, str], world_size: int, run: str = "") -> None:
     """What the run is, in its folder; of a resumed one, where its model lies now, for an export looks there.
 
     Once CONFIG_FILE is there the folder holds a run. ConfigError: it cannot be written.
@@ -174,7 +199,10 @@ def record(config: Config, base: dict[str, str], world_size: int, run: str = "")
 
     folder, files = config.output_dir, {}
     if not config.resume:
-        made_by = {"version": __version__, "commit": commit(), "world_size": world_size, "base": base, "run": run}
+        made_by = {
+            "version": __version__, "commit": commit(), "world_size": world_size, "run": run,
+            "base": base, "inputs": inputs,
+        }  # fmt: skip
         files = {RUN_FILE: json.dumps(made_by) + "\n", CONFIG_FILE: config.yaml()}
     elif (before := load_config(str(folder / CONFIG_FILE))).model.path != config.model.path:
         model = before.model.model_copy(update={"path": config.model.path})

@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
+from egrpo_fast import __version__
 from egrpo_fast.config import Config, ConfigError, load_config, recipe_names
-from egrpo_fast.run_folder import check_output, claim_output, identify, record
+from egrpo_fast.run_folder import check_output, claim_output, identify, keep_inputs, record
 from egrpo_fast.shapes import PROMPTS, pipeline_path
 from egrpo_fast.terminal import error_lines, keep_clean, printable
 
@@ -149,7 +150,9 @@ def make_trainer(
     from egrpo_fast.backbones.flux_text import CachedText, open_text, tell_truncated
     from egrpo_fast.backbones.lora import describe
     from egrpo_fast.backbones.tail import TailModel, check_tail, slow_tail, with_local_tail
+    from egrpo_fast.doctor import commit
     from egrpo_fast.engine import materialize
+    from egrpo_fast.inputs import of_files, of_rewards
     from egrpo_fast.interruption import Interruption
     from egrpo_fast.trainer import Trainer
 
@@ -168,6 +171,10 @@ def make_trainer(
     if world.is_main and (advice := slow_tail(config)):
         warnings.warn(advice, stacklevel=2)
     base = identify(config, folder, world)
+    package = f"{__version__} {commit()}"
+    inputs = keep_inputs(
+        config, lambda: of_files(local, train_prompts, held_out_prompts, package) | of_rewards(rewards), world
+    )
     transformer, weights = meta_transformer(folder, model.lora, config.seed)
     if weights.lora is not None:
         config = config.with_lora(weights.lora)
@@ -196,7 +203,7 @@ def make_trainer(
     problem = ""
     if world.is_main:
         try:  # last: a run that was refused leaves none in its folder
-            record(config, base, world.size, claim.run if claim else "")
+            record(config, base, inputs, world.size, claim.run if claim else "")
         except ConfigError as error:
             problem = str(error)
     if problem := world.from_main(problem):

@@ -16,7 +16,7 @@ ROOMS = [  # from the top; a room imports from rooms below it and from itself, n
     ("report",),
     ("sampler",),
     ("tail_check", "progress"),
-    ("export",),
+    ("export", "inputs"),
     ("engine", "metrics", "figures", "page", "guards", "rewards", "backbones", "objective"),
     ("rollout", "beside", "checkpoint", "masters", "heartbeat", "interruption"),
     ("methods", "config_reference"),

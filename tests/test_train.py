@@ -225,7 +225,7 @@ def test_a_run_that_was_killed_before_it_began_begins(when, resume, tmp_path):
         config, claim, held = claim_output(config, ALONE)
     with held:
         assert not config.resume and bool(caught) == (resume == "true")
-        record(config, {}, 1, claim.run)
+        record(config, {}, {}, 1, claim.run)
     assert check_output(output(run, "resume=true"))
     again, later, held = claim_output(output(run, "resume=true"), ALONE)
     with held:
@@ -331,7 +331,7 @@ def begun(tmp_path):
     base = tmp_path / "base"
     shutil.copytree(PIPELINE, base)
     config = load_config("shapes", [f"output_dir={tmp_path / 'run'}", f"model.path={base}"])
-    record(config, identify(config, base, ALONE), ALONE.size)
+    record(config, identify(config, base, ALONE), {}, ALONE.size)
     return config.output_dir, base
 
 
@@ -339,7 +339,7 @@ def resumed(run, base):
     config = load_config("shapes", [f"output_dir={run}", f"model.path={base}", "resume=true"])
     check_output(config)
     assert identify(config, base, ALONE) == {}
-    record(config, {}, ALONE.size)
+    record(config, {}, {}, ALONE.size)
     return load_config(str(run / CONFIG_FILE))
 
 
@@ -356,7 +356,7 @@ def test_a_run_resumes_with_what_it_took_from_a_lora_file(tmp_path):
     """A file's rank is not given again; one that is given must be the run's."""
     given = [f"output_dir={tmp_path}", "model.lora={path: anywhere}"]
     config = load_config("shapes", given)
-    record(config.with_lora(config.model.lora.model_copy(update={"rank": 5, "alpha": 7.5})), {}, ALONE.size)
+    record(config.with_lora(config.model.lora.model_copy(update={"rank": 5, "alpha": 7.5})), {}, {}, ALONE.size)
     assert load_config(str(tmp_path / CONFIG_FILE)).model.lora.alpha == 7.5
     check_output(load_config("shapes", [*given, "resume=true"]))
     with pytest.raises(ConfigError, match="^model.lora.rank: differs from the run"):
@@ -385,6 +385,23 @@ def test_a_run_that_did_not_record_its_model_keeps_its_path(begun):
     resumed(run, base)
     with pytest.raises(ConfigError, match="model.path: differs from the run"):
         resumed(run, base.rename(base.with_name("moved")))
+
+
+def test_a_run_resumes_with_what_it_began_with(uninterrupted, tmp_path):
+    """Told before the model is loaded, and nothing is changed."""
+    run = tmp_path / "run"
+    run.mkdir()
+    about = json.loads((uninterrupted / RUN_FILE).read_text())
+    assert about["inputs"].keys() == {"prompts.train", "prompts.held_out", "source of egrpo_fast", "rewards.clip"}
+    for name in ("prompts.held_out", "rewards.clip"):
+        changed = {**about, "inputs": {**about["inputs"], name: "another"}}
+        (run / RUN_FILE).write_text(json.dumps(changed))
+        (run / CONFIG_FILE).write_bytes((uninterrupted / CONFIG_FILE).read_bytes())
+        entry = [sys.executable, "egrpo_fast/train.py", "shapes", *TINY, f"output_dir={run}", "resume=true"]
+        result = subprocess.run(entry, cwd=ROOT, capture_output=True, text=True)
+        told = f"error: {name}: not the same as when the run in {run} began"
+        assert result.returncode == 1 and result.stderr.splitlines()[-1].startswith(told), result.stderr
+        assert {path.name for path in run.iterdir()} == {RUN_FILE, CONFIG_FILE, "run.lock"}
 
 
 def test_prompts_that_are_cut_are_told(capsys):

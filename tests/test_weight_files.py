@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from egrpo_fast.backbones.weight_files import WeightFiles, fingerprint, new_adapter
+from egrpo_fast.backbones.weight_files import WeightFiles, new_adapter
+from egrpo_fast.files import fingerprint
 
 STEM = "diffusion_pytorch_model"
 TENSORS = {

@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import BitsAndBytesConfig, CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 from transformers.utils import logging
 
-from egrpo_fast.backbones.weight_files import WeightFiles, fingerprint
+from egrpo_fast.backbones.weight_files import WeightFiles
 from egrpo_fast.config import Config
 from egrpo_fast.embeddings import EmbeddingCache
-from egrpo_fast.files import read_bytes, read_text
+from egrpo_fast.files import fingerprint, read_bytes, read_text
 from egrpo_fast.transfer import to_device
 
 ENCODERS = {"text_encoder": "clip_text_model", "text_encoder_2": "t5"}

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from egrpo_fast.backbones.flux_text import encoder_fingerprint
-from egrpo_fast.backbones.weight_files import WeightFiles, fingerprint
+from egrpo_fast.backbones.weight_files import WeightFiles
 from egrpo_fast.config import CONFIG_FILE, RUN_FILE
-from egrpo_fast.files import read_text
+from egrpo_fast.files import fingerprint, read_text
 
 TRAINED = "transformer"
 """The part that a run changes."""
@@ -22,23 +22,31 @@ def identity(folder: Path) -> dict[str, str]:
     is seen where training or merging touched whole tensors, a few numbers edited between the samples may pass. The
     scheduler is not looked at. ValueError names what is missing.
     """
-    found = {}
-    for part in (TRAINED, "vae"):
-        file = folder / part / "config.json"
-        try:
-            config = {key: value for key, value in json.loads(read_text(file)).items() if not key.startswith("_")}
-            weights = WeightFiles(folder / part)
-        except (OSError, ValueError, AttributeError) as error:
-            raise ValueError(f"model.path: the {part} of {folder} cannot be read: {error}") from None
-        found[part] = fingerprint([json.dumps(config, sort_keys=True).encode(), *weights.samples()])
+    found = {part: part_identity("model.path", folder / part) for part in (TRAINED, "vae")}
     return {**found, "text encoders": encoder_fingerprint(folder)}
+
+
+def part_identity(field: str, folder: Path) -> str:
+    """Fingerprint of one part, a folder of a config and weights. ValueError, which begins with `field`."""
+    try:
+        text = read_text(folder / "config.json")
+        config = {key: value for key, value in json.loads(text).items() if not key.startswith("_")}
+        weights = WeightFiles(folder)
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{field}: {folder} cannot be read: {error}") from None
+    return fingerprint([json.dumps(config, sort_keys=True).encode(), *weights.samples()])
 
 
 def base_of(run: Path) -> dict[str, str]:
     """`identity` of the model that a run began with; {} where that was not recorded. ValueError: it cannot be read."""
+    return recorded(run, "base")
+
+
+def recorded(run: Path, what: str) -> dict[str, str]:
+    """Fingerprints in a run's RUN_FILE; {}: none there. ValueError: it cannot be read."""
     file = run / RUN_FILE
     try:
-        return json.loads(read_text(file)).get("base", {}) if file.exists() else {}
+        return json.loads(read_text(file)).get(what, {}) if file.exists() else {}
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from None
 

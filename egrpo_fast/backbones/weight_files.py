@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,16 +14,9 @@ if TYPE_CHECKING:  # headers alone tell the shapes, and do not wait for torch
     from safetensors import safe_open
     from torch import Tensor
 
-from egrpo_fast.files import read_text
+from egrpo_fast.files import read_text, sampled
 
 _HEADER_LIMIT = 100_000_000
-SAMPLES, SAMPLE_BYTES = 16, 4096
-"""What a fingerprint reads of a tensor: so many pieces, evenly spaced, or all of a small one."""
-
-
-def fingerprint(parts: Iterable[bytes]) -> str:
-    """SHA-256, in hex, of the parts' own SHA-256: where one ends and the next begins counts, too."""
-    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 
 
 def tensors_in(path: Path) -> dict[str, tuple[tuple[int, ...], int]]:
@@ -132,10 +125,8 @@ class WeightFiles:
 
 def _sample(path: Path, offset: int, size: int) -> bytes:
     """Of `size` bytes of a file. Not through the memory map, which reads ahead of every page that it is asked for."""
-    whole = size <= SAMPLES * SAMPLE_BYTES
-    starts = [0] if whole else [place * (size - SAMPLE_BYTES) // (SAMPLES - 1) for place in range(SAMPLES)]
     with path.open("rb", buffering=0) as file:
-        return b"".join(os.pread(file.fileno(), size if whole else SAMPLE_BYTES, offset + start) for start in starts)
+        return b"".join(os.pread(file.fileno(), at.stop - at.start, offset + at.start) for at in sampled(size))
 
 
 def new_adapter(name: str, shape: tuple[int, ...], seed: int) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from egrpo_fast.files import fingerprint, sampled
 from egrpo_fast.rewards.preprocess import Preprocess
 
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -68,6 +69,15 @@ class Scorer(ABC):
                 for some, rows in zip(images.split(size), features.split(size))
             ]
         return torch.cat(scores).float()
+
+    def fingerprint(self) -> str:
+        """Of a sample of every weight (`files.sampled`), whatever it is called and wherever it lies."""
+
+        def sample(weight: Tensor) -> bytes:
+            flat = weight.detach().contiguous().view(-1).view(torch.uint8)
+            return torch.cat([flat[at] for at in sampled(flat.numel())]).cpu().numpy().tobytes()
+
+        return fingerprint(sorted(sample(weight) for weight in self.network.parameters()))
 
     def _encoded(self, prompts: Sequence[str], size: int) -> Tensor:
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._features]
