@@ -38,6 +38,7 @@ from egrpo_fast.backbones.flux_folder import check_folder, resolve
 from egrpo_fast.backbones.identity import TRAINED, base_of, differing, identity
 from egrpo_fast.config import CONFIG_FILE, Reward, load_config
 from egrpo_fast.files import read_text
+from egrpo_fast.inputs import of_rewards
 from egrpo_fast.page import Shown, Table, write_page
 from egrpo_fast.plan import ode_plan
 from egrpo_fast.rewards import check_reward, make_reward, require_trust, score, try_reward
@@ -357,6 +358,7 @@ def judge(
             todo = [place for place in everything if place not in scores]
             if todo and judge_of is None:
                 judge_of = make_reward(reward.name, reward.options, device)
+                folder.keep("reward_fingerprints.json", of_rewards({reward.name: judge_of}), anew=True)
             with _progress(f"{model.label}: {reward.name}", len(everything), len(todo)) as bar:
                 for chunk in _batches(todo, batch):
                     files = [folder.picture(model, place) for place in chunk]

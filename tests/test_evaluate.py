@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 import pyarrow.parquet
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from scipy import stats
 
@@ -17,7 +18,7 @@ from egrpo_fast import cli, evaluation
 from egrpo_fast.config import Reward
 from egrpo_fast.page import Shown, Table, write_page
 from egrpo_fast.prompts import read_prompts
-from egrpo_fast.shapes import PIPELINE, PROMPTS
+from egrpo_fast.shapes import CLIP, PIPELINE, PROMPTS
 
 NUM_PROMPTS = 5
 LABELS = ["shapes", "trained"]
@@ -155,6 +156,32 @@ def test_another_evaluation_or_bad_input_is_refused_by_name(evaluated, trained, 
     with pytest.raises(SystemExit, match=told):
         run(monkeypatch, *command(trained, evaluated, *more))
     assert before == {path: path.stat().st_mtime_ns for path in evaluated.rglob("*.png")}
+
+
+def test_scores_of_other_weights_are_not_mixed(tmp_path):
+    """A reward's weights that changed between two halves of an evaluation."""
+    clip = shutil.copytree(CLIP, tmp_path / "clip")
+    rewards = [Reward(name="clip", options={"model": f"local-dir:{clip}"})]
+    settings = evaluation.Settings(("a red circle", "a blue square"), height=32, width=32)
+    folder, model = evaluation.Folder(tmp_path / "out"), evaluation.Model("shapes", str(PIPELINE))
+    for place in range(2):
+        folder.picture(model, place).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), "red").save(folder.picture(model, place))
+
+    def judge():
+        return evaluation.judge(folder, [model], settings, rewards, 1, torch.device("cpu"))
+
+    before = judge()
+    folder.scores_file(model, "clip").unlink()
+    assert torch.equal(judge(), before), "the same weights"
+    folder.scores_file(model, "clip").unlink()
+    weights = load_file(clip / "open_clip_model.safetensors")
+    weights["text_projection"] *= 2
+    save_file(weights, clip / "open_clip_model.safetensors")
+    with pytest.raises(
+        ValueError, match="rewards.clip: .* differs from .*reward_fingerprints.json; choose another --out"
+    ):
+        judge()
 
 
 def test_a_reward_that_cannot_be_loaded_is_told_before_anything_is_drawn(trained, tmp_path, monkeypatch):
