@@ -30,7 +30,7 @@ from egrpo_fast.methods import e_grpo
 from egrpo_fast.noise import draw_word, streams
 from egrpo_fast.rollout import NoiseKey, Wavefront
 from egrpo_fast.schedule import make_schedule
-from egrpo_fast.telling import printable
+from egrpo_fast.terminal import printable
 
 OK, WARNING, FAILED = "ok", "warning", "FAILED"
 GIB = 2**30

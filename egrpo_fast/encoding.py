@@ -17,7 +17,7 @@ from egrpo_fast.config import load_config
 from egrpo_fast.embeddings import EmbeddingWriter, Index
 from egrpo_fast.prompts import read_prompts
 from egrpo_fast.shapes import EMBEDDED, PROMPTS, pipeline_path
-from egrpo_fast.telling import printable
+from egrpo_fast.terminal import printable
 
 
 class _Joined(Sequence[str]):

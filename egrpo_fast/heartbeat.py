@@ -24,7 +24,7 @@ from types import TracebackType
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from egrpo_fast.telling import printable
+from egrpo_fast.terminal import printable
 
 EXIT_CODE = os.EX_TEMPFAIL
 """Of a process that the heartbeat ends: 75, nothing is wrong with the settings, the run may be resumed."""

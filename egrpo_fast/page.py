@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from egrpo_fast.telling import printable
+from egrpo_fast.terminal import printable
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from egrpo_fast.files import read_text
-from egrpo_fast.telling import printable
+from egrpo_fast.terminal import printable
 
 TOKEN_VARIABLE = "EGRPO_REWARD_TOKEN"
 TOKEN_VARIABLES = "EGRPO_"
