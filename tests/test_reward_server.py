@@ -1,6 +1,7 @@
 """Rewards over HTTP: what comes back equals local scores; a server that is gone, slow or lying is named, in time."""
 
 import json
+import logging
 import socket
 import threading
 import time
@@ -9,13 +10,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-import uvicorn
 from safetensors.torch import save
 
-from egrpo_fast import cli
+from egrpo_fast import cli, reward_server
 from egrpo_fast.engine import free_port
 from egrpo_fast.prompts import read_prompts
-from egrpo_fast.reward_server import check_access, is_loopback, make_app
+from egrpo_fast.reward_server import bind, check_access, is_loopback, make_app, make_server
 from egrpo_fast.rewards import RewardError, make_reward, score
 from egrpo_fast.rewards import http as client
 from egrpo_fast.rewards.http import HttpReward, RewardServerError, pack_request, unpack_request
@@ -32,17 +32,17 @@ def pictures(count=5):
 
 @contextmanager
 def serving(rewards, token=TOKEN):
-    port = free_port()
-    server = uvicorn.Server(uvicorn.Config(make_app(rewards, token, batch=2), port=port, log_level="warning"))
-    thread = threading.Thread(target=server.run, daemon=True)
+    listener = bind("127.0.0.1", 0)
+    server = make_server(make_app(rewards, token, batch=2))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
-    deadline = time.monotonic() + 20
     while not server.started:
-        assert time.monotonic() < deadline and thread.is_alive()
+        assert thread.is_alive()
         time.sleep(0.01)
-    yield f"http://127.0.0.1:{port}"
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     server.should_exit = True
-    thread.join(10)
+    thread.join(60)
+    listener.close()
 
 
 def nan_for_dark(images, prompts):
@@ -129,7 +129,7 @@ def test_what_the_server_cannot_judge_is_the_pictures_fault(server):
 
 def test_a_reward_that_breaks_on_the_server_is_tried_again_then_named(server):
     reward = make_reward("http", {"reward": "out_of_memory", "url": server, **FAST})
-    with pytest.raises(RewardServerError, match=r"status 500 rewards.out_of_memory: .*out of memory; 3 attempts"):
+    with pytest.raises(RewardServerError, match=r"status 500 rewards.out_of_memory: .*out of memory .*; 3 attempts"):
         reward(pictures(), PROMPT)
 
 
@@ -329,6 +329,133 @@ def test_a_request_that_is_none_is_told_so(server, body, told):
     headers = {"Authorization": f"Bearer {TOKEN}"}
     reply = client.httpx2.post(f"{server}/score/clip", content=body, headers=headers, trust_env=False)
     assert reply.status_code == 422 and isinstance(reply.json()["error"], str)
+
+
+# Before authentication
+
+
+def connected(url, sent=b""):
+    """A plain socket to the server, which has sent this."""
+    host, port = url.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)), timeout=60)
+    connection.sendall(sent)
+    return connection
+
+
+def head(token=TOKEN, length=10**8):
+    fields = f"Host: x\r\nContent-Length: {length}\r\nAuthorization: Bearer {token}"
+    return f"POST /score/clip HTTP/1.1\r\n{fields}\r\n\r\n".encode()
+
+
+def is_closed(connection):
+    """Waits for the server to close it."""
+    try:
+        return connection.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
+def ask(url):
+    return make_reward("http", {"reward": "clip", "url": url, "retries": 0, "timeout": 60})(pictures(), PROMPT)
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /score/clip HTTP/1.1\r\nHost: x\r\nX-Half: "], ids=["idle", "half open"])
+def test_connections_without_a_request_keep_nobody_out(server, sent):
+    """More of them than any limit, from the trainer's own address; the oldest make way."""
+    crowd = [connected(server, sent) for _ in range(reward_server.MOST_WAITING_OF_ONE + 40)]
+    try:
+        assert torch.isfinite(ask(server)).all()
+        assert all(is_closed(connection) for connection in crowd[:40])
+    finally:
+        for connection in crowd:
+            connection.close()
+
+
+def test_all_addresses_together_are_bounded(server, monkeypatch):
+    monkeypatch.setattr(reward_server, "MOST_WAITING", 3)
+    crowd = [connected(server) for _ in range(5)]
+    assert is_closed(crowd[0]) and is_closed(crowd[1])
+    assert torch.isfinite(ask(server)).all()
+
+
+def test_a_head_that_never_ends_is_cut_off(server, monkeypatch):
+    """Though a byte comes now and then; and after a whole request as before the first."""
+    monkeypatch.setattr(reward_server, "SLOWEST_HEAD", 0.3)
+    for first in (b"", f"GET /rewards HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n\r\n".encode()):
+        connection = connected(server, first)
+        if first:
+            assert b"200 OK" in connection.recv(10_000)
+        for byte in b"POST /score/clip HTTP/1.1\r\nX-Header: " + b"x" * 10_000:
+            try:
+                connection.sendall(bytes([byte]))
+            except OSError:
+                break
+            time.sleep(0.02)
+        else:
+            pytest.fail("the server was still listening")
+
+
+def test_a_request_under_way_is_not_cut_off(server, monkeypatch):
+    """Its body may take longer than a head may."""
+    monkeypatch.setattr(reward_server, "SLOWEST_HEAD", 0.2)
+    body = pack_request(pictures(), PROMPT)
+    connection = connected(server, head(length=len(body)))
+    time.sleep(0.5)
+    connection.sendall(body)
+    assert b"200 OK" in connection.recv(10_000)
+
+
+def test_without_the_token_no_body_is_read(server):
+    """The answer comes before a byte of it was sent."""
+    for token in ("wrong", ""):
+        connection = connected(server, head(token))
+        assert b"401 Unauthorized" in connection.recv(10_000)
+
+
+def test_places_are_for_those_with_the_token(server, monkeypatch):
+    monkeypatch.setattr(reward_server, "MOST_AT_ONCE", 1)
+    crowd = [connected(server, head("wrong")) for _ in range(5)]
+    assert torch.isfinite(ask(server)).all()
+    with connected(server, head()) as slow:  # a body under way takes the only place
+        while True:
+            with connected(server, head()) as other:
+                other.settimeout(0.5)
+                try:
+                    answer = other.recv(10_000)
+                    break
+                except TimeoutError:  # the first one's head was not read yet
+                    continue
+        assert answer.startswith(b"HTTP/1.1 503 ")
+        slow.close()
+    for connection in crowd:
+        connection.close()
+
+
+def test_a_client_that_leaves_is_no_traceback(server, caplog):
+    logging.getLogger("uvicorn.error").addHandler(caplog.handler)  # uvicorn's loggers do not propagate
+    connection = connected(server, head() + b"some")
+    connection.close()
+    assert torch.isfinite(ask(server)).all()
+    logging.getLogger("uvicorn.error").removeHandler(caplog.handler)
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_serving_is_said_once_it_is_true(monkeypatch, capsys):
+    """Not while the port is another's; nor are weights loaded for that."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        arguments = ["--rewards", "clip={model: /nowhere}", "--port", str(port)]
+        monkeypatch.setattr("sys.argv", ["egrpo", "serve-rewards", *arguments])
+        with pytest.raises(SystemExit, match=f"error: --host 127.0.0.1 --port {port}: Address already in use"):
+            cli.main()
+    with pytest.raises(ValueError, match="--host nowhere.invalid --port 1: "):
+        bind("nowhere.invalid", 1)
+    assert "serving" not in capsys.readouterr().out
+    with bind("127.0.0.1", 0) as listener:
+        server = make_server(make_app({}, TOKEN), "serving nothing")
+        server.should_exit = True  # as soon as it has begun
+        server.run(sockets=[listener])
+        assert capsys.readouterr().out == "serving nothing\n"
 
 
 def test_nobody_outside_is_let_in_without_a_token():
