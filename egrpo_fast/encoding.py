@@ -12,7 +12,14 @@ import torch
 from tqdm import tqdm
 
 from egrpo_fast.backbones.flux_folder import resolve
-from egrpo_fast.backbones.flux_text import FluxTextEncoder, encoder_fingerprint, tell_truncated, text_widths
+from egrpo_fast.backbones.flux_text import (
+    ENCODERS,
+    TOKENIZERS,
+    FluxTextEncoder,
+    encoder_fingerprint,
+    tell_truncated,
+    text_widths,
+)
 from egrpo_fast.config import load_config
 from egrpo_fast.embeddings import EmbeddingWriter, Index
 from egrpo_fast.prompts import read_prompts
@@ -84,7 +91,7 @@ def encode(
     prompts, told = read_all(files, column)
     for warning in told:
         print(printable(f"warning: {warning}"))
-    path = resolve(pipeline_path(model))
+    path = resolve(pipeline_path(model), parts=(*ENCODERS, *TOKENIZERS))
     if not path.is_dir():
         raise ValueError(f"model.path: no folder {path}; that of a FLUX pipeline in diffusers' layout is expected")
     kind = getattr(torch, dtype)

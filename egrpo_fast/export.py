@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from egrpo_fast.backbones.flux_folder import PARTS, is_hub_id, resolve
+from egrpo_fast.backbones.flux_folder import PARTS, fetch_card, is_hub_id, resolve
 from egrpo_fast.backbones.identity import check_base
 from egrpo_fast.backbones.lora import save_lora
 from egrpo_fast.backbones.weight_files import WeightFiles, fused
@@ -98,6 +98,7 @@ def _write(
     kind, lora = KINDS[weights], config.model.lora
     dtype = torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
     base = resolve(pipeline_path(config.model.path))
+    fetch_card(config.model.path)
     try:
         check_base(run, base)
     except ValueError as error:

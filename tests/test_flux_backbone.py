@@ -6,11 +6,13 @@ import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
+import huggingface_hub
 import huggingface_hub.errors as hub
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,9 +21,9 @@ from torch.utils._pytree import tree_leaves
 from egrpo_fast import noise, ops
 from egrpo_fast.backbones import flux_folder
 from egrpo_fast.backbones.flux import FluxBackbone
-from egrpo_fast.backbones.flux_folder import check_folder, load_vae, meta_transformer, resolve
+from egrpo_fast.backbones.flux_folder import check_folder, fetch_card, load_vae, meta_transformer, resolve
 from egrpo_fast.backbones.flux_forward import CompiledFlux, FluxCache
-from egrpo_fast.backbones.flux_text import Conditioning
+from egrpo_fast.backbones.flux_text import Conditioning, FluxTextEncoder
 from egrpo_fast.backbones.lora import save_lora
 from egrpo_fast.backbones.random_flux import make_pipeline
 from egrpo_fast.config import Lora, TaylorSeer
@@ -161,6 +163,27 @@ def index_naming_an_absent_shard(folder):
     (folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json").write_text(text)
 
 
+def index_outside(part):
+    """An index that names a sound file of weights two folders up."""
+
+    def damage(folder):
+        file = weight_file(folder, part)
+        elsewhere = folder.parent / "elsewhere.safetensors"
+        file.rename(elsewhere)
+        weight_map = dict.fromkeys(load_file(elsewhere), "../../elsewhere.safetensors")
+        (file.parent / f"{file.name}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+    return damage
+
+
+def tokenizer_config(part, **changes):
+    def damage(folder):
+        file = folder / part / "tokenizer_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return damage
+
+
 def without_a_weight(part):
     def damage(folder):
         weights = load_file(weight_file(folder, part))
@@ -203,6 +226,29 @@ def without_a_weight(part):
         pytest.param(config("vae", block_out_channels=3), "cannot be read as a FLUX pipeline", id="VAE's config"),
         pytest.param(cut("text_encoder_2"), "text_encoder_2/model.safetensors.* its header asks", id="truncated T5"),
         pytest.param(config("text_encoder", model_type="bert"), "text_encoder holds a bert", id="another encoder"),
+        *(
+            pytest.param(
+                index_outside(part), f"{part}/.*index.json names '../../elsewhere.safetensors'; a file in its own",
+                id=f"index outside of {part}",
+            )
+            for part in flux_folder.STEMS
+        ),
+        *(
+            pytest.param(
+                tokenizer_config(part, **{key: "../../elsewhere.json"}),
+                f"{part} could not be loaded: tokenizer_config.json: {key} is '../../elsewhere.json'",
+                id=f"{part}, {key}",
+            )
+            for part, key in (("tokenizer", "merges_file"), ("tokenizer_2", "tokenizer_file"))
+        ),
+        pytest.param(
+            lambda f: (f / "tokenizer" / "tokenizer.json").unlink(),
+            "tokenizer could not be loaded: there is neither tokenizer.json nor merges.txt and vocab", id="no words",
+        ),
+        pytest.param(
+            lambda f: (f / "tokenizer_2" / "tokenizer.json").unlink(),
+            "tokenizer_2 could not be loaded: there is neither tokenizer.json nor spiece.model", id="no words of T5",
+        ),
     ],
 )  # fmt: skip
 def test_a_damaged_folder_is_refused_by_name(damage, told, tmp_path):
@@ -211,6 +257,22 @@ def test_a_damaged_folder_is_refused_by_name(damage, told, tmp_path):
     damage(folder)
     with pytest.raises(ValueError, match=f"model.path: .*{told}"):
         FluxBackbone.from_pretrained(str(folder), 32, 32)
+
+
+def test_a_tokenizer_that_gives_no_length_has_its_encoders(tmp_path, backbone):
+    """As many tokens as CLIP has positions for; one that asks for its own code gets the code of its kind."""
+    shutil.copytree(PIPELINE, tmp_path / "pipeline")
+    for part in ("tokenizer", "tokenizer_2"):
+        file = tmp_path / "pipeline" / part / "tokenizer_config.json"
+        settings = json.loads(file.read_text()) | {"auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
+        del settings["model_max_length"]
+        file.write_text(json.dumps(settings))
+    text = FluxTextEncoder.from_pretrained(tmp_path / "pipeline", 24)
+    assert text.limits == {"T5": 24, "CLIP": 24}
+    prompts = [CAPTIONS[0], "a red circle " * 20]
+    expected, found = backbone.encode(prompts), text.encode(prompts)
+    assert torch.equal(found.pooled, expected.pooled) and torch.equal(found.t5, expected.t5)
+    assert len(text.truncated(prompts)) == 2
 
 
 def test_bad_sizes_and_paths_are_refused_before_loading(tmp_path):
@@ -245,14 +307,53 @@ def test_a_hub_id_that_cannot_be_had_is_refused_by_name(error, told, monkeypatch
         resolve("someone/FLUX")
 
 
-def test_of_a_hub_id_the_pipeline_and_its_licence_are_fetched(monkeypatch, tmp_path):
-    asked = {}
-    monkeypatch.setattr(
-        flux_folder, "snapshot_download", lambda name, **options: asked.update(options) or str(tmp_path)
-    )
-    assert resolve("someone/FLUX") == tmp_path
-    assert {"model_index.json", "README.md", "LICENSE*", "transformer/*", "scheduler/*"} <= set(asked["allow_patterns"])
-    assert not any("flux1-dev.safetensors".endswith(pattern.lstrip("*")) for pattern in asked["allow_patterns"])
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+LEFT_OUT = [
+    "README.md", "LICENSE.md", "flux1-dev.safetensors", "transformer/diffusion_pytorch_model.fp16.safetensors",
+    "transformer/diffusion_pytorch_model-00001-of-00002.fp16.safetensors", "vae/diffusion_pytorch_model.bin",
+    "text_encoder_2/model.fp16-00001-of-00002.safetensors", "text_encoder/flax_model.msgpack",
+]  # fmt: skip
+"""What such a repository holds beside, and diffusers does not download."""
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """someone/FLUX as diffusers leaves it in a cache: its files, and the listing of all that the repository holds."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    repository = tmp_path / "models--someone--FLUX"
+    snapshot = repository / "snapshots" / COMMIT
+    shutil.copytree(PIPELINE, snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    there = [str(file.relative_to(snapshot)) for file in snapshot.rglob("*") if file.is_file()]
+    listing = {name: {"size": 1, "blob_id": "0" * 40} for name in there + LEFT_OUT}
+    (repository / "trees").mkdir()
+    (repository / "trees" / f"{COMMIT}.json").write_text(json.dumps({"format_version": 1, "files": listing}))
+    return snapshot
+
+
+@pytest.mark.skipif(not hasattr(hub, "IncompleteSnapshotError"), reason="this huggingface_hub keeps no listings")
+def test_a_cache_as_diffusers_leaves_it_is_enough_without_a_network(hub_cache):
+    with pytest.raises(hub.IncompleteSnapshotError, match="README.md|LICENSE"):
+        huggingface_hub.snapshot_download("someone/FLUX", allow_patterns=["model_index.json", "README.md", "LICENSE*"])
+    fetch_card("someone/FLUX")  # nothing comes of it, and nothing is said
+    assert resolve("someone/FLUX") == hub_cache
+    check_folder(str(resolve("someone/FLUX")), 32, 32)
+    shutil.rmtree(hub_cache / "transformer")
+    with pytest.raises(ValueError, match="model.path: someone/FLUX is no folder here.*transformer/"):
+        resolve("someone/FLUX")
+    assert resolve("someone/FLUX", parts=("text_encoder", "tokenizer")) == hub_cache, "that is all egrpo encode reads"
+
+
+def test_of_a_hub_id_every_file_that_is_read_is_asked_for():
+    """Shards and their index too; nothing that is left out."""
+    shards = [f"{part}/{stem}-00002-of-00003.safetensors" for part, stem in flux_folder.STEMS.items()]
+    indexes = [f"{part}/{stem}.safetensors.index.json" for part, stem in flux_folder.STEMS.items()]
+    whole = [str(file.relative_to(PIPELINE)) for file in PIPELINE.rglob("*") if file.is_file()]
+    wanted = [*whole, *shards, *indexes, "tokenizer_2/spiece.model"]
+    asked = filter_repo_objects(wanted + LEFT_OUT, allow_patterns=flux_folder.hub_files())
+    assert sorted(asked) == sorted(wanted)
 
 
 def adapters(lora=LORA, seed=0):

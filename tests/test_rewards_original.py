@@ -6,6 +6,7 @@ where the few modules that score are loaded one by one.
 
 import importlib
 import json
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -202,6 +203,15 @@ def pick_score(tmp_path_factory):
         model.logit_scale.fill_(4.6052)
     model.save_pretrained(folder)
     return folder, model, tokenizer
+
+
+@pytest.mark.parametrize("index", [{"weight_map": {"logit_scale": "../model.safetensors"}}, {"weight_map": 3}, []])
+def test_an_index_of_shards_elsewhere_is_refused(index, pick_score, tmp_path):
+    shutil.copytree(pick_score[0], tmp_path / "weights")
+    (tmp_path / "weights" / "model.safetensors").rename(tmp_path / "model.safetensors")
+    (tmp_path / "weights" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="rewards.pick_score: weights: .*index.json (names '../model|cannot be read)"):
+        make_reward("pick_score", {"weights": str(tmp_path / "weights"), "tokenizer": str(CLIP)})
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)

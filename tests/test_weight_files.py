@@ -103,6 +103,10 @@ def index(text):
         pytest.param(index("[]"), "index.json cannot be read", id="another index"),
         pytest.param(index('{"weight_map": {}}'), "index.json names no file", id="empty index"),
         pytest.param(index('{"weight_map": {"a": 3}}'), "index.json cannot be read", id="index of numbers"),
+        *(
+            pytest.param(index(json.dumps({"weight_map": {"a": name}})), "names .* file in its own folder", id=name)
+            for name in ("../../x.safetensors", "/x.safetensors", "sub/x.safetensors", "..")
+        ),
         pytest.param(
             lambda f: (f / f"{STEM}.safetensors.index.json").unlink(),
             f"neither {STEM}.safetensors nor {STEM}.safetensors.index.json", id="no index",

@@ -1,7 +1,8 @@
 """A FLUX pipeline's folder, in diffusers' layout: found, checked, read."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -19,8 +20,13 @@ from egrpo_fast.files import read_text
 LATENT_PATCH = 2
 """FLUX packs 2 x 2 latent pixels into one token."""
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
-FILES = ("model_index.json", "README.md", "LICENSE*", *(f"{part}/*" for part in PARTS))
-"""Of a hub repository: the pipeline, and what its licence is."""
+STEMS = {
+    "transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model",
+    "text_encoder_2": "model",
+}  # fmt: skip
+"""Parts with weights -> how the names of their weight files begin."""
+CARD = ("README.md", "LICENSE*")
+"""Of a hub repository, what its licence is."""
 
 
 def is_hub_id(path: str) -> bool:
@@ -28,15 +34,31 @@ def is_hub_id(path: str) -> bool:
     return not Path(path).exists() and path.count("/") == 1 and not path.startswith((".", "/", "~"))
 
 
-def resolve(path: str, field: str = "model.path") -> Path:
-    """The local folder of a pipeline: `path` itself, or that of a hub id, downloaded if need be.
+def hub_files(parts: Sequence[str] = PARTS) -> list[str]:
+    """Of a hub repository, what is read of a pipeline's parts: patterns of names.
+
+    The same as diffusers downloads: no weights in another format or precision beside them, no model card.
+    """
+    found = ["model_index.json"]
+    for part in parts:
+        if stem := STEMS.get(part):
+            numbers = "-?????-of-?????"
+            weights = (f"{stem}.safetensors", f"{stem}{numbers}.safetensors", f"{stem}.safetensors.index.json")
+            found += [f"{part}/{name}" for name in ("config.json", *weights)]
+        else:
+            found.append(f"{part}/*")
+    return found
+
+
+def resolve(path: str, field: str = "model.path", parts: Sequence[str] = PARTS) -> Path:
+    """The local folder of a pipeline: `path` itself, or that of a hub id, whose parts are downloaded if need be.
 
     ValueError, which begins with `field`.
     """
     if not is_hub_id(path):
         return Path(path)
     try:
-        return Path(snapshot_download(path, allow_patterns=list(FILES)))
+        return Path(snapshot_download(path, allow_patterns=hub_files(parts)))
     except GatedRepoError:
         raise ValueError(
             f"{field}: {path} is gated: accept its licence at https://huggingface.co/{path} and set HF_TOKEN"
@@ -49,6 +71,13 @@ def resolve(path: str, field: str = "model.path") -> Path:
             f"{field}: {path} is no folder here and could not be downloaded; without a network, give the path of a "
             f"folder that holds it ({told})"
         ) from None
+
+
+def fetch_card(path: str) -> None:
+    """Put the model card and the licence of a hub id into the folder that `resolve` gives, if the hub can be asked."""
+    if is_hub_id(path):
+        with suppress(OSError, ValueError, RuntimeError):
+            snapshot_download(path, allow_patterns=list(CARD))
 
 
 def check_folder(path: str, height: int, width: int) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -23,6 +23,8 @@ from egrpo_fast.transfer import to_device
 ENCODERS = {"text_encoder": "clip_text_model", "text_encoder_2": "t5"}
 """Subfolders, and the `model_type` their config names."""
 TOKENIZERS = ("tokenizer", "tokenizer_2")
+WHOLE_TOKENIZER = "tokenizer.json"
+"""The one file that a tokenizer needs, or it needs the others of its kind."""
 SHOWN = 3
 """Prompts that an encoder truncates which are told in full."""
 
@@ -129,11 +131,28 @@ def _load(kind: Any, folder: Path, name: str, **options: Any) -> Any:
     return model.requires_grad_(False).eval()
 
 
+def _check_vocabulary(files: Mapping[str, str], folder: Path) -> None:
+    """ValueError where a tokenizer's vocabulary is not in its folder. files: setting -> name.
+
+    Without it transformers makes a tokenizer that knows no word, and says nothing; a file that the settings name, it
+    may read from anywhere.
+    """
+    names = set(files.values()) - {WHOLE_TOKENIZER}
+    if not (folder / WHOLE_TOKENIZER).is_file() and not all((folder / name).is_file() for name in names):
+        raise ValueError(f"there is neither {WHOLE_TOKENIZER} nor {' and '.join(sorted(names))}")
+    config = folder / "tokenizer_config.json"
+    settings = json.loads(read_text(config)) if config.exists() else {}
+    for key, name in files.items():
+        if settings.get(key) not in (None, name):
+            raise ValueError(f"{config.name}: {key} is {settings[key]!r}; {name} in the same folder is expected")
+
+
 def _tokenizer(kind: Any, folder: Path, name: str) -> Any:
     if not (folder / name).is_dir():
         raise ValueError(f"model.path: {folder} lacks {name}")
     try:
-        return kind.from_pretrained(folder / name)
+        _check_vocabulary(kind.vocab_files_names, folder / name)
+        return kind.from_pretrained(folder / name, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exceptions
         told = " ".join(str(error).split())
         raise ValueError(f"model.path: {folder / name} could not be loaded: {told}") from None
@@ -151,7 +170,9 @@ class FluxTextEncoder:
             dtype,
         )
         self._clip, self._t5, self._clip_tokenizer, self._t5_tokenizer = clip, t5, clip_tokenizer, t5_tokenizer
-        self.limits = {"T5": max_sequence_length, "CLIP": clip_tokenizer.model_max_length}
+        # A tokenizer that does not say how long prompts may be has 1e30 there.
+        most = min(clip_tokenizer.model_max_length, clip.config.max_position_embeddings)
+        self.limits = {"T5": max_sequence_length, "CLIP": most}
 
     @classmethod
     def from_pretrained(

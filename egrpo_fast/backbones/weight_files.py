@@ -50,11 +50,13 @@ class WeightFiles:
         if index.is_file():
             try:
                 names = set(json.loads(read_text(index))["weight_map"].values())
-                paths = [folder / Path(name).name for name in sorted(names)]
+                paths = [folder / name for name in sorted(names)]
             except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
                 raise ValueError(f"{index} cannot be read: {error!r}") from None
             if not paths:
                 raise ValueError(f"{index} names no file")
+            if astray := [name for name in sorted(names) if name in ("", "..") or Path(name).name != name]:
+                raise ValueError(f"{index} names {astray[0]!r}; a file in its own folder is expected")
         elif single.is_file():
             paths = [single]
         else:

@@ -7,6 +7,7 @@ from transformers import AutoTokenizer, CLIPModel
 
 from egrpo_fast.rewards.preprocess import Preprocess
 from egrpo_fast.rewards.scorer import Dtype, Scorer
+from egrpo_fast.rewards.weights import check_shards
 
 
 class PickScore(Scorer):
@@ -29,6 +30,7 @@ class PickScore(Scorer):
         offload: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
+        check_shards(weights)
         network, report = CLIPModel.from_pretrained(
             weights, use_safetensors=True, dtype=torch.float32, output_loading_info=True
         )

@@ -1,5 +1,6 @@
 """Weights of a reward: a file or a hub id to tensors, without executing anything that a checkpoint may hold."""
 
+import json
 import pickle
 import re
 from collections.abc import Collection
@@ -9,6 +10,8 @@ import torch
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from egrpo_fast.files import read_text
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -26,6 +29,20 @@ def find_weights(weights: str, filename: str) -> Path:
         return Path(hf_hub_download(weights, filename))
     except (OSError, ValueError) as error:
         raise ValueError(f"weights: no file {weights}, and no {filename} from the hub: {error}") from None
+
+
+def check_shards(weights: str) -> None:
+    """ValueError where a folder in transformers' layout has an index that names a file outside of it."""
+    index = Path(weights) / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    try:
+        names = set(json.loads(read_text(index))["weight_map"].values())
+        astray = [name for name in names if Path(name).name != name]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"weights: {index} cannot be read: {error!r}") from None
+    if astray:
+        raise ValueError(f"weights: {index} names {min(astray)!r}; a file in its own folder is expected")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
