@@ -21,7 +21,7 @@ from egrpo_fast.files import read_text
 from egrpo_fast.methods import plan_of
 from egrpo_fast.plan import Plan
 from egrpo_fast.shapes import prompts_path
-from egrpo_fast.terminal import error_lines, keep_clean
+from egrpo_fast.terminal import error_lines, keep_clean, steady_streams
 
 
 def describe(config: Config) -> dict[str, Any]:
@@ -395,6 +395,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 
 def main() -> None:
+    steady_streams()
     keep_clean()
     arguments = parse(sys.argv[1:])
     try:

@@ -1,5 +1,6 @@
-"""Pictures of a run: held-out grids, before and after, reward curves, and the entropy of a schedule. PNG files."""
+"""Pictures of a run: held-out grids, before and after, reward curves, and the entropy of a schedule. As PNG."""
 
+import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +25,16 @@ def _wrapped(caption: str, width: int = 26) -> str:
     return "\n".join(textwrap.wrap(caption, width)[:4])
 
 
-def picture_grid(path: Path, images: Tensor, captions: Sequence[str], columns: int = 8) -> None:
+def _png(figure: Any) -> bytes:
+    file = io.BytesIO()
+    try:
+        figure.savefig(file, dpi=110)
+    finally:
+        plt.close(figure)
+    return file.getvalue()
+
+
+def picture_grid(images: Tensor, captions: Sequence[str], columns: int = 8) -> bytes:
     """[N, 3, H, W] pictures under their captions, as one PNG."""
     rows = -(-len(images) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(1.6 * columns, 2.3 * rows), squeeze=False, layout="constrained")
@@ -32,11 +42,10 @@ def picture_grid(path: Path, images: Tensor, captions: Sequence[str], columns: i
         axis.axis("off")
     for axis, image, caption in zip(axes.flat, images, captions):
         _show(axis, image, _wrapped(caption))
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    return _png(figure)
 
 
-def before_after(path: Path, before: Tensor, after: Tensor, captions: Sequence[str], columns: int = 8) -> None:
+def before_after(before: Tensor, after: Tensor, captions: Sequence[str], columns: int = 8) -> bytes:
     """The same prompts from the same noise, base above trained, as one PNG."""
     bands = -(-len(captions) // columns)
     figure, axes = plt.subplots(
@@ -51,12 +60,14 @@ def before_after(path: Path, before: Tensor, after: Tensor, captions: Sequence[s
     for band in range(bands):
         for row, label in ((2 * band, "before"), (2 * band + 1, "after")):
             axes[row, 0].text(-0.08, 0.5, label, rotation=90, va="center", ha="right", transform=axes[row, 0].transAxes)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    return _png(figure)
 
 
-def curves(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Held-out rewards (one panel each) and the training reward, by iteration, and where the watch stopped the run."""
+def curves(lines: Sequence[Mapping[str, Any]]) -> bytes:
+    """Held-out rewards (one panel each) and the training reward, by iteration, and where the watch stopped the run.
+
+    One PNG.
+    """
     names = list(dict.fromkeys(name for line in lines for name in line if name.startswith("held_out/")))
     figure, axes = plt.subplots(1, max(1, len(names)), figsize=(4.2 * max(1, len(names)), 3.2), squeeze=False)
     for axis, name in zip(axes.flat, names):
@@ -75,8 +86,7 @@ def curves(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    return _png(figure)
 
 
 def entropy_plot(path: Path, schedule: Schedule, threshold: float, longest: int = 6) -> None:

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: the run ends at the next safe place with a checkpoint, or by force when that takes too long."""
+"""SIGTERM, Ctrl-C, a closed terminal: the run ends at the next safe place with a checkpoint, or late, by force."""
 
 import os
 import signal
@@ -7,7 +7,7 @@ import time
 from contextlib import suppress
 from types import FrameType
 
-EXIT_CODES: dict[int, int] = {signal.SIGTERM: 0, signal.SIGINT: 130}
+EXIT_CODES: dict[int, int] = {signal.SIGTERM: 0, signal.SIGINT: 130, signal.SIGHUP: 129}
 """Of a run that was asked to end and left a checkpoint: a machine that is taken back is no failure."""
 FORCED = 143
 ECHO = 3.0
@@ -22,7 +22,8 @@ class Interruption:
         self._since = 0.0
         self._seconds = seconds
         for number in EXIT_CODES:
-            signal.signal(number, self._asked)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # else nohup was asked for
+                signal.signal(number, self._asked)
 
     def _asked(self, number: int, frame: FrameType | None) -> None:
         if self.signal:

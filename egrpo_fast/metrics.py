@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 import uuid
 import warnings
@@ -15,6 +14,10 @@ import torch
 from torch.profiler import record_function
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+from egrpo_fast.claim import Claim
+from egrpo_fast.files import sync
+from egrpo_fast.terminal import Attempts
 
 METRICS = "metrics.jsonl"
 
@@ -46,9 +49,11 @@ class Stopwatch:
 class RunLog:
     """One line of JSON per iteration or evaluation in `metrics.jsonl`, mirrored to TensorBoard and the progress bar.
 
-    start: iterations already done; lines of later ones, left by an interrupted run, are dropped, and so is that of the
-    evaluation at `start` where it is not `evaluated`. A disk that takes no more ends no run: what is unwritten is told,
-    kept and written with the next line; only `close` raises.
+    start: iterations already done; lines of later ones, left by an interrupted run, are cut off, and so is that of the
+    evaluation at `start` where it is not `evaluated`. claim: of the folder; nothing is written once it is another.
+
+    What cannot be written ends no run: it is told once, kept and written with the next line; only `close` raises.
+    ValueError: there is a log that cannot be read.
     """
 
     def __init__(
@@ -58,35 +63,43 @@ class RunLog:
         start: int = 0,
         evaluated: bool = True,
         wandb_config: Mapping[str, Any] | None = None,
+        claim: Claim | None = None,
     ):
-        self._path = folder / METRICS
+        self._path, self._claim, self._attempt = folder / METRICS, claim, Attempts()
         ends = {True: start, False: start if evaluated else start - 1}  # by whether a line is an iteration's
-        kept = [line for line in self.read(folder) if line["iteration"] <= ends["skipped_steps" in line]]
-        beside = self._path.with_suffix(".tmp")
-        beside.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        beside.replace(self._path)
-        self._end = self._path.stat().st_size
+        kept = [end for end, line in _finished_lines(self._path) if _is_line(line) and
+                line["iteration"] <= ends["skipped_steps" in line]]  # fmt: skip
+        self._end = max(kept, default=0)
         self._unwritten: list[str] = []
         self._unshown: list[tuple[int, Mapping[str, float]]] = []
-        self._board: SummaryWriter | None = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        self._board: SummaryWriter | None = None
+        self._purge: int | None = start + 1
+        with self._attempt(METRICS):
+            self._append()
         self._bar = tqdm(total=iterations, initial=start, desc="training", unit="it", dynamic_ncols=True)
-        self._wandb = None
+        self._wandb: Any = None
         if wandb_config is not None:
-            import wandb
+            with self._attempt("wandb"):
+                import wandb
 
-            name = folder / "wandb_id"
-            if not start or not name.is_file():
-                name.write_text(uuid.uuid4().hex)
-            self._wandb = wandb.init(
-                project="egrpo_fast", id=name.read_text(), dir=str(folder), config=dict(wandb_config), resume="allow"
-            )
+                name = folder / "wandb_id"
+                if not start or not name.is_file():
+                    name.write_text(uuid.uuid4().hex)
+                self._wandb = wandb.init(
+                    project="egrpo_fast", id=name.read_text(), dir=str(folder), config=dict(wandb_config),
+                    resume="allow",
+                )  # fmt: skip
 
     @staticmethod
     def read(folder: Path) -> list[dict[str, Any]]:
-        """All lines of a run; a last one that a killed run did not finish is none."""
-        path = folder / METRICS
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        """All lines of a run. One that a killed run did not finish is none; damaged ones are told and left out.
+
+        ValueError: the log cannot be read.
+        """
+        lines = [line for _, line in _finished_lines(folder / METRICS)]
+        if damaged := sum(not _is_line(line) for line in lines):
+            warnings.warn(f"{folder / METRICS}: {damaged} damaged line(s) are left out", stacklevel=2)
+        return [line for line in lines if _is_line(line)]
 
     def write(self, iteration: int, values: Mapping[str, float], notes: Mapping[str, Any] | None = None) -> None:
         """iteration: iterations done so far. One JSON line, TensorBoard scalars, W&B; the notes in the line alone.
@@ -96,25 +109,25 @@ class RunLog:
         values = {name: value for name, value in values.items() if math.isfinite(value)}
         self._unwritten.append(json.dumps({"iteration": iteration, **values, **(notes or {})}) + "\n")
         self._unshown.append((iteration, values))
-        with self._or_warn():
+        with self._attempt(METRICS):
             self._append()
+        with self._attempt("tensorboard"):
             self._show()
         if self._wandb is not None:
-            self._wandb.log(dict(values), step=iteration)
+            with self._attempt("wandb"):
+                self._wandb.log(dict(values), step=iteration)
 
     def sync(self) -> None:
-        """Every line so far is on the disk and survives a power cut, or a warning says that it may not."""
-        with self._or_warn():
+        """Every line so far is on the disk and survives a power cut, or a warning said that it may not."""
+        with self._attempt(METRICS):
             self._append()
-            for path in (self._path, self._path.parent):
-                descriptor = os.open(path, os.O_RDONLY)
-                try:
-                    os.fsync(descriptor)
-                finally:
-                    os.close(descriptor)
+            sync(self._path)
+            sync(self._path.parent)
 
     def _append(self) -> None:
-        """Write the lines that are not in the file yet, over what a failed attempt may have left of them."""
+        """Write the lines that are not in the file yet, over what a failed attempt or an earlier run may have left."""
+        if self._claim:
+            self._claim.check()
         with self._path.open("ab", buffering=0) as file:
             file.truncate(min(file.tell(), self._end))
             rest = "".join(self._unwritten).encode()
@@ -126,25 +139,20 @@ class RunLog:
 
     def _show(self) -> None:
         """The same for TensorBoard. Its writer, once failed, fails for good: a new one goes on, in its own file."""
+        if self._claim:
+            self._claim.check()
         try:
             if self._board is None:
-                self._board = SummaryWriter(str(self._path.parent / "tensorboard"))
+                self._board = SummaryWriter(str(self._path.parent / "tensorboard"), purge_step=self._purge)
+                self._purge = None
             for iteration, values in self._unshown:
                 for name, value in values.items():
                     self._board.add_scalar(name, value, iteration)
             self._board.flush()
-        except OSError:
+        except Exception:
             self._board = None
             raise
         self._unshown.clear()
-
-    @contextmanager
-    def _or_warn(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            kept = f"{len(self._unshown)} line(s) wait in memory and are written with the next"
-            warnings.warn(f"{METRICS} and tensorboard: {error.strerror or error}; {kept}", stacklevel=4)
 
     def advance(self, **shown: float) -> None:
         """Move the progress bar by one iteration, with these numbers beside it."""
@@ -157,14 +165,35 @@ class RunLog:
     def close(self) -> None:
         """OSError: lines are lost, the disk would still not take them."""
         self._bar.close()
-        with self._or_warn():
+        with self._attempt("tensorboard"):
             self._show()
             if self._board is not None:
                 self._board.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            with self._attempt("wandb"):
+                self._wandb.finish()
         try:
             self._append()
         except OSError as error:
             lost = f"{METRICS}: {len(self._unwritten)} line(s) could not be written: {error.strerror or error}"
             raise OSError(error.errno, lost) from error
+
+
+def _finished_lines(path: Path) -> list[tuple[int, Any]]:
+    """Where every line with an end has it, in bytes, and what it says; None: it is not JSON. ValueError: unreadable."""
+    try:
+        raw = path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    lines, end = [], 0
+    for line in raw.split(b"\n")[:-1]:
+        end += len(line) + 1
+        try:
+            lines.append((end, json.loads(line)))
+        except (ValueError, RecursionError):
+            lines.append((end, None))
+    return lines
+
+
+def _is_line(line: Any) -> bool:
+    return isinstance(line, dict) and isinstance(line.get("iteration"), int)

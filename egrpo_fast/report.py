@@ -1,19 +1,21 @@
 """What a run tells: metrics and alarms as it goes, pictures of the held-out prompts, and a summary. Rank 0 only."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from egrpo_fast import figures
+from egrpo_fast.claim import Claim
 from egrpo_fast.config import PIPELINE, Config
 from egrpo_fast.export import export
-from egrpo_fast.files import follow_umask
-from egrpo_fast.guards import Verdict
+from egrpo_fast.files import write_whole
+from egrpo_fast.guards import History, Verdict
 from egrpo_fast.metrics import RunLog
 from egrpo_fast.plan import Plan
 from egrpo_fast.sampler import HeldOut
+from egrpo_fast.terminal import Attempts
 
 BASE_PICTURES, SUMMARY = "base_pictures.safetensors", "summary.json"
 
@@ -21,17 +23,25 @@ BASE_PICTURES, SUMMARY = "base_pictures.safetensors", "summary.json"
 class Report:
     """Of one run. iteration, evaluated: what the log's lines are kept up to (`RunLog`). held_out: its prompts.
 
-    On other ranks than 0 (`speaks`) nothing is told or written.
+    On other ranks than 0 (`speaks`) nothing is told or written. Pictures and plots that cannot be drawn or written are
+    told once and end nothing; what is drawn is kept, and written with the next. claim: of the run's folder.
     """
 
     def __init__(
-        self, config: Config, held_out: Sequence[str], iteration: int, evaluated: bool, speaks: bool = True
+        self,
+        config: Config,
+        held_out: Sequence[str],
+        iteration: int,
+        evaluated: bool,
+        speaks: bool = True,
+        claim: Claim | None = None,
     ) -> None:
-        self._config, self._prompts, self._folder = config, held_out, config.output_dir
+        self._config, self._prompts, self._folder, self._claim = config, held_out, config.output_dir, claim
+        self._attempt, self._unwritten = Attempts(), dict[str, bytes]()
         self._log: RunLog | None = None
         if speaks:
             wandb_config = config.model_dump(mode="json") if config.wandb else None
-            self._log = RunLog(self._folder, config.iterations, iteration, evaluated, wandb_config)
+            self._log = RunLog(self._folder, config.iterations, iteration, evaluated, wandb_config, claim)
 
     def begin(self, plan: Plan, prompts: int, backends: Mapping[str, str]) -> None:
         """What an iteration costs. prompts: of this rank; backends: by op."""
@@ -62,6 +72,7 @@ class Report:
         if self._log is None:
             return
         self._log.write(done, values, notes)
+        self._write()
         phases = {name.removeprefix("seconds/"): value for name, value in values.items() if "seconds/" in name}
         trained = next(reward.name for reward in self._config.rewards if reward.weight)
         self._log.advance(reward=values[f"reward/{trained}"], **phases)
@@ -85,31 +96,53 @@ class Report:
                 f"{watched.best:.4f} (iteration {watched.best_at}) while the trained rewards rose: alarm "
                 f"{watched.alarms} of {rule.patience}{'; the run stops here' if watched.stop else ''}"
             )
-        (self._folder / "pictures").mkdir(exist_ok=True)
-        captions = self._prompts[: len(held_out.pictures)]
-        figures.picture_grid(self._folder / "pictures" / f"iteration-{done:06d}.png", held_out.pictures, captions)
+        pictures, captions = held_out.pictures, self._prompts[: len(held_out.pictures)]
+        self._put(f"pictures/iteration-{done:06d}.png", lambda: figures.picture_grid(pictures, captions))
         if done == 0:
-            save_file({"pictures": held_out.pictures.contiguous()}, self._folder / BASE_PICTURES)
-            follow_umask(self._folder / BASE_PICTURES)
+            self._put(BASE_PICTURES, lambda: save({"pictures": pictures.contiguous()}))
 
-    def finish(self, done: int, after: HeldOut, stopped: bool) -> None:
-        """The run is over: curves, before and after, `summary.json`, the trained pipeline."""
+    def _put(self, name: str, make: Callable[[], bytes]) -> None:
+        """A file of the run's folder."""
+        with self._attempt(name):
+            self._unwritten[name] = make()
+        self._write()
+
+    def _write(self) -> None:
+        """The files that are not there yet."""
+        for name, content in list(self._unwritten.items()):
+            with self._attempt("pictures, plots and summary"):
+                if self._claim:
+                    self._claim.check()
+                (self._folder / name).parent.mkdir(exist_ok=True)
+                write_whole(self._folder / name, content)
+                del self._unwritten[name]
+
+    def finish(self, done: int, history: History, after: HeldOut, stopped: bool) -> None:
+        """The run is over: curves, before and after, `summary.json`, the trained pipeline.
+
+        history: every evaluation. What was drawn or logged before may be damaged: then a picture is missing. OSError or
+        ValueError, once all was tried: summary or pipeline cannot be written.
+        """
         if self._log is None:
             return
-        assert after.pictures is not None
-        lines = RunLog.read(self._folder)
-        base = next(line for line in lines if line["iteration"] == 0)
-        figures.curves(self._folder / "curve.png", lines)
-        before = load_file(self._folder / BASE_PICTURES)["pictures"]
-        figures.before_after(
-            self._folder / "before_after.png", before, after.pictures, self._prompts[: len(before)]
-        )  # fmt: skip
-        held_out = {name: {"before": base[f"held_out/{name}"], "after": after.rewards[name]} for name in after.rewards}
+        pictures = after.pictures
+        assert pictures is not None
+
+        def before_after() -> bytes:
+            before = load_file(self._folder / BASE_PICTURES)["pictures"]
+            return figures.before_after(before, pictures, self._prompts[: len(before)])
+
+        self._put("curve.png", lambda: figures.curves(RunLog.read(self._folder)))
+        self._put("before_after.png", before_after)
+        before = history[0][1]
+        held_out = {name: {"before": before[name], "after": value} for name, value in after.rewards.items()}
         summary: dict[str, Any] = {"iterations": done, "held_out": held_out}
         if stopped and self._config.evaluation.stop_when:
             summary["stopped_by"] = self._config.evaluation.stop_when.reward
-        (self._folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+        self._put(SUMMARY, lambda: (json.dumps(summary, indent=2) + "\n").encode())
         export(self._folder, self._folder / PIPELINE, checkpoint=str(done), replace=True, verify=False)
+        if SUMMARY in self._unwritten:
+            write_whole(self._folder / SUMMARY, self._unwritten[SUMMARY])
         print(f"\n{'held-out reward':<18}{'before':>10}{'after':>10}")
         for name, value in held_out.items():
             print(f"{name:<18}{value['before']:>10.4f}{value['after']:>10.4f}")

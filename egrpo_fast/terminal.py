@@ -1,10 +1,17 @@
-"""What a command prints. What files, servers and other people's code say is shown, and never obeyed."""
+"""What a command prints. What files, servers and other people's code say is shown, and never obeyed.
 
+What cannot be told ends nothing.
+"""
+
+import io
 import logging
+import os
 import sys
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -57,3 +64,68 @@ def keep_clean(verbose: bool = False) -> None:
             tqdm.write(printable(f"warning: {message}"), file=sys.stderr)  # beside a progress bar, not through it
 
     warnings.showwarning = show
+
+
+class Attempts:
+    """Things that only tell, such as a log or a picture. One that fails is a warning, once until it works again."""
+
+    def __init__(self) -> None:
+        self._failing: set[str] = set()
+
+    @contextmanager
+    def __call__(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if what not in self._failing:
+                why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+                warnings.warn(f"{what}: {why}; training goes on, and this is tried again", stacklevel=3)
+            self._failing.add(what)
+        else:
+            self._failing.discard(what)
+
+
+class _Steady:
+    """A stream that takes every text. What cannot be written is lost; the first time `other` says so."""
+
+    def __init__(self, stream: TextIO, name: str, other: TextIO) -> None:
+        self._stream, self._name, self._other, self._told = stream, name, other, False
+
+    def write(self, text: str) -> int:
+        self._attempt(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(self._stream.flush)
+
+    def _attempt(self, do: Callable[[], object]) -> None:
+        try:
+            do()
+        except OSError as error:
+            if not self._told:
+                self._told = True
+                with suppress(OSError):
+                    print(f"{self._name} cannot be written: {error.strerror}", file=self._other, flush=True)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def steady_streams() -> None:
+    """From now on stdout and stderr raise nothing, also where they are closed, their reader is gone or a disk is full.
+
+    Characters that their encoding does not know are spelled. A descriptor of them that is closed leads to nowhere, else
+    the next file that is opened would get its number, and what is told there.
+    """
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    os.set_inheritable(nowhere, nowhere < 3)
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.dup2(nowhere, descriptor)
+    out, err = (stream or os.fdopen(nowhere, "w", closefd=False) for stream in (sys.stdout, sys.stderr))
+    for stream in (out, err):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    sys.stdout, sys.stderr = _Steady(out, "stdout", err), _Steady(err, "stderr", out)  # type: ignore[assignment]

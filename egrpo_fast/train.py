@@ -18,7 +18,7 @@ from egrpo_fast import __version__
 from egrpo_fast.config import Config, ConfigError, load_config, recipe_names
 from egrpo_fast.run_folder import check_output, claim_output, identify, keep_inputs, record
 from egrpo_fast.shapes import PROMPTS, pipeline_path
-from egrpo_fast.terminal import error_lines, keep_clean, printable
+from egrpo_fast.terminal import error_lines, keep_clean, printable, steady_streams
 
 if TYPE_CHECKING:
     from egrpo_fast.claim import Claim
@@ -239,6 +239,7 @@ def run(config: Config) -> int:
 
 
 def main() -> None:
+    steady_streams()
     parser = argparse.ArgumentParser(description=__doc__)
     recipes = ", ".join(recipe_names())
     parser.add_argument("recipe", nargs="?", default="shapes", help=f"a YAML file, or one of: {recipes}")

@@ -88,7 +88,9 @@ class Trainer:
         Returns the signal that asked the run to end early, with a checkpoint of what it had done; 0: none did.
         """
         config, world = self.config, self.world
-        self.report = Report(config, self.held_out, self.iteration, not self._evaluation_due(), world.is_main)
+        self.report = Report(
+            config, self.held_out, self.iteration, not self._evaluation_due(), world.is_main, self.claim
+        )
         self.report.begin(
             self.sampler.wavefront.plan, config.prompts.per_iteration // world.size, self.objective.ops.chosen
         )
@@ -109,7 +111,7 @@ class Trainer:
                 self.checkpoints.wait()
             raise
         with self.progress.phase("export"):
-            self.report.finish(self.iteration, held_out, self._stopped())
+            self.report.finish(self.iteration, self.history, held_out, self._stopped())
         self.report.close()
         return 0
 
@@ -321,11 +323,11 @@ class Trainer:
         checkpoint, not for one whose checkpoints are gone: a second one is begun when the first is written.
         """
         try:
-            paths = self.checkpoints.all()[::-1]
+            paths, log = self.checkpoints.all()[::-1], RunLog.read(self.config.output_dir)
         except ValueError as error:
             return [], f"{error}; make it readable again"
+        done = max((line["iteration"] for line in log), default=0)
         folder, every = self.config.output_dir, self.config.checkpoint.every
-        done = max((line["iteration"] for line in RunLog.read(folder)), default=0)
         if not paths and ((folder / SUMMARY).exists() or (every and done > 2 * every)):
             told = f"there is no checkpoint in {self.checkpoints.folder}, though {done} iterations were done"
             return [], f"{told}; put one back, or begin anew in another output_dir"

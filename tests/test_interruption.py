@@ -22,10 +22,17 @@ sys.exit(interruption.EXIT_CODES[asked.signal])
 """
 
 
+def started(seconds, echo, how, hangup=signal.SIG_DFL):
+    """hangup: what SIGHUP does when the process starts; `nohup` has it ignored."""
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(seconds), str(echo), how], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, preexec_fn=lambda: signal.signal(signal.SIGHUP, hangup),
+    )  # fmt: skip
+
+
 def ended(*signals, seconds=3600.0, echo=0.3, how="obedient", pause=0.0):
     """Exit status and stderr of a process that gets these signals."""
-    arguments = [sys.executable, "-c", SCRIPT, str(seconds), str(echo), how]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with started(seconds, echo, how) as process:
         assert process.stdout.readline() == "ready\n"
         told = ""
         for index, number in enumerate(signals):
@@ -37,10 +44,19 @@ def ended(*signals, seconds=3600.0, echo=0.3, how="obedient", pause=0.0):
         return process.wait(600), told + process.stderr.read()
 
 
-@pytest.mark.parametrize(("number", "status"), EXIT_CODES.items(), ids=["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize(("number", "status"), EXIT_CODES.items(), ids=["SIGTERM", "SIGINT", "SIGHUP"])
 def test_the_first_signal_asks(number, status):
     found, told = ended(number)
     assert found == status and f"{signal.Signals(number).name}: ending with a checkpoint" in told
+
+
+def test_a_run_under_nohup_outlives_its_terminal():
+    with started(3600.0, 0.3, "obedient", signal.SIG_IGN) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGHUP)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(600) == EXIT_CODES[signal.SIGTERM]
+        assert "SIGHUP" not in process.stderr.read()
 
 
 def test_an_echo_counts_as_the_same():

@@ -1,11 +1,15 @@
-"""What strangers say is shown on a terminal, and never obeyed."""
+"""What strangers say is shown on a terminal, and never obeyed; what cannot be told ends nothing."""
 
+import os
 import subprocess
 import sys
 import unicodedata
+import warnings
+
+import pytest
 
 from egrpo_fast.rewards import RewardError
-from egrpo_fast.terminal import error_lines, printable
+from egrpo_fast.terminal import Attempts, error_lines, printable
 
 
 def test_what_a_terminal_may_act_upon_is_spelled():
@@ -70,3 +74,67 @@ def test_other_packages_keep_their_warnings_to_themselves():
 
 def test_verbose_shows_everything():
     assert len(shown(verbose=True)) == 11
+
+
+TALK = """
+import sys
+from egrpo_fast.terminal import steady_streams
+
+steady_streams()
+for number in range(20_000):
+    print(number, "\\u7d75", flush=number % 100 == 0)
+    print(number, file=sys.stderr)
+with open(sys.argv[1], "w") as file:
+    file.write("done")
+"""
+
+
+LOST = {"{} | head -1": "Broken pipe", "{} >/dev/full": "No space left on device"}
+
+
+@pytest.mark.parametrize("how", [*LOST, "{} 2>&1 | head -1", "{} >/dev/full 2>&1", "{} >&- 2>&-"])
+def test_nobody_need_listen(how, tmp_path):
+    command = how.format(f"{sys.executable} -c '{TALK}' {tmp_path / 'file'}")
+    told = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
+    assert told.returncode == 0 and (tmp_path / "file").read_text() == "done"
+    warned = [line for line in told.stderr.splitlines() if not line.isdecimal()]
+    assert warned == ([f"stdout cannot be written: {LOST[how]}"] if how in LOST else [])
+
+
+def test_what_an_encoding_does_not_know_is_spelled():
+    told = subprocess.run(
+        [sys.executable, "-c", "from egrpo_fast.terminal import steady_streams; steady_streams(); print('\u7d75')"],
+        capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert told.stdout == "\\u7d75\n", told.stderr
+
+
+def test_it_is_written_again_once_that_works(tmp_path):
+    """A disk that is full for a while: what was not written is lost, what comes later is not."""
+    code = (
+        "import resource, sys; from egrpo_fast.terminal import steady_streams; steady_streams();"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (10, resource.RLIM_INFINITY));"
+        "[print('x' * 99, flush=True) for _ in range(1000)];"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2);"
+        "print('later', flush=True)"
+    )
+    with (tmp_path / "out").open("w") as out:
+        told = subprocess.run([sys.executable, "-c", code], stdout=out, stderr=subprocess.PIPE, text=True)
+    assert told.returncode == 0 and told.stderr == "stdout cannot be written: File too large\n"
+    assert (tmp_path / "out").read_text().endswith("later\n")
+
+
+def test_what_fails_is_told_once_until_it_works_again():
+    attempt = Attempts()
+
+    def tries(*outcomes):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            for works in outcomes:
+                with attempt("a plot"):
+                    if not works:
+                        raise KeyError("font")
+        return [str(each.message) for each in told]
+
+    once = ["a plot: KeyError: 'font'; training goes on, and this is tried again"]
+    assert tries(True) == [] and tries(False, False) == once and tries(False) == [] and tries(True, False) == once

@@ -92,7 +92,7 @@ class ScriptedReport:
     def __init__(self, *arguments):
         pass
 
-    def finish(self, done, after, stopped):
+    def finish(self, done, history, after, stopped):
         self.finished = done, after.rewards["clip"]
 
     def __getattr__(self, name):
@@ -121,6 +121,8 @@ class ScriptedSampler:
 
 class Scripted(Trainer):
     """The loop itself, around held-out means from a list and no model."""
+
+    claim = None
 
     def __init__(self, output, clip, iteration=0, history=()):
         self.config = load_config("shapes", [RULE, f"output_dir={output}", "evaluation.every=1", "iterations=6"])
@@ -187,11 +189,11 @@ def test_a_tail_is_judged_with_the_iteration_that_it_was_checked_in(tmp_path):
     assert trainer.train() == 15 and trainer.iteration == states[-1] == 2
 
 
-def test_the_stop_is_marked_in_the_curves(tmp_path, monkeypatch):
+def test_the_stop_is_marked_in_the_curves(monkeypatch):
     marked = []
     monkeypatch.setattr("matplotlib.axes.Axes.axvline", lambda axis, x, **style: marked.append((x, style["label"])))
     lines = [{"iteration": n, "held_out/clip": 1 - n / 10, "watch/stop": float(n == 3)} for n in range(4)]
-    curves(tmp_path / "curve.png", lines)
+    curves(lines)
     assert marked == [(3, "watch: stop")]
 
 
