@@ -358,7 +358,7 @@ class Tail(_Section):
 class Reward(_Section):
     name: str
     """A reward of `egrpo_fast.rewards`, or any Python callable as `package.module:attribute`."""
-    weight: float = 1.0
+    weight: float = Field(1.0, ge=-1e6, le=1e6)
     """Its weight in the mix; 0: only watched."""
     options: dict[str, Any] = {}
     """Arguments of that reward."""

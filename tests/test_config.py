@@ -20,6 +20,8 @@ def test_overrides_are_typed_yaml():
 
 
 BAD = {
+    "rewards=[{name: shapes_soft, weight: 1e7}]": "rewards.0.weight: 1e7|rewards.0.weight: 10000000",
+    'rewards=[{name: "a\\x07b"}]': "rewards.0.name: .*a name of printable characters",
     "schedul.eta=1": "schedul: unknown key; did you mean schedule?",
     "schedule.etta=1": "schedule.etta: unknown key; did you mean schedule.eta?",
     "schedule.eta=0": "schedule.eta: 0: .*greater than 0",

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from egrpo_fast.config import load_config
 from egrpo_fast.kernels.reference.group_advantage_clip_loss import group_advantage_ref
 from egrpo_fast.rewards import RewardError, check_reward, fill_dropped, make_reward, score, score_or_nan, try_reward
+from egrpo_fast.rewards.scoring import LARGEST
 from egrpo_fast.shapes import CLIP, PROMPTS
 from egrpo_fast.shapes.world import parse, render
 from egrpo_fast.terminal import error_lines
@@ -544,6 +545,15 @@ def test_what_is_no_pictures_fault_is_never_dropped(pictures):
         score("broken", lambda images, prompts: 1 / 0, pictures, CAPTIONS, drop=True)
     with pytest.raises(RewardError, match="rewards.broken: scores of shape"):
         score("broken", lambda images, prompts: torch.zeros(1), pictures, CAPTIONS, drop=True)
+
+
+@pytest.mark.parametrize("mix", ["reward", "advantage"])
+def test_the_largest_scores_and_weights_stay_finite(mix):
+    """What is accepted as a score and as a weight can be mixed, standardised and logged in float32."""
+    rewards = LARGEST * torch.tensor([1.0, -1.0]).repeat(2, 1, 1, 512)
+    weights = torch.tensor([1e6, 1e6])
+    advantages = group_advantage_ref(rewards, weights, mix, 5.0)
+    assert advantages.isfinite().all() and advantages.std() > 0.9 and rewards.std().isfinite()
 
 
 # What a dropped sample leaves
