@@ -34,17 +34,19 @@ from tqdm import tqdm
 
 from egrpo_fast import noise, ops
 from egrpo_fast.backbones.flux import FluxBackbone
-from egrpo_fast.backbones.flux_folder import check_folder, resolve
-from egrpo_fast.backbones.identity import TRAINED, base_of, differing, identity
+from egrpo_fast.backbones.flux_folder import check_folder, meta_transformer, resolve
+from egrpo_fast.backbones.identity import TRAINED, base_of, check_base, differing, identity
+from egrpo_fast.backbones.lora import FILE as ADAPTERS
+from egrpo_fast.backbones.lora import read_lora
 from egrpo_fast.config import CONFIG_FILE, Reward, load_config
-from egrpo_fast.files import read_text
+from egrpo_fast.files import fingerprint, read_text
 from egrpo_fast.inputs import of_rewards
 from egrpo_fast.page import Shown, Table, write_page
 from egrpo_fast.plan import ode_plan
 from egrpo_fast.rewards import check_reward, make_reward, require_trust, score, try_reward
 from egrpo_fast.rollout import NoiseKey, Wavefront
 from egrpo_fast.schedule import make_schedule
-from egrpo_fast.shapes import EMBEDDED, PIPELINE
+from egrpo_fast.shapes import EMBEDDED, PIPELINE, pipeline_path
 
 PAPER_REWARDS = (
     Reward(name="hps"),
@@ -52,8 +54,10 @@ PAPER_REWARDS = (
     Reward(name="pick_score", options={"scaled": False}),
     Reward(name="image_reward"),
 )
-"""The four columns, on the scales of the paper's table."""
+"""The four that the paper reports, with the options that give its table's scales: our reading of it."""
 RESAMPLES = 10_000
+WHOLE = "model_index.json"
+"""What a folder has that holds a pipeline."""
 
 
 @dataclass(frozen=True)
@@ -83,12 +87,16 @@ class Settings:
 
 @dataclass(frozen=True)
 class Model:
-    """A diffusers folder or hub id. run: the folder of the run that made it, or None. rewards: that run's, or None."""
+    """A diffusers folder or hub id. run: the folder of the run that made it, or None. rewards: that run's, or None.
+
+    lora: the folder of adapters that are added to its weights, or None.
+    """
 
     label: str
     path: str
     rewards: tuple[Reward, ...] | None = None
     run: Path | None = None
+    lora: str | None = None
 
     @property
     def is_shapes(self) -> bool:
@@ -105,38 +113,58 @@ class Model:
     @cached_property
     def identity(self) -> dict[str, str]:
         """Fingerprints of its parts; a hub id is downloaded for them. ValueError where it cannot be read."""
-        return identity(resolve(self.path))
+        found = identity(resolve(self.path))
+        if self.lora is not None:
+            found[TRAINED] = fingerprint([found[TRAINED].encode(), (Path(self.lora) / ADAPTERS).read_bytes()])
+        return found
+
+    def check(self, height: int, width: int) -> None:
+        """ValueError, before any weight is read: it is no FLUX pipeline, or not the base of its adapters."""
+        check_folder(self.path, height, width)
+        if self.lora is not None and self.run is not None:
+            base = resolve(self.path)
+            check_base(self.run, base)
+            transformer, weights = meta_transformer(base)
+            weights.files.close()
+            read_lora("models", self.lora, transformer.config)
 
 
 def find_model(given: str) -> Model:
-    """`[LABEL=]` and a run's folder (its `pipeline/` is meant), a diffusers folder, a hub id, or `shapes`."""
+    """`[LABEL=]` and a run's folder (its `pipeline/` is meant), a diffusers folder, a hub id, or `shapes`.
+
+    Of a LoRA run: the base that its `config.yaml` names, with the adapters in `pipeline/`.
+    """
     label, equals, path = given.partition("=")
     if not equals or Path(given).exists():
         label, path = "", given
     if path == EMBEDDED:
         return Model(label or EMBEDDED, str(PIPELINE), tuple(load_config("shapes").rewards))
-    folder, rewards, run = Path(path), None, None
-    if (folder / "config.yaml").is_file() and not (folder / "model_index.json").is_file():
-        if not (folder / "pipeline" / "model_index.json").is_file():
-            told = "has no pipeline/ yet; it is written when the run ends"
-            if (folder / "pipeline" / "pytorch_lora_weights.safetensors").is_file():
-                told = "trained adapters, which this command does not load: fuse them into a pipeline folder first"
-            raise ValueError(f"models: the run in {path} {told}")
+    folder, rewards, run, lora = Path(path), None, None, None
+    if (folder / CONFIG_FILE).is_file() and not (folder / WHOLE).is_file():
         folder = folder / "pipeline"
+        if not (folder / WHOLE).is_file() and not (folder / ADAPTERS).is_file():
+            raise ValueError(f"models: the run in {path} has no pipeline/ yet; it is written when the run ends")
     if folder.is_dir():
         path = str(folder.resolve())
         named = folder.resolve().parent if folder.resolve().name == "pipeline" else folder.resolve()
         label = label or named.name
-        if (config := named / "config.yaml").is_file():
+        alone = (folder / ADAPTERS).is_file() and not (folder / WHOLE).is_file()
+        if (config := named / CONFIG_FILE).is_file():
             try:
-                rewards = tuple(Reward.model_validate(some) for some in yaml.safe_load(read_text(config))["rewards"])
+                settings = yaml.safe_load(read_text(config))
+                rewards = tuple(Reward.model_validate(some) for some in settings["rewards"])
                 run = named
+                if alone:
+                    lora, path = path, pipeline_path(settings["model"]["path"])
             except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
                 raise ValueError(f"models: {config} cannot be read: {' '.join(str(error).split())}") from None
+        elif alone:
+            how = "name the run's folder, or write the whole pipeline: egrpo export RUN OUT --fuse"
+            raise ValueError(f"models: {path} holds adapters without their base; {how}")
     label = label or Path(path).name
     if not label or label != Path(label).name or label.startswith(".") or not label.isprintable():
         raise ValueError(f"models: {label!r} is no name for a folder; give LABEL=PATH")
-    return Model(label, path, rewards, run)
+    return Model(label, path, rewards, run, lora)
 
 
 def find_models(given: Sequence[str]) -> list[Model]:
@@ -163,7 +191,7 @@ def doubts(models: Sequence[Model]) -> Iterator[str]:
 
 
 def default_settings(model: Model) -> dict[str, Any]:
-    """What is not asked for: the paper's protocol, or the embedded recipe's for a model of the Shapes world.
+    """What is not asked for: this project's protocol, or the embedded recipe's for a model of the Shapes world.
 
     The size that a run trained at is not looked at: numbers of one protocol can be compared.
     """
@@ -229,7 +257,8 @@ class Folder:
         self.keep("settings.json", settings.recorded())
         self.keep("rewards.json", {reward.name: reward.options for reward in rewards}, anew=True)
         for model in models:
-            self.keep(f"models/{model.label}/model.json", model.identity, anew=True, notes={"path": model.path})
+            places = {"path": model.path} | ({"lora": model.lora} if model.lora else {})
+            self.keep(f"models/{model.label}/model.json", model.identity, anew=True, notes=places)
 
     def picture(self, model: Model, prompt: int) -> Path:
         return self.path / "models" / model.label / "pictures" / f"{prompt:05d}.png"
@@ -293,9 +322,9 @@ def draw(
         return
     backbone = FluxBackbone.from_pretrained(
         model.path, settings.height, settings.width, settings.guidance, settings.max_sequence_length, batch,
-        getattr(torch, settings.dtype), device,
+        getattr(torch, settings.dtype), device, model.lora,
     )  # fmt: skip
-    transformer = backbone.transformer.requires_grad_(False).eval().to(device)
+    transformer = backbone.transformer.requires_grad_(False)
     plan = ode_plan(make_schedule(settings.num_steps, settings.shift))
     wavefronts: dict[int, Wavefront] = {}
     with _progress(f"{model.label}: drawing", len(places), len(todo)) as bar:
@@ -499,7 +528,7 @@ def evaluate(
     batch = batch or (64 if models[0].is_shapes else 4)
     for model in models:
         try:
-            check_folder(model.path, settings.height, settings.width)
+            model.check(settings.height, settings.width)
         except ValueError as error:
             raise ValueError(f"{model.label}: {error}") from None
     for reward in rewards:

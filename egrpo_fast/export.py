@@ -117,10 +117,9 @@ def _write(
             like = {name: torch.empty(reader.shape(name, kind), dtype=dtype, device="meta")
                     for name in reader.names(kind)}  # fmt: skip
             files.check({name: tuple(value.shape) for name, value in like.items()})
-            read: Callable[[str], Tensor] = trained
         else:
             like = {name: torch.empty_like(files.read(name), device="meta") for name in files.shapes}
-            read = _fusing(files, reader, kind, trained, lora)
+        read = trained if lora is None else _fusing(files, reader, kind, dtype, lora)
         _check_room(out, base, like)
         _copy_rest(base, out)
         _write_transformer(out / "transformer", like, read, shard_bytes)
@@ -129,9 +128,12 @@ def _write(
 
 
 def _fusing(
-    files: WeightFiles, reader: CheckpointReader, kind: str, trained: Callable[[str], Tensor], lora: Lora
+    files: WeightFiles, reader: CheckpointReader, kind: str, dtype: torch.dtype, lora: Lora
 ) -> Callable[[str], Tensor]:
-    """Reads a tensor of the base, with the adapters of its layer in it. ValueError: they are not this base's."""
+    """Reads a tensor of the base, with the adapters of its layer in it: those that `save_lora` would write, in `dtype`.
+
+    ValueError: they are not this base's.
+    """
     downs = {name.partition(".lora_A.")[0]: name for name in reader.names(kind) if ".lora_A." in name}
     for layer, down in downs.items():
         shape = reader.shape(down.replace(".lora_A.", ".lora_B."), kind)[0], reader.shape(down, kind)[1]
@@ -142,9 +144,9 @@ def _fusing(
         layer, _, leaf = name.rpartition(".")
         if leaf != "weight" or layer not in downs:
             return files.read(name)
-        down = downs[layer]
-        up = down.replace(".lora_A.", ".lora_B.")
-        return fused(files.read(name), trained(down), trained(up), lora.alpha / lora.rank)
+        down = reader.tensor(downs[layer], kind)
+        up = reader.tensor(downs[layer].replace(".lora_A.", ".lora_B."), kind).float() * (lora.alpha / lora.rank)
+        return fused(files.read(name), down.to(dtype), up.to(dtype), 1.0)
 
     return read
 

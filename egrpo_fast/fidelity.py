@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from egrpo_fast import ops
 from egrpo_fast.backbones.flux import FluxBackbone
-from egrpo_fast.backbones.flux_folder import check_folder, meta_transformer, resolve
+from egrpo_fast.backbones.flux_folder import check_folder, fill, meta_transformer, resolve
 from egrpo_fast.backbones.flux_forward import CompiledFlux, check_attention, use_arithmetic, use_attention
 from egrpo_fast.backbones.flux_text import Conditioning, open_text
 from egrpo_fast.backbones.identity import check_base
@@ -101,11 +101,11 @@ class _Sampler:
         transformer, weights = meta_transformer(self._folder, model.lora, config.seed)
         use_attention(transformer, model.attention)
         trained = set(reader.names()) if reader else set()
-        for name, _ in list(transformer.named_parameters()):
-            value = reader.tensor(name) if reader and name in trained else weights(name)
-            owner, _, leaf = name.rpartition(".")
-            filled = nn.Parameter(value.to(device, self._dtype), requires_grad=False)
-            setattr(transformer.get_submodule(owner), leaf, filled)
+
+        def read(name: str) -> Tensor:
+            return reader.tensor(name) if reader and name in trained else weights(name)
+
+        fill(transformer.requires_grad_(False), read, self._dtype, device)
         weights.files.close()
         text = open_text(config, self._folder, device)
         self.backbone = FluxBackbone.of(config, self._folder, transformer.eval(), text, device)

@@ -15,7 +15,11 @@ from safetensors.torch import load_file, save_file
 from scipy import stats
 
 from egrpo_fast import cli, evaluation
-from egrpo_fast.config import Reward
+from egrpo_fast.backbones.flux_folder import meta_transformer
+from egrpo_fast.backbones.identity import identity
+from egrpo_fast.checkpoint import Checkpoints, Piece
+from egrpo_fast.config import CHECKPOINTS, Reward, load_config
+from egrpo_fast.export import export
 from egrpo_fast.page import Shown, Table, write_page
 from egrpo_fast.prompts import read_prompts
 from egrpo_fast.shapes import CLIP, PIPELINE, PROMPTS
@@ -318,6 +322,70 @@ def test_a_base_that_a_run_did_not_begin_with_is_told(trained, tmp_path):
     assert nothing == [], "compared with a run, there is no base"
     for told in doubts(vae="another"):
         assert told == ["trained: another vae than it was trained with; export it again"]
+
+
+@pytest.fixture(scope="module")
+def lora_run(tmp_path_factory):
+    """A run of adapters over a copy of the embedded pipeline, exported as a run does when it ends; and fused."""
+    folder = tmp_path_factory.mktemp("lora")
+    base, run = folder / "base", folder / "adapters"
+    shutil.copytree(PIPELINE, base)
+    lora = "model.lora={rank: 4, alpha: 5, target_modules: [to_q, to_out.0]}"
+    config = load_config("shapes", [f"model.path={base}", f"output_dir={run}", lora])
+    run.mkdir()
+    (run / "config.yaml").write_text(config.yaml())
+    (run / "run.json").write_text(json.dumps({"base": identity(base)}))
+    transformer, weights = meta_transformer(base, config.model.lora)
+    generator = torch.Generator().manual_seed(0)
+    pieces = [
+        Piece(
+            name, "weight", 0, tuple(value.shape), weights(name) + 0.05 * torch.randn(value.shape, generator=generator)
+        )
+        for name, value in transformer.named_parameters()
+        if value.requires_grad
+    ]
+    Checkpoints(run / CHECKPOINTS, asynchronous=False).save(1, pieces, {}, {}, "a")
+    export(run, run / "pipeline")
+    export(run, folder / "fused", fuse=True)
+    return run
+
+
+def test_a_lora_run_draws_as_its_fused_pipeline_and_not_as_its_base(lora_run, tmp_path, monkeypatch):
+    base, fused = lora_run.parent / "base", lora_run.parent / "fused"
+    out = tmp_path / "out"
+    run(monkeypatch, base, lora_run, fused, "--prompts", "shapes", "--num-prompts", 2, "--num-steps", 3, "--out", out,
+        "--rewards", "shapes_soft")  # fmt: skip
+    drawn = {
+        label: evaluation._read_pictures(sorted((out / "models" / label / "pictures").iterdir()), 32, 32)
+        for label in ("base", "adapters", "fused")
+    }
+    assert torch.equal(drawn["adapters"], drawn["fused"])
+    assert (drawn["adapters"] - drawn["base"]).abs().max() > 20 / 255
+    told = json.loads((out / "models/adapters/model.json").read_text())
+    assert told["path"] == str(base) and told["lora"] == str(lora_run / "pipeline")
+
+
+def test_adapters_on_another_base_or_without_one_are_refused(lora_run, tmp_path, monkeypatch):
+    (model,) = evaluation.find_models([str(lora_run / "pipeline")])
+    assert (model.label, model.lora) == ("adapters", str(lora_run / "pipeline"))
+    copy = tmp_path / "copy"
+    shutil.copytree(lora_run, copy)
+    perturb(copy / "pipeline" / evaluation.ADAPTERS, 1)
+    assert evaluation.find_model(str(copy)).identity["transformer"] != model.identity["transformer"]
+    began = json.loads((copy / "run.json").read_text())["base"]
+    (copy / "run.json").write_text(json.dumps({"base": {**began, "transformer": "another"}}))
+    with pytest.raises(SystemExit, match="copy: model.path: .* is not the model this run began with: another transf"):
+        run(monkeypatch, *command(copy, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    shutil.copytree(lora_run / "pipeline", tmp_path / "alone")
+    with pytest.raises(
+        ValueError, match=r"alone holds adapters without their base; name the run.*export RUN OUT --fuse"
+    ):
+        evaluation.find_model(str(tmp_path / "alone"))
+    (copy / "run.json").unlink()
+    save_file({"transformer.x.lora_A.weight": torch.zeros(4, 8)}, copy / "pipeline" / evaluation.ADAPTERS)
+    with pytest.raises(SystemExit, match="copy: models: .*cannot be read as a LoRA of this transformer"):
+        run(monkeypatch, *command(copy, tmp_path / "out"))
 
 
 def test_defaults_are_the_papers_for_flux_and_the_recipes_for_shapes(trained):

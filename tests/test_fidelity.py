@@ -12,9 +12,11 @@ from scipy.stats import spearmanr
 
 from egrpo_fast import fidelity as fidelity_module
 from egrpo_fast import ops
+from egrpo_fast.backbones.flux_folder import meta_transformer
 from egrpo_fast.backbones.identity import identity
 from egrpo_fast.checkpoint import Checkpoints, Piece
 from egrpo_fast.config import CHECKPOINTS, CONFIG_FILE, RUN_FILE, ConfigError, Tail, load_config
+from egrpo_fast.export import export
 from egrpo_fast.fidelity import cheapest_strides, fidelity
 from egrpo_fast.methods import e_grpo, plan_of
 from egrpo_fast.objective import Objective
@@ -183,3 +185,27 @@ def test_what_the_command_refuses(tmp_path):
         fidelity("shapes", ["method=dance_grpo"])
     with pytest.raises(ValueError, match="recipe: .* holds no run"):
         fidelity(str(tmp_path))
+
+
+def test_a_lora_runs_policy_is_its_base_with_the_adapters(tmp_path):
+    """Measured like a pipeline that has the adapters in its weights, and unlike the base."""
+    run, fused = tmp_path / "run", tmp_path / "fused"
+    config = load_config("shapes", ["model.lora={rank: 4, alpha: 8, target_modules: [to_q]}", f"output_dir={run}"])
+    transformer, weights = meta_transformer(PIPELINE, config.model.lora)
+    generator = torch.Generator().manual_seed(0)
+    pieces = [
+        Piece(
+            name, "weight", 0, tuple(value.shape), weights(name) + 0.1 * torch.randn(value.shape, generator=generator)
+        )
+        for name, value in transformer.named_parameters()
+        if value.requires_grad
+    ]
+    Checkpoints(run / CHECKPOINTS, asynchronous=False).save(1, pieces, {}, {}, "test")
+    (run / CONFIG_FILE).write_text(config.yaml())
+    (run / RUN_FILE).write_text(json.dumps({"base": identity(PIPELINE)}))
+    export(run, fused, fuse=True)
+    measured = []
+    for recipe, overrides in ((str(run), SMALL), ("shapes", [*SMALL, f"model.path={fused}"]), ("shapes", SMALL)):
+        fidelity(recipe, overrides, ["tail.stride=2"], num_prompts=1, out=tmp_path / "told.json")
+        measured.append(json.loads((tmp_path / "told.json").read_text())["tails"][0]["reward_bias"])
+    assert measured[0] == pytest.approx(measured[1], abs=1e-4) and abs(measured[0] - measured[2]) > 1e-3

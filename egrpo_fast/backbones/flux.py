@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
 
-from egrpo_fast.backbones.flux_folder import LATENT_PATCH, check_folder, load_vae, resolve
+from egrpo_fast.backbones.flux_folder import LATENT_PATCH, check_folder, load_transformer, load_vae, resolve
 from egrpo_fast.backbones.flux_text import Conditioning, FluxTextEncoder
 from egrpo_fast.config import Config
 
@@ -71,15 +71,19 @@ class FluxBackbone:
         decode_batch: int = 32,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        lora: str | None = None,
     ) -> "FluxBackbone":
-        """Any diffusers FLUX folder or hub id, whole, on one device. ValueError where it cannot be loaded."""
+        """Any diffusers FLUX folder or hub id, whole, on one device. ValueError where it cannot be loaded.
+
+        lora: a LoRA file or its folder, whose adapters are added to the transformer's weights.
+        """
         check_folder(path, height, width)
         folder = resolve(path)
         check_folder(str(folder), height, width)
         text = FluxTextEncoder.from_pretrained(str(folder), max_sequence_length, dtype, device)
-        transformer = FluxTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=dtype)
+        transformer = load_transformer(folder, dtype, device, lora)
         vae = load_vae(folder, dtype, device)
-        return cls(transformer.to(device), vae, text, height, width, guidance, decode_batch)
+        return cls(transformer, vae, text, height, width, guidance, decode_batch)
 
     @property
     def latent_shape(self) -> tuple[int, int]:

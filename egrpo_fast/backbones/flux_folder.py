@@ -1,7 +1,7 @@
 """A FLUX pipeline's folder, in diffusers' layout: found, checked, read."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,10 +10,10 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from peft import LoraConfig
-from torch import Tensor
+from torch import Tensor, nn
 
-from egrpo_fast.backbones.lora import Adapter, follow_lora, linear_layers
-from egrpo_fast.backbones.weight_files import WeightFiles, new_adapter
+from egrpo_fast.backbones.lora import Adapter, follow_lora, linear_layers, read_lora
+from egrpo_fast.backbones.weight_files import WeightFiles, fused, new_adapter
 from egrpo_fast.config import Lora
 from egrpo_fast.files import read_text
 
@@ -178,6 +178,35 @@ def meta_transformer(
             raise ValueError(f"model.lora.target_modules: {' '.join(str(error).split())}") from None
     shapes = {name: tuple(parameter.shape) for name, parameter in transformer.named_parameters()}
     return transformer, TransformerWeights(WeightFiles(folder / "transformer"), shapes, lora, given, seed)
+
+
+def fill(transformer: nn.Module, read: Callable[[str], Tensor], dtype: torch.dtype, device: torch.device | str) -> None:
+    """Give a transformer from `meta_transformer` its parameters, one after the other."""
+    for name, hollow in list(transformer.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        value = nn.Parameter(read(name).to(device, dtype), hollow.requires_grad)
+        setattr(transformer.get_submodule(owner), leaf, value)
+
+
+def load_transformer(
+    folder: Path, dtype: torch.dtype, device: torch.device | str, lora: str | None = None
+) -> FluxTransformer2DModel:
+    """The transformer of a pipeline folder, whole. lora: adapters to add to its weights.
+
+    A weight and its adapters are added in float32 and rounded to the dtype of the file, as `egrpo export --fuse` does.
+    ValueError: the adapters cannot be read or are for another architecture.
+    """
+    transformer, weights = meta_transformer(folder)
+    adapters = read_lora("models", lora, transformer.config) if lora is not None else {}
+
+    def read(name: str) -> Tensor:
+        layer, _, leaf = name.rpartition(".")
+        value = weights(name)
+        return fused(value, *adapters[layer]) if leaf == "weight" and layer in adapters else value
+
+    fill(transformer, read, dtype, device)
+    weights.files.close()
+    return transformer.eval()
 
 
 def check_decoder(folder: str, pipeline: Path) -> None:
