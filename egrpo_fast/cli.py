@@ -312,7 +312,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     add("--num-steps", type=_number(2, 1000), metavar="N", help="ODE steps (50)")
     add("--guidance", type=_number(0, 1000, float), metavar="SCALE", help="for models that embed it (3.5)")
     add("--shift", type=_number(0.01, 100, float), metavar="S",
-        help="time shift (3, the paper's; not the size-dependent one of FLUX.1-dev's scheduler)")  # fmt: skip
+        help="time shift (3, as in training; not the size-dependent one of FLUX.1-dev's scheduler)")  # fmt: skip
     add("--max-sequence-length", type=_number(1, 512), metavar="N", help="tokens of the T5 prompt (512)")
     add("--dtype", choices=("float32", "bfloat16"), help="(bfloat16)")
     add("--seed", type=_number(0), metavar="N", help="of the noise (0)")

@@ -311,7 +311,7 @@ class Tail(_Section):
     stride: Positive | list[Positive] = 1
     """Grid steps per ODE step: one number, or one per active step."""
     solver: Solver = "euler"
-    """How its steps follow each other: one at a time, or of second order by the velocity before (`ab2`, `dpm2m`)."""
+    """How its steps follow each other: one at a time, or with the velocity before (`ab2`, `dpm2m`)."""
     path: str | None = None
     """Folder or hub id of another FLUX pipeline whose transformer makes its calls; none given: the policy's."""
     lora: str | None = None

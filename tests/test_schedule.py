@@ -113,6 +113,16 @@ def test_the_order_of_a_solver(solver, least):
     assert solver != "euler" or all(coarse / fine < 2.2 for coarse, fine in pairwise(errors))
 
 
+def test_dpm2m_is_of_second_order_but_for_a_logarithm():
+    """N^2 times the error of N steps: a constant for `ab2`; for `dpm2m` it grows by the same with every doubling."""
+    constant, growing = (
+        [ode_error(steps, solver) * steps**2 for steps in (512, 1024, 2048)] for solver in ("ab2", "dpm2m")
+    )
+    assert max(constant) < 1.01 * min(constant)
+    first, second = (later - earlier for earlier, later in pairwise(growing))
+    assert first == pytest.approx(second, rel=0.02) and first > 0.2 * growing[0]
+
+
 def test_dpm2m_is_dpm_solver_plus_plus_over_its_first_two_steps():
     """Written out: `x' = (t'/t) x + (1 - t' - (1 - t) t'/t) [x_0 + r (x_0 - x_0_before)]`, r of the log-SNRs."""
     schedule = make_schedule(8)

@@ -96,4 +96,5 @@ if __name__ == "__main__":
         compiled = compile_for(kernel, constants, capability)
         wide = len(re.findall(r"(?:ld|st)\.global\.v4\.b32", compiled.asm["ptx"]))
         found = resources(compiled.asm["cubin"])
-        print(json.dumps({"kernel": kernel.__name__, "sm": capability, "wide": wide, **found}), flush=True)
+        about = {"kernel": kernel.__name__, "sm": capability, "triton": triton.__version__}
+        print(json.dumps({**about, "wide": wide, **found}), flush=True)
