@@ -35,7 +35,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from egrpo_fast.claim import Claim
-from egrpo_fast.files import follow_umask, sync, write_whole
+from egrpo_fast.files import follow_umask, read_bytes, sync, write_whole
 
 FORMAT = 1
 INDEX = "checkpoint.json"
@@ -89,7 +89,7 @@ def _write_sealed(path: Path, content: Mapping[str, Any]) -> None:
 def _read_sealed(path: Path) -> dict[str, Any]:
     """What `_write_sealed` wrote. ValueError: the file is missing, or a byte of it is not what was written."""
     try:
-        raw = path.read_bytes()
+        raw = read_bytes(path, 1 << 30)
         content = json.loads(raw)
         del content["crc32"]
     except OSError as error:

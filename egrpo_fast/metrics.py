@@ -16,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from egrpo_fast.claim import Claim
-from egrpo_fast.files import sync
+from egrpo_fast.files import read_bytes, sync
 from egrpo_fast.terminal import Attempts
 
 METRICS = "metrics.jsonl"
@@ -182,7 +182,7 @@ class RunLog:
 def _finished_lines(path: Path) -> list[tuple[int, Any]]:
     """Where every line with an end has it, in bytes, and what it says; None: it is not JSON. ValueError: unreadable."""
     try:
-        raw = path.read_bytes() if path.exists() else b""
+        raw = read_bytes(path, 1 << 32) if path.exists() else b""
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     lines, end = [], 0

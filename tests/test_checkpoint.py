@@ -286,6 +286,9 @@ def test_a_foreign_checkpoint_json_is_refused(tmp_path):
     for text in ("[]", "null", '{"crc32": 1}', "[" * 100_000, "\xff"):
         (tmp_path / "checkpoint.json").write_text(text, encoding="latin-1")
         assert problems(tmp_path)[0].startswith("checkpoint.json: damaged")
+    (tmp_path / "checkpoint.json").unlink()
+    os.mkfifo(tmp_path / "checkpoint.json")
+    assert problems(tmp_path) == ["checkpoint.json: cannot be read (it is a pipe; a regular file is expected)"]
 
 
 def test_local_tensors_want_the_same_number_of_ranks(tmp_path):

@@ -115,7 +115,7 @@ def test_a_damaged_line_is_told_and_costs_no_other(damage, place, tmp_path, caps
 
 def test_a_log_that_cannot_be_read_is_no_empty_one(tmp_path):
     (tmp_path / METRICS).mkdir()
-    with pytest.raises(ValueError, match=f"{METRICS} cannot be read: Is a directory"):
+    with pytest.raises(ValueError, match=f"{METRICS} cannot be read: it is a folder"):
         RunLog(tmp_path, 10, 4)
 
 
@@ -177,3 +177,9 @@ def test_wandb_may_fail(tmp_path, monkeypatch):
             log.write(1, {"loss": 0.5})
             log.close()
         assert RunLog.read(tmp_path) == LINES[:1]
+
+
+def test_a_log_that_is_a_pipe_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / METRICS)
+    with pytest.raises(ValueError, match="metrics.jsonl cannot be read: it is a pipe"):
+        RunLog.read(tmp_path)
