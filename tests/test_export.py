@@ -373,6 +373,27 @@ def test_one_shard_is_in_memory_at_a_time(run, monkeypatch, tmp_path):
     assert len(list((tmp_path / "out" / "transformer").glob("*.safetensors"))) >= 10
 
 
+def test_one_shard_of_a_fused_pipeline_is_in_memory_at_a_time(base, monkeypatch, tmp_path):
+    """Every adapted weight that is made, as long as anything holds it."""
+    run = make_run(
+        tmp_path / "run", base, "model.lora={rank: 4, alpha: 16, target_modules: [to_q, to_k, to_v, proj_out]}"
+    )
+    alive, peak, made, original = {}, 0, 0, module.fused
+
+    def fused(*arguments):
+        nonlocal peak, made
+        value = original(*arguments)
+        made += value.nbytes
+        alive[id(value)] = value.nbytes
+        weakref.finalize(value.untyped_storage(), alive.pop, id(value))
+        peak = max(peak, sum(alive.values()))
+        return value
+
+    monkeypatch.setattr(module, "fused", fused)
+    export(run, tmp_path / "out", fuse=True, shard_bytes=100_000)
+    assert 0 < peak <= 100_000 < made
+
+
 def weights_of_checkpoint(run):
     reader = CheckpointReader(find_checkpoint(run))
     return {name: reader.tensor(name) for name in reader.names()}
