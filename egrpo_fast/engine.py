@@ -139,6 +139,12 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def hardware(self) -> str:
+        """Number of ranks, and what each computes on, for people to read."""
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        return f"{self.size} rank{'s' if self.size > 1 else ''} ({device})"
+
     def mean(self, values: Tensor) -> Tensor:
         """Mean over ranks, in float64."""
         total = values.to(self.device, torch.float64, copy=True)
@@ -188,7 +194,10 @@ def materialize(
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # the peak is measured from here
     total = sum(parameter.numel() for parameter in parameters.values())
-    bar = tqdm(total=total, desc="loading", unit="", unit_scale=True, disable=not world.is_main, dynamic_ncols=True)
+    bar = tqdm(
+        total=total, desc="loading", unit="", unit_scale=True, disable=not world.is_main, leave=False,
+        dynamic_ncols=True,
+    )  # fmt: skip
     first: Any = None
     fresh = partial(torch.empty, dtype=dtype, device=world.device)
     # One buffer for what is passed on and forgotten: of tensors freed one by one the allocator keeps hundreds of MiB.

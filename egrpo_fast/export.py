@@ -299,7 +299,7 @@ def _write_transformer(
 ) -> None:  # fmt: skip
     pattern = f"{_STEM}{{suffix}}.safetensors"
     split = split_torch_state_dict_into_shards(like, filename_pattern=pattern, max_shard_size=shard_bytes)
-    bar = tqdm(total=len(like), desc="exporting", unit=" tensors", dynamic_ncols=True)
+    bar = tqdm(total=len(like), desc="exporting", unit=" tensors", leave=False, dynamic_ncols=True)
     for file, names in split.filename_to_tensors.items():
         save_file({name: read(name) for name in names}, out / file, metadata={"format": "pt"})
         bar.update(len(names))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import time
 import uuid
 import warnings
@@ -20,6 +21,7 @@ from egrpo_fast.files import read_bytes, sync
 from egrpo_fast.terminal import Attempts
 
 METRICS = "metrics.jsonl"
+BAR = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
 
 
 class Stopwatch:
@@ -76,7 +78,11 @@ class RunLog:
         self._purge: int | None = start + 1
         with self._attempt(METRICS):
             self._append()
-        self._bar = tqdm(total=iterations, initial=start, desc="training", unit="it", dynamic_ncols=True)
+        # A terminal is drawn at once, a file that somebody reads later now and then.
+        pause = 0.1 if sys.stderr.isatty() else 30.0
+        self._bar = tqdm(
+            total=iterations, initial=start, desc="training", bar_format=BAR, mininterval=pause, dynamic_ncols=True
+        )
         self._wandb: Any = None
         if wandb_config is not None:
             with self._attempt("wandb"):
@@ -162,9 +168,13 @@ class RunLog:
     def say(self, text: str) -> None:
         self._bar.write(text)
 
+    def end_bar(self) -> None:
+        """No more iterations are to come: what is printed from now on stands below the bar."""
+        self._bar.close()
+
     def close(self) -> None:
         """OSError: lines are lost, the disk would still not take them."""
-        self._bar.close()
+        self.end_bar()
         with self._attempt("tensorboard"):
             self._show()
             if self._board is not None:

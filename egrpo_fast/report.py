@@ -6,7 +6,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save
 
-from egrpo_fast import figures
+from egrpo_fast import __version__, figures
 from egrpo_fast.claim import Claim
 from egrpo_fast.config import PIPELINE, Config
 from egrpo_fast.export import export
@@ -43,13 +43,16 @@ class Report:
             wandb_config = config.model_dump(mode="json") if config.wandb else None
             self._log = RunLog(self._folder, config.iterations, iteration, evaluated, wandb_config, claim)
 
-    def begin(self, plan: Plan, prompts: int, backends: Mapping[str, str]) -> None:
-        """What an iteration costs. prompts: of this rank; backends: by op."""
+    def begin(self, plan: Plan, iteration: int, where: str, backends: Mapping[str, str]) -> None:
+        """What runs, on what, what an iteration costs, and where the run writes. backends: by op."""
+        config, prompts = self._config, self._config.prompts.per_iteration
+        first = f"goes on after {iteration} of" if iteration else "runs for"
         self.say(
-            f"per prompt: {len(plan.waves)} wavefront steps, {plan.num_rows} rows, {plan.evaluations} evaluations "
-            f"in the rollout, {plan.trained_states} in {len(plan.groups)} forwards and backwards in the update; "
-            f"per iteration and rank: {prompts} prompts; "
-            f"ops: {', '.join(f'{op} {backend}' for op, backend in backends.items())}"
+            f"egrpo_fast {__version__}: {config.method.name} on {config.model.path} {first} {config.iterations} "
+            f"iterations on {where}; kernels: {', '.join(sorted(set(backends.values())))}\n"
+            f"per iteration: {prompts} prompt(s), {prompts * len(plan.picture_rows)} images; "
+            f"{prompts * plan.evaluations:,} model evaluations without gradient, {prompts * plan.trained_states} with\n"
+            f"writes to {self._folder}"
         )
 
     def say(self, text: str) -> None:
@@ -73,9 +76,8 @@ class Report:
             return
         self._log.write(done, values, notes)
         self._write()
-        phases = {name.removeprefix("seconds/"): value for name, value in values.items() if "seconds/" in name}
         trained = next(reward.name for reward in self._config.rewards if reward.weight)
-        self._log.advance(reward=values[f"reward/{trained}"], **phases)
+        self._log.advance(**{trained: values[f"reward/{trained}"]})
         for alarm in alarms:
             self.say(f"WARNING: iteration {done}: {alarm}")
 
@@ -89,7 +91,7 @@ class Report:
             values |= {"watch/best": watched.best, "watch/alarms": watched.alarms, "watch/stop": float(watched.stop)}
         self._log.write(done, values | dict(seconds))
         shown = "  ".join(f"{name} {value:.4f}" for name, value in held_out.rewards.items())
-        self.say(f"held out after {done} iterations: {shown}")
+        self.say(f"held-out prompts after {done} iterations: {shown}")
         if (rule := self._config.evaluation.stop_when) and watched and watched.alarms:
             self.say(
                 f"WARNING: {rule.reward} fell to {held_out.rewards[rule.reward]:.4f} from its best of "
@@ -125,6 +127,7 @@ class Report:
         """
         if self._log is None:
             return
+        self._log.end_bar()
         pictures = after.pictures
         assert pictures is not None
 

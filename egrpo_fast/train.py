@@ -9,6 +9,7 @@ if sys.path and sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
 
 import argparse
 import importlib.util
+import logging
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from egrpo_fast.heartbeat import Heartbeat
     from egrpo_fast.rewards import Reward
     from egrpo_fast.trainer import Trainer
+
+log = logging.getLogger(__name__)
 
 DOWNLOAD_LIMIT = 24 * 3600.0
 """Seconds that finding a model may take: a hub id is downloaded first."""
@@ -190,7 +193,10 @@ def make_trainer(
             tell_truncated(text, prompts, f"prompts.{split}")
     loaded = materialize(transformer, weights, config, world, heart)
     weights.files.close()
-    print(f"rank {world.rank}: {loaded}")
+    if world.is_main:
+        print(f"rank 0: {loaded}")
+    else:
+        log.info("rank %d: %s", world.rank, loaded)  # shown by --verbose
     backbone = FluxBackbone.of(config, folder, transformer, text, world.device)
     heart.at("loading", "the tail's model")
     tail_model = TailModel.of(local, folder, backbone, getattr(torch, model.dtype), world.device)

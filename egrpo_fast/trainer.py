@@ -92,8 +92,8 @@ class Trainer:
             config, self.held_out, self.iteration, not self._evaluation_due(), world.is_main, self.claim
         )
         self.report.begin(
-            self.sampler.wavefront.plan, config.prompts.per_iteration // world.size, self.objective.ops.chosen
-        )
+            self.sampler.wavefront.plan, self.iteration, world.hardware, self.objective.ops.chosen
+        )  # fmt: skip
         try:
             held_out = self._iterate()
             self.checkpoints.wait()

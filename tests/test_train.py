@@ -41,6 +41,7 @@ def command(output, *overrides, ranks=1):
 def launch(output, *overrides, **options):
     result = subprocess.run(**command(output, *overrides, **options), capture_output=True, text=True, timeout=400)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    Path(f"{output}.terminal").write_text(result.stdout + result.stderr)
     return Path(output)
 
 
@@ -77,6 +78,18 @@ def test_a_run_leaves_everything_it_promises(uninterrupted):
     base = load_file(PIPELINE / "transformer" / "diffusion_pytorch_model.safetensors")
     trained = weights(uninterrupted)
     assert trained.keys() == base.keys() and any(not torch.equal(trained[k], base[k].float()) for k in base)
+
+
+OURS = "rank 0: loaded|egrpo_fast |per iteration: |writes to |loading:|training [0-4]/4 |exporting:|held-out |warning: "
+"""How the lines of a run begin; the table at its end has one for each reward."""
+
+
+def test_a_terminal_shows_nothing_foreign(uninterrupted):
+    shown = re.split("[\r\n]+", Path(f"{uninterrupted}.terminal").read_text())
+    lines = [line for line in map(str.strip, shown) if line]
+    assert lines and [line for line in lines if not re.match(f"{OURS}|shapes_|clip |{uninterrupted}", line)] == []
+    assert sum(line.startswith("held-out prompts after") for line in lines) == 2
+    assert all(re.search(r"\d:\d\d<.*shapes_soft=", line) for line in lines if line.startswith("training 4/4"))
 
 
 def test_the_ratio_is_one_before_the_first_update(tmp_path):
