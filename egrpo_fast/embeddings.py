@@ -10,7 +10,6 @@ sum is the CRC-32 of a row's bytes, T5 before pooled, and is checked whenever th
 their place and renamed; a shard counts once the index names it, so whatever interrupts a writer, the rest is whole.
 """
 
-import fcntl
 import os
 import shutil
 import zlib
@@ -28,7 +27,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from egrpo_fast.files import read_bytes
+from egrpo_fast.claim import lock
+from egrpo_fast.files import read_bytes, sync
 
 INDEX_FILE = "index.json"
 LOCK_FILE = "lock"
@@ -82,14 +82,6 @@ def keys_of(prompts: Sequence[str]) -> np.ndarray:
     for prompt in prompts:
         buffer += sha256(prompt.encode()).digest()[:KEY_BYTES]
     return np.frombuffer(buffer, f"S{KEY_BYTES}")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -237,14 +229,13 @@ class EmbeddingWriter:
         self.shard_prompts = max(1, shard_bytes // index.row_bytes)
         self.dropped: list[str] = []
         self._verify = verify
-        self._lock: IO[bytes] | None = None
+        self._lock: IO[str] | None = None
         self._pending: list[tuple[np.ndarray, Tensor, Tensor]] = []
 
     def __enter__(self) -> "EmbeddingWriter":
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.folder / LOCK_FILE).open("wb")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock = lock(self.folder / LOCK_FILE)
         except BlockingIOError:
             raise ValueError(f"embeddings: another process is writing into {self.folder}") from None
         except OSError as error:
@@ -350,9 +341,9 @@ class EmbeddingWriter:
         partial = path.with_name(path.name + PARTIAL)
         try:
             write(partial)
-            _sync(partial)
+            sync(partial)
             os.replace(partial, path)
-            _sync(self.folder)
+            sync(self.folder)
         except OSError as error:
             partial.unlink(missing_ok=True)
             raise ValueError(

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from egrpo_fast.backbones.flux_folder import PARTS, fetch_card, is_hub_id, resolve
-from egrpo_fast.backbones.identity import check_base
+from egrpo_fast.backbones.identity import check_base, run_name
 from egrpo_fast.backbones.lora import save_lora
 from egrpo_fast.backbones.weight_files import WeightFiles, fused
 from egrpo_fast.checkpoint import INDEX, CheckpointReader, Checkpoints, check_sound, held, is_best
@@ -261,7 +261,7 @@ def _best(run: Path, newest_first: list[Path]) -> Path:
 
 @contextmanager
 def open_checkpoint(run: Path, which: str = "newest") -> Iterator[CheckpointReader]:
-    """`find_checkpoint`'s, which the run does not prune while it is open. ValueError: none, or it is damaged.
+    """`find_checkpoint`'s, which the run does not prune while it is open. ValueError: none, damaged or another run's.
 
     Where the run prunes it between the finding and the opening, the next one is taken.
     """
@@ -274,7 +274,10 @@ def open_checkpoint(run: Path, which: str = "newest") -> Iterator[CheckpointRead
             except ValueError:
                 if path.exists():
                     raise
-        yield CheckpointReader(path)
+        reader = CheckpointReader(path)
+        if reader.run != run_name(run):
+            raise ValueError(f"checkpoint: {path} is another run's; choose another")
+        yield reader
 
 
 def _check_room(where: Path, base: Path, like: Mapping[str, Tensor]) -> None:

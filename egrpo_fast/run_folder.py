@@ -103,7 +103,9 @@ def claim_output(config: Config, world: "World") -> tuple[Config, Claim, IO[str]
             folder.mkdir(parents=True, exist_ok=True)
             held = lock(folder / LOCK_FILE)
             if resume := check_output(config):  # once more, for nobody else can change it now
-                run = _run_name(folder)
+                from egrpo_fast.backbones.identity import run_name
+
+                run = run_name(folder)
             mark = f"{uuid.uuid4().hex} process {os.getpid()} on {socket.gethostname()}"
             held.truncate(0)
             held.write(mark)
@@ -133,15 +135,6 @@ def claim_output(config: Config, world: "World") -> tuple[Config, Claim, IO[str]
     if world.is_main and config.resume and not resume:
         warnings.warn(f"resume: {folder} holds no run yet; it begins here", stacklevel=2)
     return config.model_copy(update={"resume": resume}), claim, held
-
-
-def _run_name(folder: Path) -> str:
-    """What the checkpoints of a run are known by. ConfigError: that cannot be read."""
-    file = folder / RUN_FILE
-    try:
-        return json.loads(file.read_text()).get("run", "") if file.exists() else ""
-    except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(f"resume: {file} cannot be read ({error}); put it back") from None
 
 
 def identify(config: Config, folder: Path, world: "World") -> dict[str, str]:

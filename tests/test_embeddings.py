@@ -210,6 +210,15 @@ def test_two_writers_do_not_meet(tmp_path):
     make(tmp_path)
 
 
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "lock").symlink_to(tmp_path / "thesis.tex")
+    with pytest.raises(ValueError, match="embeddings: cannot write into .*cache: lock is a link; delete it"):
+        make(tmp_path / "cache")
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
 def test_too_little_room_is_told_before_and_during(tmp_path, monkeypatch):
     with EmbeddingWriter(tmp_path, INDEX) as writer:
         writer.check_space(1000)

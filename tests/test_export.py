@@ -124,6 +124,15 @@ def test_files_can_be_read_by_whom_the_umask_says(lora, base, tmp_path):
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755
 
 
+def test_a_checkpoint_of_another_run_is_refused(base, tmp_path):
+    """Copied there whole: nothing else would show that its weights are another's."""
+    run = make_run(tmp_path / "run", base)
+    (run / RUN_FILE).write_text(json.dumps({"run": "this one"}))
+    with pytest.raises(ValueError, match="checkpoint: .*iteration-000001 is another run's; choose another"):
+        export(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("shard_bytes", [module.SHARD_BYTES, 400_000], ids=["one file", "shards"])
 def test_all_weights_and_the_rest_of_the_base(shard_bytes, run, base, tmp_path):
     before = contents(run)

@@ -280,6 +280,25 @@ train.main()
 
 
 @pytest.mark.slow
+def test_a_run_that_nobody_listens_to_comes_to_its_end(tmp_path):
+    """As `2>&1 | head -1` does: the reader of all that it tells is gone after the first line."""
+    arguments = [
+        sys.executable,
+        "egrpo_fast/train.py",
+        "shapes",
+        *TINY,
+        "iterations=1",
+        f"output_dir={tmp_path / 'run'}",
+    ]
+    with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(600) == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["iterations"] == 1
+    assert (tmp_path / "run" / "pipeline" / "model_index.json").exists()
+
+
+@pytest.mark.slow
 def test_a_run_that_is_refused_while_it_loads_leaves_none_behind(tmp_path):
     """The same folder then takes a run with other settings."""
     arguments = [*TINY, f"output_dir={tmp_path / 'run'}"]

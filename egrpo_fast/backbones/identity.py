@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from egrpo_fast.backbones.flux_text import encoder_fingerprint
 from egrpo_fast.backbones.weight_files import WeightFiles
@@ -42,13 +43,18 @@ def base_of(run: Path) -> dict[str, str]:
     return recorded(run, "base")
 
 
-def recorded(run: Path, what: str) -> dict[str, str]:
-    """Fingerprints in a run's RUN_FILE; {}: none there. ValueError: it cannot be read."""
+def recorded(run: Path, what: str) -> Any:
+    """What is under this key in a run's RUN_FILE, such as fingerprints; {}: nothing. ValueError: it cannot be read."""
     file = run / RUN_FILE
     try:
         return json.loads(read_text(file)).get(what, {}) if file.exists() else {}
     except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from None
+        raise ValueError(f"{file} cannot be read: {error}; put it back") from None
+
+
+def run_name(run: Path) -> str:
+    """What the checkpoints of a run bear; "": it began before they bore anything. ValueError: it cannot be read."""
+    return recorded(run, "run") or ""
 
 
 def differing(one: Mapping[str, str], other: Mapping[str, str]) -> str:

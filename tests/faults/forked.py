@@ -154,16 +154,16 @@ class Kills:
 
 
 def kill_until_done(server, folder, reference, ranks, seconds, rng: random.Random, only_one=False):
-    """Start, kill -9 at a random moment in the first `seconds`, resume, and so on until a run comes through.
+    """Start, kill -9 at a random moment in the first `seconds`, and so on until a run comes through: always by the
+    same command, with resume=true.
 
     only_one: kill one rank, and see the others end by themselves.
     """
     told = Kills()
     while True:
-        resume = (folder / CONFIG_FILE).exists()
+        told.resumes += (folder / CONFIG_FILE).exists()
         before = newest(folder)
-        run = server.start(folder, *(["resume=true"] if resume else []), ranks=ranks)
-        told.resumes += resume
+        run = server.start(folder, "resume=true", ranks=ranks)
         codes = run.wait(rng.uniform(0.5, seconds))
         if rng.random() < 0.4:  # aimed at the next save
             while None in codes and not saving(folder):
