@@ -546,10 +546,13 @@ def kill_ranks(folder, first, trial, world_size, rng):
 
 
 def kill_loop(folder, kills, seed):
-    """Kill -9 saving ranks `kills` times, resuming each time. Figures, and what was wrong after which kill."""
+    """Kill -9 saving ranks at least `kills` times, resuming each time, until saves were hit, however slow they are.
+
+    Figures, and what was wrong after which kill.
+    """
     rng, wrong, at, killed, partial, repeated = random.Random(seed), [], 0, 0, 0, 0
     trial = 0
-    while killed < kills:
+    while trial < 20 * kills and (killed < kills or at <= 10 or partial <= 3):
         trial += 1
         world_size = rng.choice([1, 2, 2])
         again = at > 0 and rng.random() < 0.5  # a resumed run may come to the same iteration again
