@@ -15,11 +15,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from egrpo_fast import __version__, cost, launch
-from egrpo_fast.config import Config, ConfigError, Reward, load_config, read_yaml, recipe_names
+from egrpo_fast.config import Config, ConfigError, Reward, load_config
 from egrpo_fast.config_reference import reference
 from egrpo_fast.files import read_text
 from egrpo_fast.methods import plan_of
 from egrpo_fast.plan import Plan
+from egrpo_fast.recipe_files import read_yaml, recipe_names
 from egrpo_fast.shapes import prompts_path
 from egrpo_fast.terminal import error_lines, keep_clean, steady_streams
 
@@ -102,6 +103,10 @@ def _train(arguments: argparse.Namespace) -> None:
 
 def _plan(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.recipe, arguments.overrides)
+    if config.deepspeed.overrides:
+        from egrpo_fast.engine import check_overrides
+
+        check_overrides(config)
     if arguments.plot and (arguments.plot.suffix != ".png" or not arguments.plot.resolve().parent.is_dir()):
         raise ValueError(f"--plot: {arguments.plot} is not the name of a .png file in a folder that exists")
     description = describe(config)

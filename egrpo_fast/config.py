@@ -5,32 +5,38 @@ Every field has a type, a range and a line on what it means. A mistake is a `Con
 
 import difflib
 import math
-import re
 from collections.abc import Collection, Iterator, Sequence
-from importlib import resources
-from itertools import chain, islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from egrpo_fast.files import read_text
+from egrpo_fast.files import expanded
+from egrpo_fast.recipe_files import ConfigError, override, read_recipe, write_yaml
 from egrpo_fast.schedule import Schedule, SdeForm, Solver, make_schedule
 
 CONFIG_FILE, RUN_FILE, CHECKPOINTS, PIPELINE = "config.yaml", "run.json", "checkpoints", "pipeline"
 """In a run's folder: its settings, what made it, its checkpoints, the trained pipeline."""
 
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, lt=2**31)]
+Natural = Annotated[int, Field(ge=0, lt=2**31)]
+Seconds = Annotated[float, Field(gt=0.0, le=1e8)]
 Unit = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot run; the message names each field, its value and what is allowed."""
+def _path(path: Any) -> Any:
+    return expanded(path) if isinstance(path, str) else path
+
+
+PathName = Annotated[str, BeforeValidator(_path)]
+"""A path, a hub id or a name: `~` and variables in it are filled in."""
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 def takes(target: str, layer: str) -> bool:
@@ -51,7 +57,7 @@ class Lora(_Section):
     )
     """Linear layers that get one. An entry takes every layer with that name, or whose name ends in a dot and the entry:
     `proj_out` takes that of the single blocks and the model's output layer."""
-    path: str | None = None
+    path: PathName | None = None
     """A LoRA file or folder to start from, in a layout that diffusers reads; none given: a new one."""
 
     @property
@@ -75,7 +81,7 @@ class Lora(_Section):
 
 
 class Model(_Section):
-    path: str
+    path: PathName
     """Folder or hub id of a FLUX pipeline in diffusers' layout, or `shapes` for the embedded one."""
     height: Positive = 720
     """Picture height in pixels, a multiple of twice the VAE's factor (16 for FLUX)."""
@@ -106,14 +112,14 @@ class Model(_Section):
 
 
 class Prompts(_Section):
-    train: str
+    train: PathName
     """Prompt file (.txt, .json, .jsonl, .csv, .tsv or .parquet, each also .gz), hub data set
     (`datasets:ORG/NAME:SPLIT`), or `shapes`."""
-    held_out: str
+    held_out: PathName
     """The prompts of the held-out evaluation, likewise."""
     column: str = "prompt"
     """Field of the JSON objects, or column of the tables, that holds the prompt."""
-    embeddings: str | None = None
+    embeddings: PathName | None = None
     """Folder made by `egrpo encode` of these prompts: no text encoder is loaded; none given: encode on the fly."""
     per_iteration: Positive = 1
     """Prompts of one iteration, over all ranks together; a multiple of the number of ranks."""
@@ -137,7 +143,7 @@ class ScheduleSection(_Section):
     """Fixed merge, one number or one per grid step, in place of the threshold."""
     max_merge: Positive | None = None
     """Cap on what the threshold merges."""
-    active_steps: list[Annotated[int, Field(ge=0)]] | None = Field(None, min_length=1)
+    active_steps: list[Natural] | None = Field(None, min_length=1)
     """Grid indices that are trained; none given: the first half."""
 
 
@@ -169,7 +175,7 @@ class FlowGrpo(_Section):
     """Whether the trajectories of a prompt share their initial noise."""
     window: Positive | None = None
     """Steps in a row that are stochastic and trained, the others ODE, drawn anew every iteration; none given: all."""
-    window_range: tuple[Annotated[int, Field(ge=0)], Positive] | None = None
+    window_range: Annotated[tuple[Natural, Positive], Field(strict=False)] | None = None
     """Grid indices [first, end) that the window lies in; none given: the first half."""
 
     @property
@@ -195,7 +201,7 @@ class MixGrpo(_Section):
     """MixGRPO."""
     window: Positive = 4
     """Steps in a row that are stochastic and trained, the others ODE."""
-    stride: Annotated[int, Field(ge=0)] = 1
+    stride: Natural = 1
     """Grid steps that the window moves on at a time."""
     every: Positive = 25
     """Iterations until it moves."""
@@ -210,17 +216,17 @@ class MixGrpo(_Section):
 class BranchGrpo(_Section):
     name: Literal["branch_grpo"]
     """BranchGRPO; its tree says how many pictures there are."""
-    splits: list[Annotated[int, Field(ge=0)]] = Field([0, 3, 6, 9], min_length=1)
+    splits: list[Natural] = Field([0, 3, 6, 9], min_length=1)
     """Grid indices at which every row splits."""
     branching: Annotated[int, Field(ge=2, le=65536)] = 2
     """Children of a split."""
     max_rows: Annotated[int, Field(ge=2, le=65536)] = 64
     """Most leaves of a prompt's tree."""
-    pruned_steps: Annotated[int, Field(ge=0)] = 0
+    pruned_steps: Natural = 0
     """Steps in a row that are not trained: from the end, sliding towards the last split."""
     slide_every: Positive = 30
     """Iterations until they slide by one."""
-    extremes: Annotated[int, Field(ge=0)] = 0
+    extremes: Natural = 0
     """Only the nodes above so many best and as many worst leaves are trained; 0: all are."""
 
     @property
@@ -242,7 +248,7 @@ class GranularGrpo(_Section):
 class TempFlowGrpo(_Section):
     name: Literal["tempflow_grpo"]
     """TempFlow-GRPO."""
-    steps: list[Annotated[int, Field(ge=0)]] | None = Field(None, min_length=1)
+    steps: list[Natural] | None = Field(None, min_length=1)
     """Grid indices that are trained; none given: all but the last."""
 
     @property
@@ -312,9 +318,9 @@ class Tail(_Section):
     """Grid steps per ODE step: one number, or one per active step."""
     solver: Solver = "euler"
     """How its steps follow each other: one at a time, or with the velocity before (`ab2`, `dpm2m`)."""
-    path: str | None = None
+    path: PathName | None = None
     """Folder or hub id of another FLUX pipeline whose transformer makes its calls; none given: the policy's."""
-    lora: str | None = None
+    lora: PathName | None = None
     """LoRA file or folder, in a layout that diffusers reads, on that transformer for its calls alone."""
     weights: Literal["exact", "int8", "float8"] = "exact"
     """What its calls compute in: as the policy, or weights and activations in 8 bits (torchao); float8 wants a GPU of
@@ -322,9 +328,9 @@ class Tail(_Section):
     cache: Annotated[TailCache, Field(discriminator="name")] | None = None
     """What its calls reuse of the call before, by diffusers' caching hooks; the name alone will do where it keeps its
     defaults; none given: nothing."""
-    decoder: str | None = None
+    decoder: PathName | None = None
     """Folder of a tiny decoder (diffusers' AutoencoderTiny, such as TAEF1) of the pictures that training rewards."""
-    check_every: Annotated[int, Field(ge=0)] = 25
+    check_every: Natural = 25
     """Iterations between comparisons of an approximated tail with the exact one; 0: never."""
     target: float = Field(0.95, gt=0.0, lt=1.0)
     """Rank correlation within groups below which the run goes on with the exact tail."""
@@ -396,13 +402,13 @@ class Optimizer(_Section):
     """AdamW, or bitsandbytes' with both moments in 8 bits."""
     lr: float = Field(2e-6, gt=0.0)
     """Peak learning rate of AdamW."""
-    betas: tuple[Unit, Unit] = (0.9, 0.999)
+    betas: Annotated[tuple[Unit, Unit], Field(strict=False)] = (0.9, 0.999)
     """AdamW's decay rates."""
     eps: float = Field(1e-8, gt=0.0)
     """AdamW's epsilon."""
     weight_decay: float = Field(1e-4, ge=0.0)
     """Decoupled weight decay."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: Natural = 0
     """Optimizer steps of linear warm-up."""
     decay: Literal["constant", "linear", "cosine"] = "constant"
     """What the learning rate does after the warm-up, until the last iteration."""
@@ -428,12 +434,20 @@ class DeepSpeed(_Section):
     """Where the optimizer's state and the float32 weights live: on the device, in host memory, on a disk."""
     offload_weights: Literal["none", "cpu", "nvme"] = "none"
     """Where the sharded weights live between uses (ZeRO-3)."""
-    nvme_path: str | None = None
+    nvme_path: PathName | None = None
     """Folder on a fast local disk, for `nvme`."""
-    init_timeout: Positive = 1800
+    init_timeout: Annotated[int, Field(ge=1, le=10**8)] = 1800
     """Seconds that loading may wait at one parameter before the run ends and says which rank waits for what."""
     overrides: dict[str, Any] = {}
-    """Merged into DeepSpeed's own configuration last, for what this tree does not name."""
+    """Merged into DeepSpeed's own configuration last, for what this tree does not name. A key that DeepSpeed does not
+    read is refused."""
+
+    @field_validator("zero_stage", mode="before")
+    @classmethod
+    def _whole(cls, stage: Any) -> Any:
+        if isinstance(stage, bool | float):  # equal to 1, and none of 1, 2 and 3 all the same
+            raise ValueError(f"{stage!r}: 1, 2 or 3 is needed")
+        return stage
 
 
 class StopWhen(_Section):
@@ -446,7 +460,7 @@ class StopWhen(_Section):
 
 
 class Evaluation(_Section):
-    every: Annotated[int, Field(ge=0)] = 25
+    every: Natural = 25
     """Iterations between held-out evaluations; 0: only before and after."""
     num_prompts: Positive = 64
     """Held-out prompts used, from the top of the file."""
@@ -461,7 +475,7 @@ class Evaluation(_Section):
 
 
 class Checkpoint(_Section):
-    every: Annotated[int, Field(ge=0)] = 50
+    every: Natural = 50
     """Iterations between checkpoints; 0: only at the end."""
     keep: Positive = 2
     """Newest checkpoints kept."""
@@ -476,9 +490,9 @@ class Guards(_Section):
 
     bad_steps: Positive = 3
     """Iterations in a row with a loss, gradient, reward or latent that is not finite: skipped, until so many end it."""
-    stop_seconds: float = Field(120.0, gt=0.0)
+    stop_seconds: Seconds = 120.0
     """Seconds that a run may take to end with a checkpoint after SIGTERM or Ctrl-C; then it ends without."""
-    stall_seconds: float = Field(3600.0, gt=0.0)
+    stall_seconds: Seconds = 3600.0
     """Seconds without progress in one phase after which the run ends and says which rank is where."""
     grad_norm_spike: float | None = Field(10.0, gt=1.0)
     """Warn where the gradient norm is so many times its running median."""
@@ -495,7 +509,7 @@ class Guards(_Section):
 class Config(_Section):
     """A whole run."""
 
-    output_dir: Path
+    output_dir: Annotated[Path, BeforeValidator(_path), Field(strict=False)]
     """Where the run writes; must not hold another run unless `resume`."""
     resume: bool = False
     """Continue the run in output_dir from its newest checkpoint; where there is no run yet, begin it."""
@@ -562,7 +576,7 @@ class Config(_Section):
             if max(method.splits) >= last:
                 told = f"{max(method.splits)} is the last step or past it; allowed: 0 to {last - 1}"
                 raise ValueError(f"method.splits: {told}")
-            leaves = method.branching ** len(method.splits)
+            leaves = method.branching ** min(len(method.splits), 17)  # 2^17 are too many already
             if leaves > method.max_rows:
                 raise ValueError(f"method.max_rows: a tree of {leaves} leaves is wider than {method.max_rows}")
             if 2 * method.extremes > leaves:
@@ -712,104 +726,7 @@ class Config(_Section):
         for name in self._unused(given=False):
             section, _, field = name.partition(".")
             del tree[section][field]
-        return yaml.dump(tree, Dumper=_Dumper, sort_keys=False)
-
-
-def recipe_names() -> list[str]:
-    """Recipes that ship with the package."""
-    names = (item.name for item in resources.files("egrpo_fast.recipes").iterdir())
-    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML whose plain scalars are those of YAML 1.2: `1e-4` is a number; `yes`, `010` and `1:30` are text."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if key in keys:
-                raise yaml.constructor.ConstructorError(None, None, f"{key} is given twice", key_node.start_mark)
-            keys.add(key)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes all text that either version of YAML would read as something else."""
-
-
-MOST_VALUES, MOST_LEVELS = 100_000, 50
-"""Of a recipe. Thousands of merge lengths are few, and nothing is nested so deeply."""
-PLAIN = (
-    ("bool", "true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("int", "[-+]?(0|[1-9][0-9]*)|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
-    ("float", r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-     "-+.0123456789"),
-    ("null", "~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("merge", "<<", "<"),
-)  # fmt: skip
-_Loader.yaml_implicit_resolvers = {}
-for _kind, _pattern, _first in PLAIN:
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern})$"), list(_first))
-    _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern})$"), list(_first))
-
-
-def _number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
-    return int(loader.construct_scalar(node), 0)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _number)
-
-
-def read_yaml(text: str, where: str) -> Any:
-    """What a YAML text says, by the rules of YAML 1.2. ConfigError, with `where` it stands: it is none, or too much."""
-    try:
-        found = yaml.load(text, _Loader)
-    except RecursionError:
-        raise ConfigError(f"{where}: nested too deeply") from None
-    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError) as error:
-        raise ConfigError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
-    layer = [found]
-    for _ in range(MOST_LEVELS):  # an alias may make a tree of any size, or without end
-        inside = (each.values() if isinstance(each, dict) else each for each in layer if isinstance(each, dict | list))
-        layer = list(islice(chain.from_iterable(inside), MOST_VALUES + 1))
-        if len(layer) > MOST_VALUES:
-            raise ConfigError(f"{where}: more than {MOST_VALUES:,} values")
-    if layer:
-        raise ConfigError(f"{where}: nested too deeply")
-    return found
-
-
-def _read_recipe(recipe: str) -> dict[str, Any]:
-    packaged = resources.files("egrpo_fast.recipes") / f"{recipe}.yaml"
-    if packaged.is_file():
-        text = packaged.read_text()
-    elif Path(recipe).exists():
-        try:
-            text = read_text(recipe, 1 << 20)
-        except OSError as error:
-            raise ConfigError(f"recipe: cannot read {recipe}: {error.strerror}") from None
-    else:
-        raise ConfigError(f"recipe: no file and no recipe {recipe!r}; there are: {', '.join(recipe_names())}")
-    tree = read_yaml(text, f"recipe: {recipe}")
-    if not isinstance(tree, dict):
-        raise ConfigError(f"recipe: {recipe} must hold a mapping of settings")
-    return tree
-
-
-def _override(tree: dict[str, Any], assignment: str) -> None:
-    path, equals, value = assignment.partition("=")
-    if not equals or not path:
-        raise ConfigError(f"override: {assignment!r} is not key.path=value")
-    *parents, leaf = path.split(".")
-    node = tree
-    for parent in parents:
-        node = node.setdefault(parent, {})
-        if not isinstance(node, dict):
-            raise ConfigError(f"{path}: {parent} is a value, not a section")
-    node[leaf] = read_yaml(value, path)
+        return write_yaml(tree)
 
 
 def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -830,6 +747,32 @@ def _field_names(model: type[BaseModel], prefix: str = "") -> list[str]:
     return names
 
 
+def _nearest(where: str, given: Any) -> str:
+    """Settings that an unknown one was perhaps meant as; empty: none is like it.
+
+    Misspelt it is like the whole of a name, without its sections like the end of one.
+    """
+    while isinstance(given, dict) and given:  # a section that is none is known by what is in it
+        inner, given = next(iter(given.items()))
+        where = f"{where}.{inner}"
+    parts = where.split(".")
+    scores: dict[str, float] = {}
+    for name in _field_names(Config):
+        known = name.split(".")
+        ends = {name, ".".join(known[-len(parts) :])}
+        alike = max(difflib.SequenceMatcher(None, where, end).ratio() for end in ends)
+        scores[name] = max(alike, 0.8 if known[-1] == parts[-1] else 0.0)
+    best = max(scores.values())
+    names = [name for name, score in scores.items() if score == best]
+    return " or ".join(names[:3]) if best >= 0.6 else ""
+
+
+def _shown(text: str) -> str:
+    """In one line that is not too long."""
+    text = text if text.isprintable() else repr(text)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 def _explain(error: ValidationError) -> str:
     lines: dict[str, str] = {}
     for item in error.errors():
@@ -840,30 +783,31 @@ def _explain(error: ValidationError) -> str:
         location = [str(part) for part in parts if unknown or isinstance(part, int) or str(part).isidentifier()]
         location = [part for part in location if unknown or part not in ("int", "list")]
         location += ["name"] if item["type"] == "union_tag_not_found" else []
-        where, message = ".".join(location), item["msg"]
+        where, message = _shown(".".join(location)), item["msg"]
         if unknown:
-            known = _field_names(Config)
-            near = difflib.get_close_matches(where, known, n=1)
-            message = "unknown key" + (f"; did you mean {near[0]}?" if near else "")
-            if where in known:  # of another branch of its section
-                assert tag is not None
+            near = _nearest(where, item["input"])
+            message = "unknown key" + (f"; did you mean {near}?" if near else "")
+            if tag is not None and where in _field_names(Config):  # of another branch of its section
                 message = f"not used by {item['loc'][tag - 1]} {item['loc'][tag]}; leave it out"
         elif item["type"] in ("missing", "union_tag_not_found"):
             message = "missing, and has no default"
         elif item["type"] == "value_error":
             message = str(item["ctx"]["error"])
         else:
-            message = f"{item['input']!r}: {message}"
+            message = f"{_shown(repr(item['input']))}: {message}"
         message = message if not where else f"{where}: {message}"
         lines[where] = f"{lines[where]}; or {item['msg']}" if where in lines else message
     return "\n".join(lines.values())
 
 
 def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
-    """A named recipe or a YAML file, with `key.path=value` overrides (YAML values), checked. Raises ConfigError."""
-    tree = _read_recipe(recipe)
+    """A named recipe or a YAML file, and what it extends, with `key.path=value` overrides (YAML values), checked.
+
+    Raises ConfigError.
+    """
+    tree = read_recipe(recipe)
     for assignment in overrides:
-        _override(tree, assignment)
+        override(tree, assignment)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:

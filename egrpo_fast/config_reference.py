@@ -14,9 +14,22 @@ INTRODUCTION = """\
 <!-- Written by `make docs` from egrpo_fast/config.py: change it there. -->
 # Configuration
 
-A recipe is a YAML tree of these settings; `key.path=value` on the command line changes one, by a YAML value.
+A recipe is a YAML tree of these settings; `key.path=value` on the command line changes one, by a YAML value. In a file
+a setting may be written as a section or by its whole name (`optimizer.lr: 1.0e-4`), but once.
 **Required** is what has no default, `null` means none given. What is unknown, of another type, out of range or not
-used by the method is refused by name before anything loads. `egrpo settings` prints this page.
+used by the method is refused by name before anything loads. Values are read by the rules of YAML 1.2: `yes` is text and
+no truth value, `010` and `1:30` are no numbers; whole numbers
+are below 2^31. In paths `~` and variables such as `$HOME` are filled in. `egrpo settings` prints this page.
+
+A recipe of your own may extend another: a shipped one by its name, or a file, found from the folder of the file that
+names it. Its settings change those; a list, or a section of another `name`, replaces the whole.
+
+```yaml
+extends: flux-dev-8x80gb
+model.path: /models/FLUX.1-dev
+optimizer:
+  lr: 1.0e-5
+```
 """
 KINDS = {
     "integer": "integer", "number": "number", "string": "text", "boolean": "`true`, `false`", "object": "mapping",
@@ -33,9 +46,9 @@ def _value(value: Any) -> str:
 def _range(node: Node) -> str:
     """`>= 1`, `in [1, 512]`, `in (0, 1]`, or nothing."""
     low, high = (node.get(key, node.get(f"exclusive{key.title()}")) for key in ("minimum", "maximum"))
-    if high is None:
+    if high is None or high == 2**31:  # the bound of every whole number, told once in the introduction
         return "" if low is None else f"{'≥' if 'minimum' in node else '>'} {low:g}"
-    told = "2^63" if high == 2**63 else f"{high:g}"
+    told = "2^63" if high == 2**63 else f"{high:g}" if high < 1e6 else f"{high:,.0f}"
     return f"in {'[' if 'minimum' in node else '('}{low:g}, {told}{']' if 'maximum' in node else ')'}"
 
 

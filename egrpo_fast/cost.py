@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from egrpo_fast.backbones.weight_files import WeightFiles
-from egrpo_fast.config import Config, FirstBlock, Lora, read_yaml
-from egrpo_fast.files import read_text
+from egrpo_fast.config import Config, FirstBlock, Lora
+from egrpo_fast.files import is_hub_id, read_text
 from egrpo_fast.methods import plan_of
 from egrpo_fast.plan import Plan
+from egrpo_fast.recipe_files import read_yaml
 from egrpo_fast.shapes import CLIP, EMBEDDED, pipeline_path
 
 GIB = 2**30
@@ -79,7 +80,7 @@ FLUX_DEV = {
     "vae": {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 16},
     "parameters": {"vae": 83_819_683, "text_encoder": 123_060_480, "text_encoder_2": 4_762_310_656},
 }  # fmt: skip
-"""FLUX.1-dev: what is planned for where `model.path` is no folder here."""
+"""FLUX.1-dev: what is planned for where `model.path` is a hub id."""
 T5_EMBEDDINGS = 32128 * 4096
 
 CLIP_PARAMETERS = {
@@ -262,12 +263,14 @@ class Pipeline:
 
     @classmethod
     def read(cls, path: str) -> "Pipeline":
-        """Of a local diffusers folder; FLUX.1-dev for a path that is none. ValueError where it cannot be read."""
+        """Of a local diffusers folder; FLUX.1-dev for a hub id. ValueError: no such folder, or it cannot be read."""
         folder = Path(pipeline_path(path))
-        if not folder.is_dir():
+        if is_hub_id(str(folder)):
             known: Any = FLUX_DEV
             dev = Transformer(known["transformer"])
             return cls("FLUX.1-dev", dev, Vae(known["vae"]), known["parameters"])
+        if not folder.is_dir():
+            raise ValueError(f"model.path: no folder {path}")
         try:
             configs = [json.loads(read_text(folder / part / "config.json")) for part in ("transformer", "vae")]
             stems = {"vae": "diffusion_pytorch_model", "text_encoder": "model", "text_encoder_2": "model"}
@@ -618,22 +621,25 @@ class Cost:
         best = self.memory.peak
         for settings in CHANGES:
             made = self._with([*taken, settings])
-            if made is not None and made["peak"] < best:
+            if made is not None and made["peak"] <= best:  # also what helps only together with a later one
                 taken, best = [*taken, settings], made["peak"]
             if made is not None and made["fits"]:
                 break
-        for settings in list(taken):  # what the later ones make needless, with some room to spare
+        enough = max(best, 0.95 * self.cluster.gpu.memory)  # with some room to spare
+        for settings in reversed(taken):  # what costs most goes first
             without = [other for other in taken if other is not settings]
             made = self._with(without)
-            if made is not None and made["peak"] <= 0.95 * self.cluster.gpu.memory:
+            if made is not None and made["peak"] <= enough:
                 taken = without
         made = self._with(taken) if taken else None
         return [made] if made else []
 
     def _with(self, changes: list[Mapping[str, Any]]) -> dict[str, Any] | None:
+        """The estimate with these changes; None where they change nothing, or cannot be."""
         tree = self.config.model_dump()
         cluster = self.cluster
         settings: dict[str, Any] = {}
+        told: dict[str, Any] = {}
         for change in changes:
             settings |= change
         for name, value in settings.items():
@@ -641,23 +647,25 @@ class Cost:
                 count = cluster.gpus * value
                 cluster = replace(cluster, gpus=count, nodes=cluster.nodes * value)
                 tree["prompts"]["per_iteration"] = max(tree["prompts"]["per_iteration"], count)
+                told[name] = count
             elif name == "rewards.offload":
                 for reward in tree["rewards"]:
-                    if reward["name"].partition("/")[0] in ("hps", "clip", "pick_score", "image_reward"):
-                        reward["options"]["offload"] = True
+                    large = reward["name"].partition("/")[0] in ("hps", "clip", "pick_score", "image_reward")
+                    if large and not reward["options"].get("offload"):
+                        reward["options"]["offload"] = told[name] = True
             else:
                 *sections, leaf = name.split(".")
                 node = tree
                 for section in sections:
                     node = node[section]
-                if node[leaf] == value:
-                    return None
-                node[leaf] = value
+                if node[leaf] != value and not (name == "model.lora" and node[leaf]):
+                    node[leaf] = told[name] = value
+        if not told:
+            return None
         try:
             cost = Cost(Config.model_validate(tree), cluster, self.pipeline)
         except ValueError:
             return None
-        told = {name: cluster.gpus if name == "GPUs" else value for name, value in settings.items()}
         return {"settings": told, "peak": cost.memory.peak, "host": sum(cost.memory.host.values()), "fits": cost.fits}
 
 

@@ -6,7 +6,7 @@ import os
 import resource
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -15,11 +15,13 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.config import DeepSpeedConfig
+from pydantic import ValidationError
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from egrpo_fast.checkpoint import CheckpointReader, Piece
-from egrpo_fast.config import Config, Optimizer
+from egrpo_fast.config import Config, ConfigError, Optimizer
 from egrpo_fast.heartbeat import Heartbeat
 from egrpo_fast.masters import Masters
 
@@ -63,6 +65,72 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
         },
         config.deepspeed.overrides,
     )
+
+
+class _Asked(dict[str, Any]):
+    """A mapping that remembers which of its keys were asked for."""
+
+    def __init__(self, tree: Mapping[str, Any]) -> None:
+        super().__init__({key: _Asked(value) if isinstance(value, Mapping) else value for key, value in tree.items()})
+        self.asked: set[str] = set()
+
+    def __contains__(self, key: object) -> bool:
+        self.asked.add(str(key))
+        return super().__contains__(key)
+
+    def __getitem__(self, key: str) -> Any:
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def __iter__(self) -> Iterator[str]:
+        """Whoever goes through all of it, as `**mapping` does, asks for all of it."""
+        self.asked |= self.keys()
+        return super().__iter__()
+
+    def __copy__(self) -> "_Asked":
+        return self
+
+    def unread(self, tree: Mapping[str, Any]) -> Iterator[str]:
+        """The keys of `tree`, which this was made of, that nobody asked for.
+
+        A section of which no key was asked for was handed on as a whole, to a model that refuses what it does not know.
+        """
+        for key, value in tree.items():
+            if key not in self.asked:
+                yield key
+            elif isinstance(inside := dict.get(self, key), _Asked) and inside.asked:
+                yield from (f"{key}.{name}" for name in inside.unread(value))
+
+
+def check_overrides(config: Config) -> None:
+    """ConfigError where `deepspeed.overrides` has a key that DeepSpeed does not read, or a value that it refuses."""
+    overrides, told = config.deepspeed.overrides, _Asked(deepspeed_config(config))
+    field = "deepspeed.overrides"
+    try:
+        DeepSpeedConfig(told)
+    except ValidationError as error:
+        item = error.errors()[0]
+        where = ".".join(map(str, item["loc"]))
+        section = next((f"{name}." for name, inside in overrides.items() if _leads(inside, item["loc"])), "")
+        problem = "unknown to DeepSpeed" if item["type"] == "extra_forbidden" else f"{item['input']!r}: {item['msg']}"
+        raise ConfigError(f"{field}: {section}{where}: {problem}") from None
+    except Exception as error:  # of whatever kind: its own checks are asserts, ValueErrors and TypeErrors
+        raise ConfigError(f"{field}: DeepSpeed refuses them: {' '.join(str(error).split())}") from None
+    if unread := list(told.unread(overrides)):
+        raise ConfigError(f"{field}: {', '.join(unread)}: unknown to DeepSpeed")
+
+
+def _leads(tree: Any, path: Sequence[Any]) -> bool:
+    """Whether these keys, one after the other, lead to something in a tree."""
+    for key in path:
+        if not isinstance(tree, Mapping) or key not in tree:
+            return False
+        tree = tree[key]
+    return True
 
 
 DEFAULT_PORT = "29500"

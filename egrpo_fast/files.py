@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import re
 import stat
 from collections.abc import Iterable
 from pathlib import Path
@@ -112,3 +113,22 @@ def write_whole(path: Path, content: bytes | str) -> None:
         beside.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def expanded(path: str) -> str:
+    """A path as a user writes it, with `~` and variables such as `$HOME` filled in. ValueError: it can name no file."""
+    found = os.path.expandvars(os.path.expanduser(path))
+    if unset := re.search(r"\$(\w+|\{[^}]*\})", found):
+        raise ValueError(f"the variable {unset[0]} is not set")
+    if found.startswith("~"):
+        raise ValueError(f"{found!r}: there is no such user")
+    if not found or re.search(r"[\x00-\x1f\x7f]", found):
+        raise ValueError(f"{found!r} is no path")
+    if any(len(os.fsencode(part)) > 255 for part in found.split("/")) or len(os.fsencode(found)) >= 4096:
+        raise ValueError("the path, or a name in it, is longer than any file's")
+    return found
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether `path` is taken for a hub id, `owner/name`: it is no folder and does not look like one."""
+    return not Path(path).exists() and path.count("/") == 1 and not path.startswith((".", "/", "~"))

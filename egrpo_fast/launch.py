@@ -40,7 +40,10 @@ def launch(recipe: str, overrides: Sequence[str], options: Mapping[str, Any]) ->
 
     ValueError: a setting is wrong. That is told before the launcher and every rank take their time to start.
     """
-    load_config(recipe, overrides)
+    if (config := load_config(recipe, overrides)).deepspeed.overrides:
+        from egrpo_fast.engine import check_overrides
+
+        check_overrides(config)
     given = [f"--{name}={options[name]}" for name in OPTIONS if options.get(name) is not None]
     flags = [f"--{name}" for name in FLAGS if options.get(name)]
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", *given, *flags]

@@ -9,8 +9,8 @@ import math
 import random
 from collections.abc import Container, Mapping, Sequence
 
-from egrpo_fast.config import BranchGrpo, Config, DanceGrpo, FlowGrpo, GranularGrpo, MixGrpo, TempFlowGrpo
-from egrpo_fast.plan import Draft, Plan, singly
+from egrpo_fast.config import BranchGrpo, Config, ConfigError, DanceGrpo, FlowGrpo, GranularGrpo, MixGrpo, TempFlowGrpo
+from egrpo_fast.plan import Draft, Plan, PlanTooLargeError, singly
 from egrpo_fast.schedule import Schedule, Solver
 
 
@@ -191,7 +191,15 @@ def group_sizes_by_spread(spreads: Sequence[float], total: int, least: int = 2) 
 
 
 def plan_of(config: Config, iteration: int) -> Plan:
-    """The plan of one training iteration, from 0: the same on every rank."""
+    """The plan of one training iteration, from 0: the same on every rank. ConfigError: it would be too large."""
+    try:
+        return _draw(config, iteration)
+    except PlanTooLargeError as error:
+        settings = ["schedule.num_steps", *sorted({"schedule.active_steps", "rollout.group_size"} & config.method.uses)]
+        raise ConfigError(f"{', '.join(settings)}: {error}; choose fewer") from None
+
+
+def _draw(config: Config, iteration: int) -> Plan:
     schedule, method, solver = config.build_schedule(), config.method, config.tail.solver
     sizes, strides = config.per_active_step(config.rollout.group_size), config.per_active_step(config.tail.stride)
     size, stride, pairs, count = sizes[0], strides[0], config.objective.antithetic, schedule.num_steps - 1

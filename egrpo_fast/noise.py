@@ -32,8 +32,9 @@ EVALUATION = 0xFFFE
 
 
 def draw_word(step: int, sample: int) -> int:
-    """Counter word 3 of a stream."""
-    assert 0 <= step <= INITIAL and 0 <= sample <= 0xFFFF
+    """Counter word 3 of a stream. ValueError: step or sample is larger than its 16 bits, or below 0."""
+    if not (0 <= step <= INITIAL and 0 <= sample <= 0xFFFF):
+        raise ValueError(f"noise: step {step} and sample {sample} are not both from 0 to 65,535")
     return step << 16 | sample
 
 

@@ -8,6 +8,7 @@ so a step is one batched model call, whatever the number of branches. A method i
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +22,8 @@ if TYPE_CHECKING:  # a plan is integers: only its tables and the scores of its p
     import torch
     from torch import Tensor
 
+MOST_EDGES = 2_000_000
+"""Of a plan, which is held as a table: many times what any paper's setting has, and some hundred megabytes."""
 ANCHOR = 0
 """The row that a plan's first trajectory lives in."""
 
@@ -130,35 +133,47 @@ class Plan:
     extremes: int = 0
 
     def __post_init__(self) -> None:
+        """ValueError where it cannot be: this guards what the author of a method may get wrong."""
         indices = [group.index for group in self.groups]
-        assert indices == sorted(set(indices)), "groups not increasing by grid index"
+        _require(indices == sorted(set(indices)), "groups not increasing by grid index")
         for wave in self.waves:
             destinations = [edge.destination for edge in wave.edges]
-            sources = set(wave.sources)
-            assert wave.sources and len(set(destinations)) == len(destinations), "overlapping destinations"
-            assert all(0 <= row < self.num_rows for row in (*destinations, *sources)), "row outside the plan"
+            sources, where = set(wave.sources), f"grid step {wave.index}"
+            _require(bool(sources), f"{where}: no row is live")
+            _require(len(set(destinations)) == len(destinations), f"{where}: overlapping destinations")
+            inside = all(0 <= row < self.num_rows for row in (*destinations, *sources))
+            _require(inside, f"{where}: row outside the plan")
             kept = all(edge.destination == edge.source or edge.destination not in sources for edge in wave.edges)
-            assert kept, "a source overwritten before it is read"
-            assert all(edge.sign == 1 or _twin(wave, edge) for edge in wave.edges), "a mirror without its twin"
+            _require(kept, f"{where}: a source overwritten before it is read")
+            twins = _twins(wave)
+            mirrors = (edge for edge in wave.edges if edge.sign != 1)
+            _require(all(_noise(edge) in twins for edge in mirrors), f"{where}: a mirror without its twin")
+            words = [(edge.draw, edge.sign) for edge in wave.edges if edge.step.s]
+            told = "two samples have the same noise; draw all samples of a step at once"
+            _require(len(set(words)) == len(words), f"{where}: {told}")
         self._check_history()
         edges = {wave.index: {(e.source, e.step, e.draw, e.sign) for e in wave.edges} for wave in self.waves}
         for group in self.groups:
-            each, rest = divmod(group.size, len(group.sources))
-            assert not rest and group.size == len(group.signs), "states left by different numbers of samples"
+            where = f"the group of grid step {group.index}"
+            each, rest = divmod(group.size, len(group.sources)) if group.sources else (0, 1)
+            _require(
+                not rest and group.size == len(group.signs), f"{where}: states left by different numbers of samples"
+            )
             left = [source for source in group.sources for _ in range(each)]
             samples = {(source, group.step, *word) for source, word in zip(left, zip(group.draws, group.signs))}
-            assert samples <= edges[group.index], "a sample that no edge makes"
-            assert all(len(view) == group.size for view in group.views), "a view of more or fewer samples"
+            _require(samples <= edges.get(group.index, set()), f"{where}: a sample that no edge makes")
+            _require(all(len(view) == group.size for view in group.views), f"{where}: a view of more or fewer samples")
         pictures = self.picture_rows
-        assert len(set(pictures)) == len(pictures), "a picture compared with two different sets of others"
+        _require(len(set(pictures)) == len(pictures), "a picture compared with two different sets of others")
 
     def _check_history(self) -> None:
         """Only a tail extrapolates, one velocity per row and from a step of its own: never what a group trains."""
         stepped: set[int] = set()  # rows that a step of their tail has made
         for wave, tail in zip(self.waves, self.tails):
             weights = {(edge.source, edge.history) for edge in wave.edges}
-            assert len(weights) == len(wave.sources), "a source with two velocities"
-            assert all(not history or row in tail & stepped for row, history in weights), "history outside of a tail"
+            where, extrapolating = f"grid step {wave.index}", {row for row, history in weights if history}
+            _require(len(weights) == len(wave.sources), f"{where}: a source with two velocities")
+            _require(extrapolating <= tail & stepped, f"{where}: history outside of a tail")
             stepped -= {edge.destination for edge in wave.edges if edge.source not in tail}
             stepped |= {edge.destination for edge in wave.edges if edge.source in tail}
 
@@ -290,11 +305,13 @@ class Plan:
         from egrpo_fast.transfer import on_device
 
         edges = [(slot, edge) for slot in range(num_prompts) for edge in wave.edges]
-        degrees = [sum(edge.source == source for edge in wave.edges) for source in wave.sources]
+        count = Counter(edge.source for edge in wave.edges)
+        degrees = [count[source] for source in wave.sources]
+        twins = _twins(wave)
         mirrored = [
-            (slot * self.num_rows + edge.destination, slot * self.num_rows + twin.destination)
+            (slot * self.num_rows + edge.destination, slot * self.num_rows + twins[_noise(edge)])
             for slot, edge in edges
-            if edge.sign < 0 and (twin := _twin(wave, edge))
+            if edge.sign < 0
         ]
 
         places = [
@@ -353,10 +370,19 @@ class Plan:
         )
 
 
-def _twin(wave: Wave, edge: Edge) -> Edge | None:
-    """The edge that a mirrored one mirrors."""
-    same = (edge.source, edge.step, edge.draw, 1)
-    return next((other for other in wave.edges if (other.source, other.step, other.draw, other.sign) == same), None)
+def _require(right: bool, wrong: str) -> None:
+    if not right:
+        raise ValueError(f"plan: {wrong}")
+
+
+def _noise(edge: Edge) -> tuple[int, AffineStep, int]:
+    """What a mirrored edge has in common with the one that it mirrors."""
+    return edge.source, edge.step, edge.draw
+
+
+def _twins(wave: Wave) -> dict[tuple[int, AffineStep, int], int]:
+    """By `_noise`, the destination of every edge that may be mirrored."""
+    return {_noise(edge): edge.destination for edge in wave.edges if edge.sign == 1}
 
 
 def tail_grid(start: int, num_steps: int, stride: int) -> list[int]:
@@ -381,6 +407,10 @@ class Samples:
     signs: tuple[int, ...]
 
 
+class PlanTooLargeError(ValueError):
+    """A plan of more edges than this program holds; nothing was drawn."""
+
+
 class Draft:
     """A plan in the making: rows are begun, stepped on, branched and trained, in any order; then it is a `Plan`.
 
@@ -388,10 +418,17 @@ class Draft:
     """
 
     def __init__(self, schedule: Schedule, antithetic: bool = False) -> None:
-        self._schedule, self._antithetic, self._num_rows = schedule, antithetic, 0
+        self._schedule, self._antithetic, self._num_rows, self._num_edges = schedule, antithetic, 0, 0
         self._edges: list[list[Edge]] = [[] for _ in range(schedule.num_steps)]
         self._groups: list[Group] = []
         self._starts: list[tuple[int, int]] = []
+
+    def _add(self, index: int, count: int, edges: Iterable[Edge]) -> None:
+        """`count` edges that start at a grid index."""
+        self._num_edges += count
+        if self._num_edges > MOST_EDGES:
+            raise PlanTooLargeError(f"more than {MOST_EDGES:,} steps of samples in one iteration of a prompt")
+        self._edges[index] += edges
 
     def _rows(self, count: int) -> tuple[int, ...]:
         self._num_rows += count
@@ -422,7 +459,7 @@ class Draft:
             step, h = self._schedule.ode(index, following), 0.0
             if index > start:
                 h = self._schedule.extrapolation(solver, before, index, following)
-            self._edges[index] += [Edge(source, row, step, history=h) for source, row in zip(here, there)]
+            self._add(index, len(here), (Edge(source, row, step, history=h) for source, row in zip(here, there)))
             here, before = there, index
         return here
 
@@ -442,7 +479,7 @@ class Draft:
                 draws.append(draw_word(index, len(draws) - mirrored))
                 signs.append(-1 if mirrored else 1)
         left = [source for source in sources for _ in range(each)]
-        self._edges[index] += [Edge(*sample) for sample in zip(left, rows, [step] * len(rows), draws, signs)]
+        self._add(index, len(rows), (Edge(*sample) for sample in zip(left, rows, [step] * len(rows), draws, signs)))
         return Samples(index, step, tuple(sources), tuple(rows), tuple(draws), tuple(signs))
 
     def train(self, samples: Samples, *views: View, weight: float = 1.0) -> None:

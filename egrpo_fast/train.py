@@ -16,7 +16,8 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from egrpo_fast import __version__
-from egrpo_fast.config import Config, ConfigError, load_config, recipe_names
+from egrpo_fast.config import Config, ConfigError, load_config
+from egrpo_fast.recipe_files import recipe_names
 from egrpo_fast.run_folder import check_output, claim_output, identify, keep_inputs, record
 from egrpo_fast.shapes import PROMPTS, pipeline_path
 from egrpo_fast.terminal import error_lines, keep_clean, printable, steady_streams
@@ -76,6 +77,10 @@ def check_inputs(config: Config) -> tuple[Sequence[str], Sequence[str]]:
     check_ranks(config, world_size)
     if config.optimizer.name == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError("optimizer.name: adamw8bit needs bitsandbytes; pip install 'egrpo_fast[quantized]'")
+    if config.deepspeed.overrides:
+        from egrpo_fast.engine import check_overrides
+
+        check_overrides(config)
     if (folder := config.deepspeed.nvme_path) and not os.access(folder, os.W_OK):
         raise ConfigError(f"deepspeed.nvme_path: {folder} is not a folder that can be written")
     if config.wandb and importlib.util.find_spec("wandb") is None:

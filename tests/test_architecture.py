@@ -21,7 +21,7 @@ ROOMS = [  # from the top; a room imports from rooms below it and from itself, n
     ("rollout", "beside", "checkpoint", "masters", "heartbeat", "interruption"),
     ("methods", "config_reference"),
     ("plan", "prompts", "config", "embeddings"),
-    ("schedule", "noise", "ops", "shapes", "recipes", "transfer", "claim", "prompt_files"),
+    ("schedule", "noise", "ops", "shapes", "recipes", "recipe_files", "transfer", "claim", "prompt_files"),
     ("kernels", "files", "terminal"),
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}

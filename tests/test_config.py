@@ -3,7 +3,8 @@
 import pytest
 import yaml
 
-from egrpo_fast.config import ConfigError, load_config, recipe_names
+from egrpo_fast.config import ConfigError, load_config
+from egrpo_fast.recipe_files import recipe_names
 
 
 @pytest.mark.parametrize("recipe", recipe_names())
@@ -22,7 +23,7 @@ def test_overrides_are_typed_yaml():
 BAD = {
     "rewards=[{name: shapes_soft, weight: 1e7}]": "rewards.0.weight: 1e7|rewards.0.weight: 10000000",
     'rewards=[{name: "a\\x07b"}]': "rewards.0.name: .*a name of printable characters",
-    "schedul.eta=1": "schedul: unknown key; did you mean schedule?",
+    "schedul.eta=1": "schedul: unknown key; did you mean schedule.eta?",
     "schedule.etta=1": "schedule.etta: unknown key; did you mean schedule.eta?",
     "schedule.eta=0": "schedule.eta: 0: .*greater than 0",
     "schedule.num-steps=8": "schedule.num-steps: unknown key; did you mean schedule.num_steps?",
@@ -55,14 +56,61 @@ BAD = {
     "schedule=3": "schedule: 3: ",
     "schedule.eta.x=3": "schedule.eta",
     "no equals sign": "override: 'no equals sign' is not key.path=value",
+    "optimizer.lr=yes": "optimizer.lr: 'yes': .*valid number",
+    "optimizer.lr=true": "optimizer.lr: True: .*valid number",
+    "optimizer.lr='1e-4'": "optimizer.lr: '1e-4': .*valid number",
+    "iterations=true": "iterations: True: .*valid integer",
+    "iterations=010": "iterations: '010': .*valid integer",
+    "iterations=1:30": "iterations: '1:30': .*valid integer",
+    "iterations=1_000": "iterations: '1_000': .*valid integer",
+    "iterations=3.0": "iterations: 3.0: .*valid integer",
+    "iterations=2147483648": "iterations: 2147483648: .*less than 2147483648",
+    "resume=yes": "resume: 'yes': .*valid boolean",
+    "resume=1": "resume: 1: .*valid boolean",
+    "deepspeed.zero_stage=true": "deepspeed.zero_stage: True: 1, 2 or 3 is needed",
+    "deepspeed.zero_stage=1.0": "deepspeed.zero_stage: 1.0: 1, 2 or 3 is needed",
+    "model.path=123": "model.path: 123: .*valid string",
+    "guards.stop_seconds=1e300": "guards.stop_seconds: 1e.300: .*less than or equal to 100000000",
+    "guards.stall_seconds=1e18": "guards.stall_seconds: 1e.18: .*less than or equal to 100000000",
+    "deepspeed.init_timeout=1000000000": "deepspeed.init_timeout: 1000000000: .*less than or equal to 100000000",
+    f"seed=0x{'f' * 5000}": "seed: not YAML: a number of 5002 digits",
+    f"seed={'9' * 5000}": "seed: not YAML: a number of 5000 digits",
+    f"seed={'[' * 3000}": "seed: nested too deeply",
+    f"seed={'[' * 100}{']' * 100}": "seed: nested too deeply",
+    "seed=!!int x": "seed: not YAML",
+    "seed=!!bool x": "seed: not YAML",
+    "seed=!!timestamp x": "seed: not YAML",
+    "seed={a: 1, a: 2}": "seed: not YAML: a is given twice",
+    "seed={[1]: 2}": "seed: not YAML: unhashable",
+    ".foo=1": "override: '.foo' is no setting's name",
+    "schedule..eta=1": "override: 'schedule..eta' is no setting's name",
+    '"a\nb"=1': r"'\"a\\nb\"': unknown key",
+    "output_dir=''": "output_dir: '' is no path",
+    '"output_dir"="a\\0b"': '"output_dir": unknown key',
+    'output_dir="a\\0b"': r"output_dir: 'a\\x00b' is no path",
+    "output_dir=$NOT_SET/run": r"output_dir: the variable \$NOT_SET is not set",
+    "output_dir=${NOT_SET}/run": r"output_dir: the variable \$\{NOT_SET\} is not set",
+    "output_dir=~nobody_at_all/run": "output_dir: '~nobody_at_all/run': there is no such user",
+    f"model.path={'a' * 256}": "model.path: the path, or a name in it, is longer than any file's",
+    f"prompts.train={'a/' * 2100}": "prompts.train: the path, or a name in it, is longer than any file's",
+    "lora.rank=4": "lora: unknown key; did you mean model.lora.rank\\?$",
+    "lora={rank: 4}": "lora: unknown key; did you mean model.lora.rank\\?$",
+    "rank=4": "rank: unknown key; did you mean model.lora.rank\\?$",
+    "lr=1": "lr: unknown key; did you mean optimizer.lr\\?$",
+    "optimizer.iterations=3": "optimizer.iterations: unknown key; did you mean iterations\\?$",
+    "num_steps=3": "num_steps: unknown key; did you mean schedule.num_steps or evaluation.num_steps\\?$",
+    "lorra.rnk=3": "lorra: unknown key; did you mean model.lora.rank\\?$",
+    "xyzzy=1": "xyzzy: unknown key$",
+    "method={name: branch_grpo, splits: [0, 1, 2, 3, 4, 5], branching: 65536}": "method.max_rows: a tree of",
     "seed=[": "seed: not YAML: .*line 1, column 2",
 }
 
 
 @pytest.mark.parametrize("override", BAD)
 def test_bad_values_are_refused_by_name(override):
-    with pytest.raises(ConfigError, match=BAD[override]):
+    with pytest.raises(ConfigError, match=BAD[override]) as told:
         load_config("shapes", [override])
+    assert len(str(told.value).splitlines()) == 1 and len(str(told.value)) < 500
 
 
 def test_every_mistake_is_told_at_once():
@@ -102,3 +150,24 @@ def test_an_unknown_recipe_lists_the_known():
 
 def test_the_recipe_file_is_plain_yaml():
     assert yaml.safe_load(load_config("shapes").yaml())["schedule"]["entropy_threshold"] == 2.2
+
+
+def test_paths_are_expanded(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("DATA", "/data")
+    (tmp_path / "recipe.yaml").write_text("extends: shapes\noutput_dir: ~/run\n")
+    paths = {
+        "model.path": "~/flux", "prompts.train": "$HOME/a.txt", "prompts.held_out": "${DATA}/b.txt",
+        "prompts.embeddings": "~/e", "tail.path": "~/t", "tail.lora": "~/l", "tail.decoder": "$DATA/d",
+        "deepspeed.nvme_path": "~/n", "model.lora.path": "~/lora",
+    }  # fmt: skip
+    config = load_config("~/recipe.yaml", [f"{name}={path}" for name, path in paths.items()])
+    assert config.output_dir == tmp_path / "run"
+    for name, path in paths.items():
+        found = config
+        for part in name.split("."):
+            found = getattr(found, part)
+        assert found == path.replace("${DATA}", "/data").replace("$DATA", "/data").replace("$HOME", "~").replace(
+            "~", str(tmp_path)
+        )
+    assert load_config("shapes", ["model.path=org/name"]).model.path == "org/name"

@@ -19,8 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from egrpo_fast import cli, cost
 from egrpo_fast.backbones import random_flux
 from egrpo_fast.backbones.lora import save_lora
-from egrpo_fast.config import Config, Lora, load_config, recipe_names
+from egrpo_fast.config import Config, Lora, load_config
 from egrpo_fast.cost import GIB, Cluster, Cost, Pipeline, Transformer, Vae
+from egrpo_fast.recipe_files import recipe_names
 from egrpo_fast.shapes import PIPELINE
 
 SMALL = {"in_channels": 64, "joint_attention_dim": 48, "pooled_projection_dim": 40}
@@ -392,6 +393,78 @@ def test_advice_fits():
     near = flux("model.gradient_checkpointing=false", "prompts.per_iteration=16", "rollout.prompts_per_call=2")
     assert not near.fits and near.advice[0]["settings"] == {"model.gradient_checkpointing": True}
     assert not flux().advice
+
+
+def test_advice_knows_what_helps_only_together():
+    """On one GPU sharded rollouts save nothing, and weights on the host nothing while a rollout gathers them all."""
+    alone = {"cluster": Cluster(1, 1, "RTX4090")}
+    for sharded, settings in (("gathered", []), ("sharded", ["rollout.weights=sharded"])):
+        lora = flux("model.lora={rank: 8}", *settings, **alone)
+        assert not flux("model.lora={rank: 8}", *settings, "deepspeed.offload_weights=cpu", **alone).fits or settings
+        (told,) = lora.advice[:1]
+        assert told["fits"] and told["settings"]["deepspeed.offload_weights"] == "cpu"
+        assert ("rollout.weights" in told["settings"]) == (sharded == "gathered")
+        assert "model.lora" not in told["settings"], "there is one"
+    (whole,) = flux(**alone).advice
+    assert whole["fits"] and whole["settings"] == {
+        "rollout.weights": "sharded", "deepspeed.offload_optimizer": "cpu", "deepspeed.offload_weights": "cpu",
+    }  # fmt: skip
+
+
+OWN = "L40S={memory: 44, tflops: 362, bandwidth: 864, link: 32}"
+
+
+def test_a_gpu_of_ones_own_numbers(monkeypatch, capsys):
+    assert cost.parse_gpu(OWN) == ("L40S", cost.Gpu(362e12, 44 * GIB, 864e9, 32e9))
+    monkeypatch.setattr(sys, "argv", ["egrpo", "plan", "flux-dev", "--gpu", OWN, "--json"])
+    cli.main()
+    told = json.loads(capsys.readouterr().out)["cost"]
+    assert told["cluster"]["gpu"] == "L40S" and told["cluster"]["memory"] == 44 * GIB and told["memory"]["advice"]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "told"),
+    [
+        ("L40S", "'L40S' is unknown; there are A100, .*numbers: L40S={tflops: N, memory: N, bandwidth: N, link: N}"),
+        ("L40S={memory: 44}", "L40S={tflops: N, memory: N, bandwidth: N, link: N} is needed, not '{memory: 44}'"),
+        (OWN.replace("44", "0"), "memory: 0 is no number above 0"),
+        (OWN.replace("44", "many"), "memory: 'many' is no number above 0"),
+        (OWN.replace("44", "true"), "memory: True is no number above 0"),
+        ("L40S={", "not YAML"),
+    ],
+)
+def test_gpus_that_cannot_be(gpu, told):
+    with pytest.raises(ValueError, match=f"^--gpu: {told}"):
+        cost.parse_gpu(gpu)
+    with pytest.raises(ValueError, match="--gpu: 'L40S' is unknown"):
+        Cluster(1, 1, "L40S")
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "./flux", "flux", "~/nothing/here", "a/b/c"])
+def test_a_model_that_is_not_there_is_not_planned_for(path):
+    with pytest.raises(ValueError, match="model.path: no folder "):
+        Cost(load_config("flux-dev", [f"model.path={path}"]), Cluster(8))
+    assert Pipeline.read("owner/name").source == "FLUX.1-dev"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fields"),
+    [
+        (
+            "schedule.num_steps=1000 rollout.group_size=65536",
+            "schedule.num_steps, rollout.group_size, schedule.active_",
+        ),
+        (
+            "method=flow_grpo schedule.num_steps=1000 rollout.group_size=65536",
+            "schedule.num_steps, rollout.group_size: ",
+        ),
+    ],
+)
+def test_a_plan_larger_than_memory_is_refused_by_its_settings(overrides, fields, monkeypatch):
+    monkeypatch.setattr("egrpo_fast.plan.MOST_EDGES", 100_000)  # the same refusal, sooner
+    monkeypatch.setattr(sys, "argv", ["egrpo", "plan", "shapes", *overrides.split()])
+    with pytest.raises(SystemExit, match=f"^error: {fields}.*more than 100,000 steps of samples"):
+        cli.main()
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from egrpo_fast.checkpoint import CheckpointReader, Checkpoints
-from egrpo_fast.config import Optimizer
-from egrpo_fast.engine import World, free_port, learning_rate_factor
+from egrpo_fast.config import ConfigError, Optimizer, load_config
+from egrpo_fast.engine import World, check_overrides, free_port, learning_rate_factor
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -71,7 +71,6 @@ def plain_iteration(trainer, transformer, batch):
 def check(world, heart, folder, overrides, saved):
     """One iteration, ours and by plain PyTorch on all ranks' experience. saved: where the trained weights go."""
     from egrpo_fast.backbones.flux_folder import meta_transformer
-    from egrpo_fast.config import load_config
     from egrpo_fast.rollout import NoiseKey
     from egrpo_fast.shapes import PIPELINE
     from egrpo_fast.train import check_inputs, make_trainer
@@ -163,7 +162,6 @@ def test_an_iteration_under_zero_equals_plain_pytorch(stage, ranks, tmp_path):
 def stall():
     """Two ranks load; rank 0's disk does not answer at one parameter."""
     from egrpo_fast.backbones.flux_folder import meta_transformer
-    from egrpo_fast.config import load_config
     from egrpo_fast.engine import World, materialize
     from egrpo_fast.heartbeat import Heartbeat, group_store
     from egrpo_fast.shapes import PIPELINE
@@ -219,6 +217,42 @@ def test_the_ranks_of_a_machine_are_counted_whoever_started_them(machines, expec
     ]  # fmt: skip
     told = [rank.communicate(timeout=120)[0].splitlines()[-1] for rank in ranks]
     assert told == [f"ranks here {expected}"] * 2
+
+
+OVERRIDES = {
+    "{foo: 1}": "foo: unknown to DeepSpeed",
+    "{zero_optimization: {reduce_bucket_sise: 1}}": "zero_optimization.reduce_bucket_sise: unknown to DeepSpeed",
+    "{zero_optimization: {reduce_bucket_size: many}}": "zero_optimization.reduce_bucket_size: 'many': .*valid integer",
+    "{data_types: {grad_accum_dtyp: fp32}}": "data_types.grad_accum_dtyp: unknown to DeepSpeed",
+    "{aio: {block_sise: 1}}": "aio.block_sise: unknown to DeepSpeed",
+    "{comms_logger: {enabled: true, verbos: true}}": "comms_logger.verbos: unknown to DeepSpeed",
+    "{communication_data_type: fp33}": "DeepSpeed refuses them: .*fp33",
+    "{wall_clock_breakdown: maybe}": "DeepSpeed refuses them: ",
+    "{aio: 3}": "DeepSpeed refuses them: ",
+    "{elasticity: {enabled: false}}": "DeepSpeed refuses them: .*removed",
+}
+
+
+@pytest.mark.parametrize("overrides", OVERRIDES)
+def test_overrides_that_deepspeed_does_not_read_are_refused(overrides):
+    with pytest.raises(ConfigError, match=f"^deepspeed.overrides: {OVERRIDES[overrides]}") as told:
+        check_overrides(load_config("shapes", [f"deepspeed.overrides={overrides}"]))
+    assert len(str(told.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "{}",
+        "{zero_optimization: {reduce_bucket_size: 100000000, sub_group_size: 1, zero_hpz_partition_size: 8}}",
+        "{zero_optimization: {stage3_param_persistence_threshold: 0}}",
+        "{comms_logger: {enabled: true, verbose: true}, flops_profiler: {enabled: true, profile_step: 3}}",
+        "{aio: {block_size: 1048576}, wall_clock_breakdown: true, communication_data_type: fp32}",
+        "{tensorboard: {enabled: true, output_path: x}, activation_checkpointing: {partition_activations: true}}",
+    ],
+)
+def test_overrides_that_deepspeed_reads_are_taken(overrides):
+    check_overrides(load_config("shapes", [f"deepspeed.overrides={overrides}"]))
 
 
 @pytest.mark.parametrize("lacking", ["RANK", "LOCAL_RANK", "MASTER_ADDR"])

@@ -7,8 +7,10 @@ import torch
 
 from egrpo_fast.methods import branch_grpo, e_grpo
 from egrpo_fast.noise import draw_word
-from egrpo_fast.plan import ANCHOR, Edge, Plan, Wave, ode_plan, tail_grid
+from egrpo_fast.plan import ANCHOR, Draft, Edge, Plan, PlanTooLargeError, Wave, ode_plan, tail_grid
 from egrpo_fast.schedule import AffineStep, make_schedule
+
+ODE, SDE = AffineStep(1, 0, 0), AffineStep(1, 0, 0.5)
 
 
 def plan_of(group_sizes=12, tail_strides=1, solver="euler", **schedule):
@@ -83,7 +85,7 @@ def test_history_is_refused_outside_of_a_tail():
 
     broken(2, 1)  # the second step of a tail
     for index, row in ((1, ANCHOR), (2, ANCHOR), (1, 1), (3, 3)):  # the anchor, SDE steps, first steps of tails
-        with pytest.raises(AssertionError, match="history outside of a tail"):
+        with pytest.raises(ValueError, match="history outside of a tail"):
             broken(index, row)
 
 
@@ -99,14 +101,56 @@ def test_ode_plan():
 
 
 @pytest.mark.parametrize(
-    "edges",
+    ("edges", "told"),
     [
-        pytest.param((Edge(0, 1, AffineStep(1, 0, 0)), Edge(0, 1, AffineStep(1, 0, 0))), id="overlapping destinations"),
-        pytest.param((Edge(0, 1, AffineStep(1, 0, 0)), Edge(1, 2, AffineStep(1, 0, 0))), id="source overwritten"),
-        pytest.param((Edge(0, 9, AffineStep(1, 0, 0)),), id="row outside"),
-        pytest.param((), id="empty wave"),
+        ((Edge(0, 1, ODE), Edge(0, 1, ODE)), "overlapping destinations"),
+        ((Edge(0, 1, ODE), Edge(1, 2, ODE)), "a source overwritten before it is read"),
+        ((Edge(0, 9, ODE),), "row outside the plan"),
+        ((), "no row is live"),
+        ((Edge(0, 1, SDE, 7), Edge(0, 2, SDE, 7)), "two samples have the same noise"),
+        ((Edge(0, 0, SDE, 7), Edge(1, 1, SDE, 7)), "two samples have the same noise"),
+        ((Edge(0, 0, SDE, 7), Edge(0, 1, SDE, 8, -1)), "a mirror without its twin"),
+        ((Edge(0, 0, ODE), Edge(0, 1, ODE, history=0.5)), "a source with two velocities"),
     ],
 )
-def test_a_plan_that_would_clash_is_refused(edges):
-    with pytest.raises(AssertionError):
-        Plan(make_schedule(2), 3, (Wave(0, 1.0, edges),), ())
+def test_a_plan_that_would_clash_is_refused(edges, told):
+    with pytest.raises(ValueError, match=f"plan: grid step 1: {told}"):
+        Plan(make_schedule(2), 3, (Wave(1, 1.0, edges),), ())
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"views": (((0,), (1,), (2,)),)}, "a view of more or fewer samples"),
+        ({"draws": (9, 10)}, "a sample that no edge makes"),
+        ({"index": 1}, "a sample that no edge makes"),
+        ({"sources": (0, 1, 2)}, "states left by different numbers of samples"),
+        ({"sources": ()}, "states left by different numbers of samples"),
+        ({"signs": (1,)}, "states left by different numbers of samples"),
+        ({"views": (((0,), (1,)), ((0,), (0,)))}, "a picture compared with two different sets"),
+    ],
+)
+def test_a_group_that_is_no_group_is_refused(changes, told):
+    plan = plan_of(group_sizes=2, num_steps=3, active_steps=[0], merge_lengths=1)
+    with pytest.raises(ValueError, match=f"plan: .*{told}"):
+        replace(plan, groups=(replace(plan.groups[0], **changes),))
+    with pytest.raises(ValueError, match="plan: groups not increasing by grid index"):
+        replace(plan, groups=plan.groups * 2)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_samples_of_one_step_that_are_drawn_twice_are_refused(keep):
+    """The second draw would hand out the noise of the first."""
+    draft = Draft(make_schedule(3, merge_lengths=1))
+    first, second = draft.start(0), draft.start(1)
+    draft.sde([first], 0, 2, keep=keep)
+    draft.sde([second], 0, 2, keep=keep)
+    with pytest.raises(ValueError, match="grid step 0: two samples have the same noise; draw all samples of a step at"):
+        draft.plan()
+
+
+def test_a_plan_that_no_memory_holds_is_refused_before_it_is_drawn():
+    draft = Draft(make_schedule(1000, merge_lengths=1))
+    rows = draft.sde([draft.start()], 0, 65536).rows
+    with pytest.raises(PlanTooLargeError, match="more than 2,000,000 steps of samples"):
+        draft.ode(rows, 1, 1000)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from egrpo_fast.backbones.lora import Adapter, follow_lora, linear_layers, read_lora
 from egrpo_fast.backbones.weight_files import WeightFiles, fused, new_adapter
 from egrpo_fast.config import Lora
-from egrpo_fast.files import read_text
+from egrpo_fast.files import is_hub_id, read_text
 
 LATENT_PATCH = 2
 """FLUX packs 2 x 2 latent pixels into one token."""
@@ -27,11 +27,6 @@ STEMS = {
 """Parts with weights -> how the names of their weight files begin."""
 CARD = ("README.md", "LICENSE*")
 """Of a hub repository, what its licence is."""
-
-
-def is_hub_id(path: str) -> bool:
-    """Whether `path` is taken for a hub id, `owner/name`: it is no folder and does not look like one."""
-    return not Path(path).exists() and path.count("/") == 1 and not path.startswith((".", "/", "~"))
 
 
 def hub_files(parts: Sequence[str] = PARTS) -> list[str]:
