@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from egrpo_fast import __version__, cost, launch
 from egrpo_fast.config import Config, ConfigError, Reward, load_config
 from egrpo_fast.config_reference import reference
-from egrpo_fast.files import read_text
+from egrpo_fast.files import expanded, read_text
 from egrpo_fast.methods import plan_of
 from egrpo_fast.plan import Plan
 from egrpo_fast.recipe_files import read_yaml, recipe_names
@@ -246,6 +246,18 @@ def _number(least: float, most: float = 2**63 - 1, kind: type = int) -> Any:
     return read
 
 
+def _name(text: str) -> str:
+    """For argparse: a path or the like, with `~` and variables filled in."""
+    try:
+        return expanded(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _path(text: str) -> Path:
+    return Path(_name(text))
+
+
 def _part(text: str) -> tuple[int, int]:
     part, slash, parts = text.partition("/")
     if not (slash and part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
@@ -280,7 +292,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     plan.set_defaults(run=_plan)
     _recipe(plan)
     plan.add_argument("--json", action="store_true", help="for machines")
-    plan.add_argument("--plot", type=Path, metavar="PNG", help="entropy by step and merge length, as a picture")
+    plan.add_argument("--plot", type=_path, metavar="PNG", help="entropy by step and merge length, as a picture")
     estimate = plan.add_argument_group("what the cost is estimated for")
     add = estimate.add_argument
     add("--gpus", type=_number(1, 65536), metavar="N", help="in all (as many, up to 8, as share the prompts evenly)")
@@ -300,15 +312,16 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     evaluate = commands.add_parser("evaluate", help=about, description=about)
     evaluate.set_defaults(run=_evaluate)
     add = evaluate.add_argument
-    add("models", nargs="+", metavar="[LABEL=]MODEL",
+    add("models", nargs="+", type=_name, metavar="[LABEL=]MODEL",
         help="a run's folder, a diffusers folder, a hub id, or `shapes`; the first is the base")  # fmt: skip
-    add("--prompts", required=True, metavar="FILE", help="of any kind that `prompts.held_out` takes, or `shapes`")
+    add("--prompts", required=True, type=_name, metavar="FILE",
+        help="of any kind that `prompts.held_out` takes, or `shapes`")  # fmt: skip
     add("--column", default="prompt", metavar="NAME", help="field or column that holds the prompt (%(default)s)")
     add("--num-prompts", type=_number(1), metavar="N", help="only the first N of them")
     add("--rewards", nargs="+", action="extend", metavar="NAME[={...}]",
         help="with options as YAML; none given: the run's own and, for FLUX, the paper's four")  # fmt: skip
     add("--trust-run", action="store_true", help=TRUST)
-    add("--out", type=Path, default=Path("runs/evaluation"), metavar="DIR",
+    add("--out", type=_path, default=Path("runs/evaluation"), metavar="DIR",
         help="continued where it already holds this evaluation (%(default)s)")  # fmt: skip
     protocol = evaluate.add_argument_group("how pictures are made", "FLUX's default; a Shapes model has its own")
     add = protocol.add_argument
@@ -332,9 +345,9 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     encode = commands.add_parser("encode", help=about, description=about)
     encode.set_defaults(run=_encode)
     add = encode.add_argument
-    add("prompts", nargs="+", metavar="PROMPTS", help="of any kind that `prompts.train` takes, or `shapes`")
-    add("out", type=Path, metavar="OUT", help="folder of the embeddings")
-    add("--model", required=True, metavar="PATH", help="a FLUX pipeline's folder or hub id, or `shapes`")
+    add("prompts", nargs="+", type=_name, metavar="PROMPTS", help="of any kind that `prompts.train` takes, or `shapes`")
+    add("out", type=_path, metavar="OUT", help="folder of the embeddings")
+    add("--model", required=True, type=_name, metavar="PATH", help="a FLUX pipeline's folder or hub id, or `shapes`")
     add("--max-sequence-length", type=_number(1, 512), metavar="N", help="tokens of the T5 prompt (512; shapes 24)")
     add("--dtype", choices=("float32", "bfloat16"), help="as `model.dtype` of the run (bfloat16; shapes float32)")
     add("--quantization", choices=("none", "int8", "nf4"), default="none",
@@ -348,8 +361,8 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     export = commands.add_parser("export", help=about, description=about)
     export.set_defaults(run=_export)
     add = export.add_argument
-    add("run_folder", type=Path, metavar="RUN", help="the run's output_dir")
-    add("out", type=Path, metavar="OUT", help="folder to write; must not exist, or be empty")
+    add("run_folder", type=_path, metavar="RUN", help="the run's output_dir")
+    add("out", type=_path, metavar="OUT", help="folder to write; must not exist, or be empty")
     add("--weights", choices=("model", "ema"), default="model", help="as trained, or their average (%(default)s)")
     add("--checkpoint", default="newest", metavar="WHICH", help="newest, best, or an iteration (%(default)s)")
 
@@ -359,7 +372,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     fidelity = commands.add_parser("fidelity", help=about, description=about)
     fidelity.set_defaults(run=_fidelity)
     add = fidelity.add_argument
-    add("recipe", metavar="RUN_OR_RECIPE", help="a run's folder, whose checkpoint is measured, or a recipe")
+    add("recipe", type=_name, metavar="RUN_OR_RECIPE", help="a run's folder, whose checkpoint is measured, or a recipe")
     add("overrides", nargs="*", metavar="key.path=value", help="settings of it to change")
     add("--tails", nargs="+", action="extend", metavar="'SETTING ...'",
         help="to compare, such as 'tail.stride=3 tail.solver=dpm2m' (strides with solvers, TaylorSeer)")  # fmt: skip
@@ -369,7 +382,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     add("--checkpoint", default="newest", metavar="WHICH", help="newest, best, or an iteration (%(default)s)")
     add("--trust-run", action="store_true", help=TRUST)
     add("--device", help="(cuda where there is one, else cpu)")
-    add("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    add("--json", type=_path, metavar="FILE", help="write the figures there as well")
 
     about = "score pictures for trainers elsewhere, over HTTP (the reward `http`)"
     serve = commands.add_parser("serve-rewards", help=about, description=about)
@@ -378,7 +391,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     add("--rewards", nargs="+", required=True, metavar="NAME[={...}]", help="with options as YAML")
     add("--host", default="127.0.0.1", help="address to bind; beyond loopback a token is required (%(default)s)")
     add("--port", type=_number(1, 65535), default=8017, help="(%(default)s)")
-    add("--token-file", type=Path, metavar="FILE", help="bearer token; else the variable EGRPO_REWARD_TOKEN")
+    add("--token-file", type=_path, metavar="FILE", help="bearer token; else the variable EGRPO_REWARD_TOKEN")
     add("--device", help="(cuda where there is one, else cpu)")
     add("--batch", type=_number(1), default=32, metavar="N", help="pictures scored at a time (%(default)s)")
 
@@ -386,7 +399,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     doctor = commands.add_parser("doctor", help=about, description=f"{about}. Status 1 where something failed.")
     doctor.set_defaults(run=_doctor)
     doctor.add_argument("--json", action="store_true", help="for machines")
-    doctor.add_argument("--output-dir", type=Path, default=Path("runs"), metavar="DIR",
+    doctor.add_argument("--output-dir", type=_path, default=Path("runs"), metavar="DIR",
                         help="where a run would write (%(default)s)")  # fmt: skip
     return parser, commands.choices
 

@@ -51,6 +51,22 @@ def test_a_wrong_command_line_is_told(words, capsys):
     assert ended.value.code == 2 and "error:" in capsys.readouterr().err
 
 
+def test_paths_of_the_command_line_are_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    parsed = cli.parse(["evaluate", "~/run", "--prompts=$HOME/p.txt", "--out=~/out"])
+    assert (parsed.models, parsed.prompts, str(parsed.out)) == (["/home/me/run"], "/home/me/p.txt", "/home/me/out")
+
+
+@pytest.mark.parametrize("path", ["a" * 300, "a/" * 3000, "", "a\nb", "$NOT_SET/x"])
+@pytest.mark.parametrize(
+    "words", ["export {} OUT", "export RUN {}", "encode {} out --model shapes", "plan shapes --plot {}", "fidelity {}"]
+)
+def test_paths_that_no_file_can_have_are_refused(words, path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.parse([path if word == "{}" else word for word in words.split()])
+    assert ended.value.code == 2 and "error: argument" in capsys.readouterr().err
+
+
 def test_train_becomes_the_launcher_with_its_options(monkeypatch):
     monkeypatch.setattr(os, "execv", lambda *arguments: made.append(arguments))
     made = []

@@ -1,6 +1,7 @@
 """Thousands of broken configurations, one mistake each: every one a ConfigError that names its field."""
 
 import copy
+import math
 import random
 import types
 import typing
@@ -127,7 +128,8 @@ def outside(kind, bounds):
     if "gt" in bounds:
         yield st.sampled_from([bounds["gt"], bounds["gt"] - step, bounds["gt"] - 10**6])
     if "le" in bounds:
-        yield st.sampled_from([bounds["le"] + step, bounds["le"] + 10**6])
+        above = bounds["le"] + 1 if kind is int else math.nextafter(bounds["le"], math.inf)
+        yield st.sampled_from([above, bounds["le"] + 10**6])
     if "lt" in bounds:
         yield st.sampled_from([bounds["lt"], bounds["lt"] * 2])
 

@@ -102,10 +102,18 @@ def test_a_wrong_token_is_refused_at_once_and_never_told(server, given, monkeypa
     assert TOKEN not in str(error.value) and (given is None or given not in str(error.value))
 
 
+@pytest.mark.parametrize("url", ["http://here:99999", "http://here:0", "http://.foo:bar", "http://[::1"])
+def test_an_address_that_cannot_be_is_refused(url):
+    with pytest.raises(ValueError, match="^rewards.http: url: "):
+        make_reward("http", {"reward": "clip", "url": url})
+
+
 def test_a_token_file_is_read(server, monkeypatch, tmp_path):
     monkeypatch.delenv(client.TOKEN_VARIABLE)
     (tmp_path / "token").write_text(TOKEN + "\n")
-    assert make_reward("http", {"reward": "clip", "url": server, "token_file": str(tmp_path / "token")})
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for file in (str(tmp_path / "token"), "~/token", "$HOME/token"):
+        assert make_reward("http", {"reward": "clip", "url": server, "token_file": file})
     with pytest.raises(ValueError, match="No such file"):
         make_reward("http", {"reward": "clip", "url": server, "token_file": str(tmp_path / "none")})
     with pytest.raises(ValueError, match="token_file: cannot read /dev/zero: it is a device"):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import dynamic_module_utils
 
-from egrpo_fast.files import read_text
+from egrpo_fast.files import expanded, read_text
 from egrpo_fast.rewards.preprocess import Interpolation, Preprocess, ResizeMode
 from egrpo_fast.rewards.scorer import Dtype, Scorer
 from egrpo_fast.shapes import CLIP, EMBEDDED
@@ -103,7 +103,7 @@ def _load(
         raise ValueError(f"model: {model!r} is no open_clip architecture")
     if pretrained is None:
         raise ValueError(f"pretrained: a tag or a file of weights is needed for model: {model}")
-    file, tags = Path(weights or pretrained).expanduser(), open_clip.list_pretrained_tags_by_model(name)
+    file, tags = Path(expanded(weights or pretrained)), open_clip.list_pretrained_tags_by_model(name)
     if weights is not None and not file.is_file():
         raise ValueError(f"weights: no file {weights}")
     if weights is not None or not file.is_file():

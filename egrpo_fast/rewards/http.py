@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from egrpo_fast.files import read_text
+from egrpo_fast.files import expanded, read_text
 from egrpo_fast.terminal import printable
 
 TOKEN_VARIABLE = "EGRPO_REWARD_TOKEN"
@@ -108,13 +108,15 @@ class HttpReward:
             raise ValueError(f"url: {url!r}: {error}") from None
         if address.scheme not in ("http", "https") or not address.host or address.userinfo:
             raise ValueError("url: http://HOST:PORT or https://HOST:PORT is expected, without a user")
+        if address.port is not None and not 1 <= address.port <= 65535:
+            raise ValueError(f"url: {url!r}: a port is from 1 to 65535")
         self.url, self.reward = url.rstrip("/"), reward
         self._timeout, self._retries, self._backoff = timeout, retries, backoff
         self._batch, self._precision = batch, precision
         token = os.environ.get(token_variable, "")
         if token_file:
             try:
-                token = read_text(token_file, 1 << 16).strip()
+                token = read_text(expanded(token_file), 1 << 16).strip()
             except OSError as error:
                 raise ValueError(f"token_file: cannot read {token_file}: {error.strerror}") from None
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}

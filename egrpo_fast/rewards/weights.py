@@ -11,14 +11,14 @@ from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from egrpo_fast.files import read_text
+from egrpo_fast.files import expanded, read_text
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def find_weights(weights: str, filename: str) -> Path:
     """`weights`: a file, a folder that holds `filename`, or the hub id of one that does. ValueError: neither."""
-    path = Path(weights).expanduser()
+    path = Path(expanded(weights))
     if path.is_dir():
         path /= filename
     if path.is_file():
