@@ -26,9 +26,9 @@ names it. Its settings change those; a list, or a section of another `name`, rep
 
 ```yaml
 extends: flux-dev-8x80gb
-model.path: /models/FLUX.1-dev
-optimizer:
-  lr: 1.0e-5
+model:
+  path: /models/FLUX.1-dev
+schedule.eta: 0.6
 ```
 """
 KINDS = {
