@@ -17,7 +17,7 @@ train: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	@echo "== tests"
-	$(BIN)/python -m pytest $(ARGS)
+	EGRPO_CONSTRAINTS=$(CONSTRAINTS) $(BIN)/python -m pytest $(ARGS)
 
 # The same tests with the oldest versions that pyproject.toml allows, in an environment of their own.
 test-oldest:
@@ -89,7 +89,7 @@ resources: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -rA -s -q tests/extension/test_kernel.py tests/kernels/test_compile_ahead.py
 
 # torch and the build tools come first: the extension is built against the torch it will run with.
-$(VENV)/.torch:
+$(VENV)/.torch: $(CONSTRAINTS)
 	@echo "== set-up, once: $(VENV), then torch and the build tools"
 	$(PYTHON) -c 'import sys; sys.exit("error: Python 3.11 or newer is needed") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)

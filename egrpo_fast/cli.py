@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from egrpo_fast import __version__, cost, launch
-from egrpo_fast.config import Config, ConfigError, Reward, load_config
+from egrpo_fast.config import Config, ConfigError, Reward
 from egrpo_fast.config_reference import reference
 from egrpo_fast.files import expanded, read_text
 from egrpo_fast.methods import plan_of
@@ -102,11 +102,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    config = load_config(arguments.recipe, arguments.overrides)
-    if config.deepspeed.overrides:
-        from egrpo_fast.engine import check_overrides
-
-        check_overrides(config)
+    config = launch.load_checked(arguments.recipe, arguments.overrides)
     if arguments.plot and (arguments.plot.suffix != ".png" or not arguments.plot.resolve().parent.is_dir()):
         raise ValueError(f"--plot: {arguments.plot} is not the name of a .png file in a folder that exists")
     description = describe(config)

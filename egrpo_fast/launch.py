@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from egrpo_fast.config import load_config
+from egrpo_fast.config import Config, load_config
 
 SCRIPT = Path(__file__).with_name("train.py")
 OPTIONS = {
@@ -35,21 +35,32 @@ FLAGS = {
 """Those that take none."""
 
 
+def load_checked(recipe: str, overrides: Sequence[str]) -> Config:
+    """`load_config`, and DeepSpeed's own check of `deepspeed.overrides`, which takes seconds, where there are any."""
+    config = load_config(recipe, overrides)
+    if config.deepspeed.overrides:
+        from egrpo_fast.engine import check_overrides
+
+        check_overrides(config)
+    return config
+
+
 def launch(recipe: str, overrides: Sequence[str], options: Mapping[str, Any]) -> None:
     """Become the deepspeed launcher of a run. options: by name of OPTIONS and FLAGS; None or False: not given.
 
     ValueError: a setting is wrong. That is told before the launcher and every rank take their time to start.
     """
-    if (config := load_config(recipe, overrides)).deepspeed.overrides:
-        from egrpo_fast.engine import check_overrides
-
-        check_overrides(config)
+    if not any(options.get(name) for name in ("launcher", "hostfile", "num_nodes", "force_multi")) and not any(
+        map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd"))
+    ):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else each process of DeepSpeed warns that it found no GPU
+    load_checked(recipe, overrides)
     given = [f"--{name}={options[name]}" for name in OPTIONS if options.get(name) is not None]
     flags = [f"--{name}" for name in FLAGS if options.get(name)]
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", *given, *flags]
     script = [str(SCRIPT), recipe, *overrides]
     command = [*launcher, *script, "--verbose"] if options.get("verbose") else [*launcher, "--quiet", *script]
-    if not any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd"))):
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else each process of DeepSpeed warns that it found no GPU
+    # The launcher is started by `-m`. A user's own random.py or copy.py in this folder must not stand in its way.
+    os.environ["PYTHONSAFEPATH"] = "1"
     sys.stdout.flush()
     os.execv(sys.executable, command)

@@ -105,7 +105,7 @@ class Report:
 
     def _put(self, name: str, make: Callable[[], bytes]) -> None:
         """A file of the run's folder."""
-        with self._attempt(name):
+        with self._attempt(name, "it is left out"):
             self._unwritten[name] = make()
         self._write()
 

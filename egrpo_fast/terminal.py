@@ -59,27 +59,32 @@ def keep_clean(verbose: bool = False) -> None:
     def show(
         message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
     ) -> None:
-        parts = Path(filename).parts
-        if verbose or Path(__file__).parent.name in parts or not {"site-packages", "dist-packages"} & {*parts}:
+        path = Path(filename)
+        installed = {"site-packages", "dist-packages"} & {*path.parts}
+        if verbose or not installed or path.is_relative_to(Path(__file__).parent):
             tqdm.write(printable(f"warning: {message}"), file=sys.stderr)  # beside a progress bar, not through it
 
     warnings.showwarning = show
 
 
 class Attempts:
-    """Things that only tell, such as a log or a picture. One that fails is a warning, once until it works again."""
+    """Runs what only tells something, such as a log or a picture. A failure is a warning and ends nothing.
+
+    Where the same thing fails again and again there is one warning, and another one when it fails after it had worked.
+    """
 
     def __init__(self) -> None:
         self._failing: set[str] = set()
 
     @contextmanager
-    def __call__(self, what: str) -> Iterator[None]:
+    def __call__(self, what: str, then: str = "this is tried again") -> Iterator[None]:
         try:
             yield
         except Exception as error:
             if what not in self._failing:
                 why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-                warnings.warn(f"{what}: {why}; training goes on, and this is tried again", stacklevel=3)
+                # Not `warnings.warn`: Python shows what a line warns of once, however often it happens.
+                warnings.warn_explicit(f"{what}: {why}; training goes on, and {then}", UserWarning, __file__, 0)
             self._failing.add(what)
         else:
             self._failing.discard(what)

@@ -72,7 +72,7 @@ def test_status_and_json(monkeypatch, capsys):
 
 
 def test_missing_and_old_packages(monkeypatch):
-    versions = {"torch": "1.0", "numpy": "2.0"}
+    versions = {"torch": "1.0", "numpy": "2.1"}
 
     def version(name):
         if name in versions:

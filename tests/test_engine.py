@@ -180,7 +180,7 @@ def stall():
 
 
 def test_a_load_that_hangs_ends_and_names_rank_and_parameter():
-    world = {"MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **world}
     ranks = [
         subprocess.Popen(
@@ -189,7 +189,7 @@ def test_a_load_that_hangs_ends_and_names_rank_and_parameter():
         )
         for rank in range(2)
     ]  # fmt: skip
-    told = [rank.communicate(timeout=120)[1] for rank in ranks]
+    told = [rank.communicate(timeout=600)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [75, 75], told
     where = r"loading transformer_blocks\.0\.attn\.to_q\.weight"
     named = rf"rank [01] (waited \d+ s in|failed: .*waited \d+ s in) {where}"
