@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from egrpo_fast.files import expanded
-from egrpo_fast.recipe_files import ConfigError, override, read_recipe, write_yaml
+from egrpo_fast.recipe_files import ConfigError, Tree, override, read_recipe, write_yaml
 from egrpo_fast.schedule import Schedule, SdeForm, Solver, make_schedule
 
 CONFIG_FILE, RUN_FILE, CHECKPOINTS, PIPELINE = "config.yaml", "run.json", "checkpoints", "pipeline"
@@ -720,13 +720,17 @@ class Config(_Section):
         """A setting that is one number or one per active step, as a list."""
         return value if isinstance(value, list) else [value] * len(self.build_schedule().active)
 
-    def yaml(self) -> str:
-        """All settings but those that the method does not use."""
+    def used(self) -> Tree:
+        """All settings but those that the method does not use, as YAML can say them."""
         tree = self.model_dump(mode="json")
         for name in self._unused(given=False):
             section, _, field = name.partition(".")
             del tree[section][field]
-        return write_yaml(tree)
+        return tree
+
+    def yaml(self) -> str:
+        """`used` as the text of a recipe."""
+        return write_yaml(self.used())
 
 
 def _sections(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -4,7 +4,6 @@ Closed forms of the recipe and of the model's config.json; no model is loaded. `
 and FLOPs are exact, memory is held against CPU runs (`tests/test_cost.py`); what concerns a GPU is an estimate.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -13,7 +12,7 @@ from typing import Any, Literal
 
 from egrpo_fast.backbones.weight_files import WeightFiles
 from egrpo_fast.config import Config, FirstBlock, Lora
-from egrpo_fast.files import is_hub_id, read_text
+from egrpo_fast.files import is_hub_id, read_json
 from egrpo_fast.methods import plan_of
 from egrpo_fast.plan import Plan
 from egrpo_fast.recipe_files import read_yaml
@@ -272,7 +271,7 @@ class Pipeline:
         if not folder.is_dir():
             raise ValueError(f"model.path: no folder {path}")
         try:
-            configs = [json.loads(read_text(folder / part / "config.json")) for part in ("transformer", "vae")]
+            configs = [read_json(folder / part / "config.json") for part in ("transformer", "vae")]
             stems = {"vae": "diffusion_pytorch_model", "text_encoder": "model", "text_encoder_2": "model"}
             frozen = {part: _count(WeightFiles(folder / part, stem)) for part, stem in stems.items()}
             pipeline = cls(str(path), Transformer(configs[0]), Vae(configs[1]), frozen)

@@ -39,7 +39,7 @@ from egrpo_fast.backbones.identity import TRAINED, base_of, check_base, differin
 from egrpo_fast.backbones.lora import FILE as ADAPTERS
 from egrpo_fast.backbones.lora import read_lora
 from egrpo_fast.config import CONFIG_FILE, Reward, load_config
-from egrpo_fast.files import fingerprint, read_text
+from egrpo_fast.files import fingerprint, read_json, read_text
 from egrpo_fast.inputs import of_rewards
 from egrpo_fast.page import Shown, Table, write_page
 from egrpo_fast.plan import ode_plan
@@ -105,7 +105,7 @@ class Model:
         if not theirs.is_file():
             return False
         try:
-            kept = [{k: v for k, v in json.loads(read_text(p)).items() if k[0] != "_"} for p in (ours, theirs)]
+            kept = [{k: v for k, v in read_json(p).items() if k[0] != "_"} for p in (ours, theirs)]
         except (OSError, ValueError, AttributeError):
             return False  # loading it will tell
         return kept[0] == kept[1]

@@ -21,12 +21,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from egrpo_fast.backbones.flux_folder import PARTS, fetch_card, is_hub_id, resolve
-from egrpo_fast.backbones.identity import check_base, run_name
+from egrpo_fast.backbones.identity import check_base, recorded, run_name
 from egrpo_fast.backbones.lora import save_lora
 from egrpo_fast.backbones.weight_files import WeightFiles, fused
 from egrpo_fast.checkpoint import INDEX, CheckpointReader, Checkpoints, check_sound, held, is_best
 from egrpo_fast.config import CHECKPOINTS, CONFIG_FILE, RUN_FILE, Config, Lora, load_config
-from egrpo_fast.files import follow_umask
+from egrpo_fast.files import follow_umask, read_json
 from egrpo_fast.metrics import RunLog
 from egrpo_fast.shapes import pipeline_path
 
@@ -191,7 +191,7 @@ def _record(folder: Path, told: Mapping[str, Any]) -> None:
 def _there(out: Path) -> dict[str, Any] | None:
     """What the export in a folder is of; None: there is none, or files of it are gone or of another size."""
     try:
-        told = json.loads((out / RECORD).read_text())
+        told = read_json(out / RECORD)
         files = told.pop("files")
         return told if all((out / name).stat().st_size == size for name, size in files.items()) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -276,7 +276,10 @@ def open_checkpoint(run: Path, which: str = "newest") -> Iterator[CheckpointRead
                     raise
         reader = CheckpointReader(path)
         if reader.run != run_name(run):
-            raise ValueError(f"checkpoint: {path} is another run's; choose another")
+            if (run / RUN_FILE).exists():
+                raise ValueError(f"checkpoint: {path} is another run's; choose another")
+            told = f"{run / RUN_FILE} is missing, which names the run; {path} is taken to be of it"
+            warnings.warn(f"checkpoint: {told}", stacklevel=4)
         yield reader
 
 
@@ -318,7 +321,7 @@ def _licence(base: Path) -> dict[str, Any]:
     found = re.match(r"---\n(.*?)\n---\n", card.read_text(errors="replace"), re.DOTALL) if card.is_file() else None
     try:
         fields = yaml.safe_load(found.group(1)) if found else {}
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         fields = {}
     if not isinstance(fields, dict):
         return {}
@@ -328,7 +331,6 @@ def _licence(base: Path) -> dict[str, Any]:
 def _write_card(
     run: Path, out: Path, base: Path, config: Config, reader: CheckpointReader, weights: str, fuse: bool
 ) -> None:
-    made_by = json.loads((run / RUN_FILE).read_text()) if (run / RUN_FILE).is_file() else {}
     licence = _licence(base)
     lora = config.model.lora is not None and not fuse
     method = "E-GRPO (arXiv 2601.00423)" if config.method.name == "e_grpo" else f"`{config.method.name}`"
@@ -362,8 +364,8 @@ def _write_card(
     (out / "README.md").write_text(
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n"
         f"# {config.model.path}, trained on rewards\n\n"
-        f"Trained with {method} by egrpo_fast {made_by.get('version', '')}, commit "
-        f"{made_by.get('commit') or 'unknown'}, for {reader.iteration} iterations on {rewards}. "
+        f"Trained with {method} by egrpo_fast {recorded(run, 'version') or ''}, commit "
+        f"{recorded(run, 'commit') or 'unknown'}, for {reader.iteration} iterations on {rewards}. "
         f"Weights: {'as trained' if weights == 'model' else 'their moving average'}"
         f"{adapters}. It derives from `{config.model.path}` and is under {told}.\n\n"
         f"```python\nfrom diffusers import FluxPipeline\n\n{load}\n```\n\n"

@@ -2,12 +2,13 @@
 
 import errno
 import hashlib
+import json
 import os
 import re
 import stat
 from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 SMALL = 1 << 24
 """Bytes that a file of settings, of JSON or of the like may have."""
@@ -49,6 +50,14 @@ def read_text(path: str | Path, most: int = SMALL) -> str:
         return read_bytes(path, most).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise OSError(errno.EILSEQ, f"it is not UTF-8 (byte {error.start})") from None
+
+
+def read_json(path: str | Path) -> Any:
+    """What a JSON file says. OSError: `read_text`. json.JSONDecodeError: it is not JSON, or nested too deeply."""
+    try:
+        return json.loads(read_text(path))
+    except RecursionError:
+        raise json.JSONDecodeError("nested too deeply", "", 0) from None
 
 
 def fingerprint(parts: Iterable[bytes]) -> str:

@@ -7,10 +7,12 @@ another server scores, and what else a user's own reward reads, is not seen.
 """
 
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from egrpo_fast.backbones.identity import TRAINED, part_identity, recorded
+from egrpo_fast.backbones.lora import find_file
 from egrpo_fast.config import RUN_FILE, Config
 from egrpo_fast.files import file_fingerprint, fingerprint
 from egrpo_fast.rewards import REGISTRY, Reward
@@ -23,7 +25,7 @@ SOURCE = "source of "
 
 
 def of_files(config: Config, train: Sequence[str], held_out: Sequence[str], package: str) -> dict[str, str]:
-    """By setting, of what needs no loading. ValueError names what cannot be read.
+    """Fingerprints by setting, of the inputs that are not loaded as a whole. ValueError names what cannot be read.
 
     config: with a folder for `tail.path`. train, held_out: its prompts. package: this one's version and commit.
     """
@@ -35,23 +37,26 @@ def of_files(config: Config, train: Sequence[str], held_out: Sequence[str], pack
     }
     for field, path in (("model.lora.path", lora and lora.path), ("tail.lora", tail.lora)):
         if path:
-            found[field] = _adapters(field, Path(path))
+            found[field] = _adapters(field, path)
     for field, path in (("tail.path", tail.path and f"{tail.path}/{TRAINED}"), ("tail.decoder", tail.decoder)):
         if path:
             found[field] = part_identity(field, Path(path))
     return found
 
 
-def _adapters(field: str, path: Path) -> str:
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+def _adapters(field: str, path: str) -> str:
+    file = find_file(field, path)
     try:
-        return fingerprint(file_fingerprint(file).encode() for file in files)
+        return fingerprint([file_fingerprint(file).encode()])
     except OSError as error:
-        raise ValueError(f"{field}: {path} cannot be read: {error.strerror}") from None
+        raise ValueError(f"{field}: {file} cannot be read: {error.strerror}") from None
 
 
 def of_rewards(rewards: Mapping[str, Reward]) -> dict[str, str]:
-    """By reward: of a network's weights, and of the file that a user's own is written in."""
+    """Fingerprints by reward: of a network's weights, and of the file that a user's own reward is written in.
+
+    A file that cannot be read, such as a module in a zip archive, is told and left out.
+    """
     found = {}
     for name, reward in rewards.items():
         if isinstance(reward, Scorer):
@@ -59,7 +64,11 @@ def of_rewards(rewards: Mapping[str, Reward]) -> dict[str, str]:
         kind = name.partition("/")[0]
         file = getattr(sys.modules.get(kind.partition(":")[0]), "__file__", None)
         if kind not in REGISTRY and file:
-            found[f"{SOURCE}rewards.{name}"] = file_fingerprint(Path(file))
+            try:
+                found[f"{SOURCE}rewards.{name}"] = file_fingerprint(Path(file))
+            except OSError as error:
+                told = f"its source {file} cannot be read ({error.strerror}); a change of it will not be seen"
+                warnings.warn(f"rewards.{name}: {told}", stacklevel=2)
     return found
 
 

@@ -4,20 +4,19 @@ What takes seconds to import is imported where it is used: a mistake in the sett
 """
 
 import json
+import math
 import os
 import socket
 import time
 import uuid
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-import yaml
-
 from egrpo_fast import __version__
 from egrpo_fast.claim import Claim, lock
-from egrpo_fast.config import CONFIG_FILE, RUN_FILE, Config, ConfigError, load_config
+from egrpo_fast.config import CONFIG_FILE, RUN_FILE, Config, ConfigError, Lora, load_config
 from egrpo_fast.files import write_whole
 
 if TYPE_CHECKING:
@@ -67,11 +66,11 @@ def check_output(config: Config) -> bool:
         raise ConfigError(f"output_dir: {told}")
     try:
         # Through today's settings, so that one that did not exist then has its default.
-        before = _leaves(yaml.safe_load(load_config(str(folder / CONFIG_FILE)).yaml()))
-    except (OSError, ValueError, KeyError, yaml.YAMLError) as error:
+        before = _leaves(load_config(str(folder / CONFIG_FILE)).used())
+    except (OSError, ValueError, KeyError) as error:
         told = f"{folder / CONFIG_FILE} cannot be read ({' '.join(str(error).split())})"
         raise ConfigError(f"resume: {told}; put the run's settings back, or choose another output_dir") from None
-    now = _leaves(yaml.safe_load(config.yaml()))
+    now = _leaves(config.used())
     changed = [key for key in now | before if not key.startswith(MAY_CHANGE) and now.get(key) != before.get(key)]
     if config.model.lora is not None:  # what a LoRA file says is compared with that file, once the model is found
         changed = [key for key in changed if key not in {f"model.lora.{name}" for name in config.model.lora.follows}]
@@ -93,8 +92,8 @@ def check_output(config: Config) -> bool:
 def claim_output(config: Config, world: "World") -> tuple[Config, Claim, IO[str] | None]:
     """Make output_dir this run's: every rank sees it, and no other run writes there. ConfigError, on all ranks.
 
-    Returns the settings, which resume where there is a run to resume; the claim; and what holds it on rank 0, as long
-    as it is open.
+    Returns the settings, the claim and the lock file. `resume` is set in the settings where there is a run to resume.
+    Rank 0 has the lock file open, and the other ranks have None. Closing it gives the folder up.
     """
     folder, mark, run, resume, told = config.output_dir, "", uuid.uuid4().hex, False, ""
     held: IO[str] | None = None
@@ -153,6 +152,32 @@ def identify(config: Config, folder: Path, world: "World") -> dict[str, str]:
     return _by_main(find, world)
 
 
+def check_adapters(config: Config, linear_layers: Collection[str]) -> None:
+    """ConfigError where a resumed run would take other adapters from its LoRA file than it began with.
+
+    config: with what was read from the file. linear_layers: the names of the transformer's.
+    """
+    before, now = load_config(str(config.output_dir / CONFIG_FILE)).model.lora, config.model.lora
+    if before is None or now is None:  # `check_output` compares these
+        return
+    changed = [
+        f"model.lora.{name}: {found:g} by {now.path}, {recorded:g} by the run's {CONFIG_FILE}"
+        for name, found, recorded in (("rank", now.rank, before.rank), ("alpha", now.alpha, before.alpha))
+        if not math.isclose(found, recorded, rel_tol=1e-6)
+    ]
+    if _adapted(before, linear_layers) != _adapted(now, linear_layers):
+        changed.append(f"model.lora.target_modules: {now.path} adapts other layers than the run's {CONFIG_FILE} says")
+    if changed:
+        raise ConfigError(
+            f"{'; '.join(changed)}. The run cannot go on as it began. To train further, export it "
+            f"(egrpo export {config.output_dir} OUT) and begin a run in another output_dir with model.lora.path=OUT"
+        )
+
+
+def _adapted(lora: Lora, linear_layers: Collection[str]) -> set[str]:
+    return {layer for layers in lora.layers(linear_layers).values() for layer in layers}
+
+
 def keep_inputs(config: Config, find: Callable[[], dict[str, str]], world: "World") -> dict[str, str]:
     """What `find` finds of a run's inputs (`inputs.py`), for its record; on rank 0.
 
@@ -170,13 +195,13 @@ def keep_inputs(config: Config, find: Callable[[], dict[str, str]], world: "Worl
 
 
 def _by_main(find: Callable[[], dict[str, str]], world: "World") -> dict[str, str]:
-    """What rank 0 finds; {} on the others. ConfigError, on all ranks, for its ValueError."""
+    """What rank 0 finds; {} on the others. ConfigError, on all ranks: it raised ValueError or OSError."""
     found: dict[str, str] = {}
     told = ""
     if world.is_main:
         try:
             found = find()
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             told = str(error)
     if told := world.from_main(told):
         raise ConfigError(told)

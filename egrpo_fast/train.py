@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from egrpo_fast import __version__
 from egrpo_fast.config import Config, ConfigError, load_config
 from egrpo_fast.recipe_files import recipe_names
-from egrpo_fast.run_folder import check_output, claim_output, identify, keep_inputs, record
+from egrpo_fast.run_folder import check_adapters, check_output, claim_output, identify, keep_inputs, record
 from egrpo_fast.shapes import PROMPTS, pipeline_path
 from egrpo_fast.terminal import error_lines, keep_clean, printable, steady_streams
 
@@ -156,7 +156,7 @@ def make_trainer(
     from egrpo_fast.backbones.flux_folder import check_folder, meta_transformer, resolve
     from egrpo_fast.backbones.flux_forward import CompiledFlux, use_arithmetic, use_attention
     from egrpo_fast.backbones.flux_text import CachedText, open_text, tell_truncated
-    from egrpo_fast.backbones.lora import describe
+    from egrpo_fast.backbones.lora import describe, linear_layers
     from egrpo_fast.backbones.tail import TailModel, check_tail, slow_tail, with_local_tail
     from egrpo_fast.doctor import commit
     from egrpo_fast.engine import materialize
@@ -186,6 +186,8 @@ def make_trainer(
     transformer, weights = meta_transformer(folder, model.lora, config.seed)
     if weights.lora is not None:
         config = config.with_lora(weights.lora)
+        if config.resume:
+            check_adapters(config, linear_layers(transformer))
         if world.is_main:
             print(describe(weights.lora, transformer))
     use_attention(transformer, model.attention)

@@ -16,7 +16,7 @@ from egrpo_fast.backbones.flux import FluxBackbone
 from egrpo_fast.backbones.tail import TailModel
 from egrpo_fast.checkpoint import CheckpointError, CheckpointReader, Checkpoints, problems
 from egrpo_fast.claim import Claim
-from egrpo_fast.config import CHECKPOINTS, Config
+from egrpo_fast.config import CHECKPOINTS, RUN_FILE, Config
 from egrpo_fast.engine import Engine, World
 from egrpo_fast.guards import BadSteps, Guard, verdict
 from egrpo_fast.heartbeat import Heartbeat
@@ -287,7 +287,7 @@ class Trainer:
     def _resume(self) -> None:
         """Continue from the newest checkpoint that is sound on every rank; those that are not are told and passed over.
 
-        ValueError: there is none, though there are or were some.
+        ValueError: the run has written checkpoints, and none of them can be used.
         """
         paths, told = self.world.from_main(self._resumable() if self.world.is_main else None)
         if told:
@@ -317,10 +317,11 @@ class Trainer:
             warnings.warn(f"resume: there is no checkpoint in {folder}; the run begins again", stacklevel=2)
 
     def _resumable(self) -> tuple[list[Path], str]:
-        """The run's checkpoints, the newest first; and why it can neither go on nor begin again, "" where it can.
+        """The run's checkpoints, the newest first, and why the run is refused; "": it is not.
 
-        Beginning again writes the log from its first line on. It is for a run that was killed before its first
-        checkpoint, not for one whose checkpoints are gone: a second one is begun when the first is written.
+        A run without checkpoints begins again, which overwrites its log. That is right where it was killed before its
+        first checkpoint. It is refused where the checkpoints are gone. The run saves the second one only after the
+        first is written, so a log of more than twice `checkpoint.every` iterations shows that there was one.
         """
         try:
             paths, log = self.checkpoints.all()[::-1], RunLog.read(self.config.output_dir)
@@ -331,6 +332,10 @@ class Trainer:
         if not paths and ((folder / SUMMARY).exists() or (every and done > 2 * every)):
             told = f"there is no checkpoint in {self.checkpoints.folder}, though {done} iterations were done"
             return [], f"{told}; put one back, or begin anew in another output_dir"
+        nameless = self.claim and not self.claim.run and not (folder / RUN_FILE).exists()
+        if nameless and any(map(_bears_a_name, paths)):
+            told = f"{folder / RUN_FILE} is missing, which says whose the checkpoints are"
+            return [], f"{told}; put {RUN_FILE} back, or begin anew in another output_dir"
         return paths, ""
 
     def _problems(self, path: Path) -> list[str]:
@@ -344,3 +349,11 @@ class Trainer:
             return problems(path, reader.files[self.world.rank :: self.world.size])
         except (OSError, ValueError) as error:
             return [str(error)]
+
+
+def _bears_a_name(path: Path) -> bool:
+    """Whether a checkpoint says whose it is; not where it is damaged."""
+    try:
+        return bool(CheckpointReader(path).run)
+    except (OSError, ValueError):
+        return False

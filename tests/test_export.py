@@ -23,7 +23,7 @@ from egrpo_fast.backbones.flux_folder import meta_transformer
 from egrpo_fast.backbones.flux_text import FluxTextEncoder
 from egrpo_fast.backbones.identity import identity
 from egrpo_fast.backbones.random_flux import make_pipeline
-from egrpo_fast.checkpoint import CheckpointReader, Checkpoints, Piece
+from egrpo_fast.checkpoint import INDEX, CheckpointReader, Checkpoints, Piece, _read_sealed, _write_sealed
 from egrpo_fast.config import CHECKPOINTS, CONFIG_FILE, RUN_FILE, Lora, load_config
 from egrpo_fast.export import export, find_checkpoint
 from egrpo_fast.plan import ode_plan
@@ -131,6 +131,22 @@ def test_a_checkpoint_of_another_run_is_refused(base, tmp_path):
     with pytest.raises(ValueError, match="checkpoint: .*iteration-000001 is another run's; choose another"):
         export(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_copied_without_its_record_is_exported_with_a_warning(base, tmp_path):
+    run = make_run(tmp_path / "run", base)
+    index = run / CHECKPOINTS / "iteration-000001" / INDEX
+    _write_sealed(index, {**_read_sealed(index), "run": "this one"})
+    (run / RUN_FILE).unlink()
+    with pytest.warns(UserWarning, match="run.json is missing, which names the run; .*000001 is taken to be of it"):
+        export(run, tmp_path / "out")
+    assert (tmp_path / "out" / "model_index.json").exists()
+
+
+@pytest.mark.parametrize("card", ["---\na: " + "[" * 5000 + "\n---\n"], ids=["deep"])
+def test_a_card_of_the_base_that_cannot_be_read_names_no_licence(card, tmp_path):
+    (tmp_path / "README.md").write_text(card)
+    assert module._licence(tmp_path) == {}
 
 
 @pytest.mark.parametrize("shard_bytes", [module.SHARD_BYTES, 400_000], ids=["one file", "shards"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from egrpo_fast.files import follow_umask, open_regular, read_bytes, read_text, write_whole
+from egrpo_fast.files import follow_umask, open_regular, read_bytes, read_json, read_text, write_whole
 
 
 @pytest.fixture
@@ -25,6 +25,13 @@ def test_what_is_no_regular_file_is_refused_at_once(path, told, pipe):
     for read in (open_regular, read_bytes, read_text):
         with pytest.raises(OSError, match=told):
             read(path)
+
+
+@pytest.mark.parametrize("content", ["[" * 1_000_000, "[", ""])
+def test_json_that_is_none_or_nested_too_deeply_is_refused(content, tmp_path):
+    (tmp_path / "file").write_text(content)
+    with pytest.raises(ValueError, match="line 1 column"):
+        read_json(tmp_path / "file")
 
 
 def test_a_link_to_a_file_is_that_file(tmp_path):

@@ -87,7 +87,7 @@ def test_a_run_without_a_record_is_taken_on_trust(tmp_path):
         check_base(run, tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("told", ["", "[]", "{"])
+@pytest.mark.parametrize("told", ["", "[]", "{", "[" * 1_000_000], ids=["empty", "list", "cut", "deep"])
 def test_a_damaged_record_is_named(told, tmp_path):
     with pytest.raises(ValueError, match="run/run.json cannot be read"):
         base_of(make_run(tmp_path / "run", told))

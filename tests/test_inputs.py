@@ -69,9 +69,16 @@ def test_another_lora_is_seen(field, given, tmp_path):
     write_lora(tmp_path / "lora" / "pytorch_lora_weights.safetensors", 1.0001)
     assert changed(before, files(setting)) == [field]
     (tmp_path / "lora" / "pytorch_lora_weights.safetensors").unlink()
-    if given != "lora":
-        with pytest.raises(ValueError, match=f"{field}: .* cannot be read: No such file"):
-            files(setting)
+    with pytest.raises(ValueError, match=f"{field}: (no file or folder|.* holds 0 safetensors files)"):
+        files(setting)
+
+
+def test_only_the_file_of_a_loras_folder_that_is_read_is_looked_at(tmp_path):
+    for name in ("pytorch_lora_weights", "aside"):
+        write_lora(tmp_path / "lora" / f"{name}.safetensors")
+    before = files(f"tail.lora={tmp_path / 'lora'}")
+    write_lora(tmp_path / "lora" / "aside.safetensors", 2.0)
+    assert changed(before, files(f"tail.lora={tmp_path / 'lora'}")) == []
 
 
 @pytest.mark.parametrize(
@@ -135,6 +142,9 @@ def test_the_source_of_a_users_reward_is_looked_at(tmp_path, monkeypatch):
     with (tmp_path / "my_reward_of_a_test.py").open("a") as file:
         file.write("# mended\n")
     assert changed(before, of_rewards(rewards)) == list(before)
+    (tmp_path / "my_reward_of_a_test.py").unlink()
+    with pytest.warns(UserWarning, match=f"rewards.{name}: its source .*test.py cannot be read .No such file .*not be"):
+        assert of_rewards(rewards) == {}
     del sys.modules["my_reward_of_a_test"]
 
 

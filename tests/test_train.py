@@ -14,12 +14,12 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from egrpo_fast.backbones.flux_text import FluxTextEncoder, tell_truncated
 from egrpo_fast.checkpoint import Checkpoints
 from egrpo_fast.config import CONFIG_FILE, RUN_FILE, ConfigError, load_config
-from egrpo_fast.run_folder import check_output, claim_output, identify, record
+from egrpo_fast.run_folder import check_output, claim_output, identify, keep_inputs, record
 from egrpo_fast.shapes import PIPELINE
 from egrpo_fast.train import check_inputs, open_rewards
 
@@ -393,6 +393,39 @@ def test_a_run_resumes_with_what_it_took_from_a_lora_file(tmp_path):
     check_output(load_config("shapes", [*given, "resume=true"]))
     with pytest.raises(ConfigError, match="^model.lora.rank: differs from the run"):
         check_output(load_config("shapes", [*given, "resume=true", "model.lora.rank=6"]))
+
+
+def test_a_run_does_not_resume_with_other_adapters_than_it_began_with(tmp_path):
+    """Of a run that began when a file's alpha was not read, the record says another one than the file."""
+    architecture = json.loads((PIPELINE / "transformer" / "config.json").read_text())
+    width = architecture["num_attention_heads"] * architecture["attention_head_dim"]
+    layer = "transformer.transformer_blocks.0.attn.to_q"
+    factors = {f"{layer}.lora_A.weight": torch.ones(4, width), f"{layer}.lora_B.weight": torch.ones(width, 4)}
+    save_file(factors, tmp_path / "lora.safetensors")
+    given = [*TINY, f"output_dir={tmp_path / 'run'}", f"model.lora={{path: {tmp_path / 'lora.safetensors'}}}"]
+    config = load_config("shapes", given)
+    recorded = {"rank": 4, "alpha": 64.0, "target_modules": ["0.attn.to_k"]}
+    record(config.with_lora(config.model.lora.model_copy(update=recorded)), {}, {}, ALONE.size)
+    entry = [sys.executable, "egrpo_fast/train.py", "shapes", *given, "resume=true"]
+    result = subprocess.run(entry, cwd=ROOT, capture_output=True, text=True)
+    last = result.stderr.splitlines()[-1]
+    assert result.returncode == 1
+    assert last.startswith(f"error: model.lora.alpha: 4 by {tmp_path}/lora.safetensors, 64 by")
+    assert "model.lora.target_modules: " in last and f"egrpo export {tmp_path}/run OUT" in last
+    assert "model.lora.rank" not in last
+
+
+def test_an_input_that_cannot_be_read_is_told_on_all_ranks():
+    """The other ranks wait for what rank 0 tells them."""
+    told = []
+    world = SimpleNamespace(is_main=True, from_main=lambda value: told.append(value) or value)
+
+    def find():
+        raise PermissionError(13, "Permission denied", "a file")
+
+    with pytest.raises(ConfigError, match="Permission denied: 'a file'"):
+        keep_inputs(load_config("shapes"), find, world)
+    assert len(told) == 1
 
 
 def test_a_lora_that_does_not_fit_is_told_before_anything_loads(tmp_path):

@@ -9,7 +9,7 @@ import torch
 
 from egrpo_fast.checkpoint import Checkpoints, Piece
 from egrpo_fast.claim import Claim
-from egrpo_fast.config import CHECKPOINTS, load_config
+from egrpo_fast.config import CHECKPOINTS, RUN_FILE, load_config
 from egrpo_fast.guards import Guard
 from egrpo_fast.metrics import METRICS
 from egrpo_fast.progress import Progress
@@ -79,6 +79,14 @@ def test_a_whole_checkpoint_of_another_run_is_passed_over(run, tmp_path):
     shutil.copytree(run / CHECKPOINTS / "iteration-000002", run / CHECKPOINTS / "iteration-000006")
     with pytest.warns(UserWarning, match=r"iteration-000006 .*checkpoint.json: of iteration 2"):
         assert Resumed(run).restored == "iteration-000004"
+
+
+def test_a_run_copied_without_its_record_is_refused_with_the_way_out(run):
+    with pytest.raises(ValueError, match=r"resume: .*run.json is missing, which says whose .*; put run.json back"):
+        Resumed(run, run="")
+    (run / RUN_FILE).write_text("{}")
+    with pytest.warns(UserWarning, match="of another run"), pytest.raises(ValueError, match="every checkpoint in"):
+        Resumed(run, run="")
 
 
 def test_runs_from_before_checkpoints_bore_names_go_on(tmp_path):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from egrpo_fast.backbones.lora import Adapter, follow_lora, linear_layers, read_lora
 from egrpo_fast.backbones.weight_files import WeightFiles, fused, new_adapter
 from egrpo_fast.config import Lora
-from egrpo_fast.files import is_hub_id, read_text
+from egrpo_fast.files import is_hub_id, read_json
 
 LATENT_PATCH = 2
 """FLUX packs 2 x 2 latent pixels into one token."""
@@ -89,15 +89,15 @@ def check_folder(path: str, height: int, width: int) -> None:
     if not index.is_file():
         raise ValueError(f"model.path: {path} has no model_index.json; a diffusers FLUX pipeline folder is expected")
     try:
-        components = json.loads(read_text(index))
+        components = read_json(index)
         found = components.get("_class_name") if isinstance(components, dict) else type(components).__name__
         if found != "FluxPipeline":
             raise ValueError(f"model.path: {path} holds a {found}; FluxPipeline is expected")
         missing = [part for part in PARTS if not (folder / part).is_dir()]
         if missing:
             raise ValueError(f"model.path: {path} lacks {', '.join(missing)}")
-        blocks = len(json.loads(read_text(folder / "vae" / "config.json"))["block_out_channels"])
-        architecture = json.loads(read_text(folder / "transformer" / "config.json"))["_class_name"]
+        blocks = len(read_json(folder / "vae" / "config.json")["block_out_channels"])
+        architecture = read_json(folder / "transformer" / "config.json")["_class_name"]
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"model.path: {path} cannot be read as a FLUX pipeline: {error!r}") from None
     if architecture != "FluxTransformer2DModel":
@@ -155,7 +155,7 @@ def meta_transformer(
     architecture do not match.
     """
     try:
-        settings = json.loads(read_text(folder / "transformer" / "config.json"))
+        settings = read_json(folder / "transformer" / "config.json")
         with torch.device("meta"):
             transformer = FluxTransformer2DModel.from_config(settings)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -207,7 +207,7 @@ def load_transformer(
 def check_decoder(folder: str, pipeline: Path) -> None:
     """ValueError, before any weight is read, where this is no tiny decoder of the pipeline's latents."""
     try:
-        theirs, ours = (json.loads(read_text(at / "config.json")) for at in (Path(folder), pipeline / "vae"))
+        theirs, ours = (read_json(at / "config.json") for at in (Path(folder), pipeline / "vae"))
         WeightFiles(folder)
         if theirs["_class_name"] != "AutoencoderTiny":
             raise ValueError(f"it is a {theirs['_class_name']}; AutoencoderTiny is expected")

@@ -1,6 +1,5 @@
 """FLUX's two text encoders, apart from the rest of its pipeline: prompts to conditioning, live or from a cache."""
 
-import json
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from transformers.utils import logging
 from egrpo_fast.backbones.weight_files import WeightFiles
 from egrpo_fast.config import Config
 from egrpo_fast.embeddings import EmbeddingCache
-from egrpo_fast.files import fingerprint, read_bytes, read_text
+from egrpo_fast.files import fingerprint, read_bytes, read_json
 from egrpo_fast.transfer import to_device
 
 ENCODERS = {"text_encoder": "clip_text_model", "text_encoder_2": "t5"}
@@ -55,7 +54,7 @@ class Truncation:
 def _config(folder: Path, name: str) -> dict[str, Any]:
     file = folder / name / "config.json"
     try:
-        config = json.loads(read_text(file))
+        config = read_json(file)
     except FileNotFoundError:
         raise ValueError(f"model.path: {folder} lacks {name}/config.json") from None
     except (OSError, ValueError) as error:
@@ -141,7 +140,7 @@ def _check_vocabulary(files: Mapping[str, str], folder: Path) -> None:
     if not (folder / WHOLE_TOKENIZER).is_file() and not all((folder / name).is_file() for name in names):
         raise ValueError(f"there is neither {WHOLE_TOKENIZER} nor {' and '.join(sorted(names))}")
     config = folder / "tokenizer_config.json"
-    settings = json.loads(read_text(config)) if config.exists() else {}
+    settings = read_json(config) if config.exists() else {}
     for key, name in files.items():
         if settings.get(key) not in (None, name):
             raise ValueError(f"{config.name}: {key} is {settings[key]!r}; {name} in the same folder is expected")

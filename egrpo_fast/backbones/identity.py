@@ -8,7 +8,7 @@ from typing import Any
 from egrpo_fast.backbones.flux_text import encoder_fingerprint
 from egrpo_fast.backbones.weight_files import WeightFiles
 from egrpo_fast.config import CONFIG_FILE, RUN_FILE
-from egrpo_fast.files import fingerprint, read_text
+from egrpo_fast.files import fingerprint, read_json
 
 TRAINED = "transformer"
 """The part that a run changes."""
@@ -30,8 +30,7 @@ def identity(folder: Path) -> dict[str, str]:
 def part_identity(field: str, folder: Path) -> str:
     """Fingerprint of one part, a folder of a config and weights. ValueError, which begins with `field`."""
     try:
-        text = read_text(folder / "config.json")
-        config = {key: value for key, value in json.loads(text).items() if not key.startswith("_")}
+        config = {key: value for key, value in read_json(folder / "config.json").items() if not key.startswith("_")}
         weights = WeightFiles(folder)
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{field}: {folder} cannot be read: {error}") from None
@@ -47,7 +46,7 @@ def recorded(run: Path, what: str) -> Any:
     """What is under this key in a run's RUN_FILE, such as fingerprints; {}: nothing. ValueError: it cannot be read."""
     file = run / RUN_FILE
     try:
-        return json.loads(read_text(file)).get(what, {}) if file.exists() else {}
+        return read_json(file).get(what, {}) if file.exists() else {}
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{file} cannot be read: {error}; put it back") from None
 

@@ -43,7 +43,7 @@ def read_lora(field: str, path: str, architecture: Mapping[str, Any]) -> dict[st
     the scale is the one with which it would run the file. ValueError, which begins with `field`: the file cannot be
     read, is of another kind or architecture, or holds a tensor that the loader would leave out.
     """
-    file = _find(field, path)
+    file = find_file(field, path)
     try:
         _check_names(file, tensors_in(file))
     except ValueError as error:
@@ -86,8 +86,8 @@ def read_lora(field: str, path: str, architecture: Mapping[str, Any]) -> dict[st
     return found
 
 
-def _find(field: str, path: str) -> Path:
-    """The file itself, or a folder's."""
+def find_file(field: str, path: str) -> Path:
+    """The LoRA file: `path` itself, or the one in that folder. ValueError, which begins with `field`: there is none."""
     found = Path(path)
     if found.is_dir():
         files = sorted(found.glob("*.safetensors"))

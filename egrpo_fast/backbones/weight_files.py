@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # headers alone tell the shapes, and do not wait for torch
     from safetensors import safe_open
     from torch import Tensor
 
-from egrpo_fast.files import read_text, sampled
+from egrpo_fast.files import read_json, sampled
 
 _HEADER_LIMIT = 100_000_000
 
@@ -31,7 +31,7 @@ def tensors_in(path: Path) -> dict[str, tuple[tuple[int, ...], int]]:
         data = 8 + length
         found = {name: (tuple(entry["shape"]), data + entry["data_offsets"][0]) for name, entry in header.items()}
         size = data + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as safetensors: {error}") from None
     if path.stat().st_size != size:
         raise ValueError(f"{path} has {path.stat().st_size:,} bytes, its header asks for {size:,}: download it again")
@@ -49,7 +49,7 @@ class WeightFiles:
         index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
         if index.is_file():
             try:
-                names = set(json.loads(read_text(index))["weight_map"].values())
+                names = set(read_json(index)["weight_map"].values())
                 paths = [folder / name for name in sorted(names)]
             except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
                 raise ValueError(f"{index} cannot be read: {error!r}") from None

@@ -1,6 +1,5 @@
 """CLIP score: cosine similarity of picture and prompt in an open_clip model (Radford et al., 2021)."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import dynamic_module_utils
 
-from egrpo_fast.files import expanded, read_text
+from egrpo_fast.files import expanded, read_json
 from egrpo_fast.rewards.preprocess import Interpolation, Preprocess, ResizeMode
 from egrpo_fast.rewards.scorer import Dtype, Scorer
 from egrpo_fast.shapes import CLIP, EMBEDDED
@@ -143,7 +142,7 @@ def _of_tags(model: str, tags: Sequence[str], file: Path) -> tuple[dict[str, Any
 def _check_same(model: str, architecture: Mapping[str, Any], file: Path) -> None:
     """ValueError where an `open_clip_config.json` describes other towers than the named model's."""
     try:
-        found = json.loads(read_text(file))["model_cfg"]
+        found = read_json(file)["model_cfg"]
         differ = [
             f"{part}.{key}"
             for part in ("vision_cfg", "text_cfg")

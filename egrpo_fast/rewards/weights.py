@@ -1,6 +1,5 @@
 """Weights of a reward: a file or a hub id to tensors, without executing anything that a checkpoint may hold."""
 
-import json
 import pickle
 import re
 from collections.abc import Collection
@@ -11,7 +10,7 @@ from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from egrpo_fast.files import expanded, read_text
+from egrpo_fast.files import expanded, read_json
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -37,7 +36,7 @@ def check_shards(weights: str) -> None:
     if not index.is_file():
         return
     try:
-        names = set(json.loads(read_text(index))["weight_map"].values())
+        names = set(read_json(index)["weight_map"].values())
         astray = [name for name in names if Path(name).name != name]
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"weights: {index} cannot be read: {error!r}") from None
