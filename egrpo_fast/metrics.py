@@ -54,7 +54,7 @@ class RunLog:
     start: iterations already done; lines of later ones, left by an interrupted run, are cut off, and so is that of the
     evaluation at `start` where it is not `evaluated`. claim: of the folder; nothing is written once it is another.
 
-    What cannot be written ends no run: it is told once, kept and written with the next line; only `close` raises.
+    What cannot be written ends no run: it is told once, kept and written with the next line.
     ValueError: there is a log that cannot be read.
     """
 
@@ -173,7 +173,7 @@ class RunLog:
         self._bar.close()
 
     def close(self) -> None:
-        """OSError: lines are lost, the disk would still not take them."""
+        """No more lines are to come. Lines that still cannot be written are lost, and a warning names them."""
         self.end_bar()
         with self._attempt("tensorboard"):
             self._show()
@@ -185,8 +185,9 @@ class RunLog:
         try:
             self._append()
         except OSError as error:
-            lost = f"{METRICS}: {len(self._unwritten)} line(s) could not be written: {error.strerror or error}"
-            raise OSError(error.errno, lost) from error
+            at = ", ".join(str(json.loads(line)["iteration"]) for line in self._unwritten) or "none"
+            told = f"{METRICS}: {error.strerror or error}; lost are the lines of these iterations: {at}"
+            warnings.warn(told, stacklevel=2)
 
 
 def _finished_lines(path: Path) -> list[tuple[int, Any]]:

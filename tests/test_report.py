@@ -19,8 +19,8 @@ PRODUCTS = {"curve.png", "before_after.png", "summary.json", "pipeline"}
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
-    """The report of a run of one iteration, before its first evaluation."""
+def run(tmp_path, monkeypatch, capsys):
+    """The report of a run of one iteration, before its first evaluation. What it prints is kept in memory."""
 
     def exported(folder, out, **options):
         out.mkdir()
