@@ -7,18 +7,22 @@ import re
 import shutil
 import sys
 import types
+import warnings
 from asyncio import CancelledError
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import get_args
 
 import open_clip
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from egrpo_fast.config import load_config
 from egrpo_fast.kernels.reference.group_advantage_clip_loss import group_advantage_ref
 from egrpo_fast.rewards import RewardError, check_reward, fill_dropped, make_reward, score, score_or_nan, try_reward
+from egrpo_fast.rewards.preprocess import Preprocess, ResizeMode
 from egrpo_fast.rewards.scoring import LARGEST
 from egrpo_fast.shapes import CLIP, PROMPTS
 from egrpo_fast.shapes.world import parse, render
@@ -59,6 +63,13 @@ def test_a_reward_of_ones_own_lies_beside_the_command(tmp_path, monkeypatch):
 
 def test_clip_prefers_the_right_caption(pictures, clip):
     assert clip(pictures, CAPTIONS).mean() > clip(pictures, CAPTIONS[::-1]).mean() + 0.1
+
+
+def test_the_folder_of_a_clip_model_is_expanded(pictures, clip, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine").symlink_to(CLIP)
+    ours = make_reward("clip", {"model": "local-dir:~/mine"})
+    assert torch.equal(ours(pictures, CAPTIONS), clip(pictures, CAPTIONS))
 
 
 def test_jpeg_prefers_what_compresses(pictures):
@@ -392,6 +403,64 @@ def test_a_reward_cannot_change_what_the_next_one_sees(pictures):
     with pytest.warns(UserWarning, match="dropped 1"):
         score("vandal", vandal, spoiled(pictures, 2.0), captions, drop=True)
     assert torch.equal(pictures, before) and captions == CAPTIONS
+
+
+BUILT_IN = {"shapes_soft": {}, "shapes_strict": {}, "jpeg": {}, "clip": {"model": "shapes"}}
+
+
+class Seen(TorchDispatchMode):
+    """What the host waits for on a GPU (`waits`), and how often pictures of this shape are copied."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.waits, self.copies = shape, 0, 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        made = op(*args, **(kwargs or {}))
+        self.waits += op in (torch.ops.aten.nonzero.default, torch.ops.aten._local_scalar_dense.default)
+        copy = op in (torch.ops.aten.clone.default, torch.ops.aten.index.Tensor)
+        self.copies += copy and made.shape[1:] == self.shape
+        return made
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_built_in_rewards_get_the_pictures_themselves_and_leave_them_as_they_are(name, pictures, monkeypatch):
+    reward, before, given = make_reward(name, BUILT_IN[name]), pictures.clone(), []
+    of_class = type(reward).__call__
+    monkeypatch.setattr(type(reward), "__call__", lambda *call: given.append(call[1].data_ptr()) or of_class(*call))
+    for drop in (False, True):
+        score(name, reward, pictures, CAPTIONS, drop)
+    assert given == [pictures.data_ptr()] * 2 and torch.equal(pictures, before)
+
+
+@pytest.mark.parametrize("mode", get_args(ResizeMode))
+@pytest.mark.parametrize("size", [16, 32, 48])
+def test_the_picture_transforms_leave_their_pictures_as_they_are(mode, size, pictures):
+    before = pictures.clone()
+    for resize in ("pil", "float"):
+        Preprocess(size, mode=mode, resize=resize)(pictures)
+    assert torch.equal(pictures, before)
+
+
+@pytest.mark.parametrize("drop", [False, True])
+@pytest.mark.parametrize("value", [0.5, 2.0])
+def test_a_reward_of_ones_own_gets_one_copy(drop, value, pictures):
+    given = spoiled(pictures, value)
+    with Seen(pictures.shape[1:]) as seen, contextlib.suppress(RewardError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        score("odd", TAKEN["a stride"], given, CAPTIONS, drop)
+    assert seen.copies == 1
+
+
+def test_the_host_waits_once_for_scores_that_are_right(pictures):
+    with Seen(pictures.shape[1:]) as seen:
+        score("odd", TAKEN["a stride"], pictures, CAPTIONS)
+    assert seen.waits == 1
+
+
+def test_a_picture_that_is_none_is_named_though_the_reward_fails_on_it(pictures):
+    with pytest.raises(RewardError, match=r"given pictures that are not in \[0, 1\] for 1 pictures"):
+        score("broken", lambda images, prompts: 1 / 0, spoiled(pictures, NAN), CAPTIONS)
 
 
 CHANGES = {

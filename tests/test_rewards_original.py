@@ -214,6 +214,12 @@ def test_an_index_of_shards_elsewhere_is_refused(index, pick_score, tmp_path):
         make_reward("pick_score", {"weights": str(tmp_path / "weights"), "tokenizer": str(CLIP)})
 
 
+def test_the_paths_of_pick_score_are_expanded(pick_score, monkeypatch):
+    monkeypatch.setenv("HOME", str(pick_score[0].parent))
+    monkeypatch.setenv("TOKENIZER", str(CLIP))
+    make_reward("pick_score", {"weights": f"~/{pick_score[0].name}", "tokenizer": "$TOKENIZER"})
+
+
 @pytest.mark.parametrize(("height", "width"), SIZES)
 def test_pick_score_is_the_published_formula(pick_score, height, width):
     """As the model card computes it: processor, features, `logit_scale.exp() * cos`."""

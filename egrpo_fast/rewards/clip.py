@@ -93,6 +93,8 @@ def _load(
     # Without weights open_clip would hand out a random model, and a run would train on noise.
     make = partial(open_clip.create_model, device=device, weights_only=True)
     name = f"local-dir:{CLIP}" if model == EMBEDDED else model
+    if name.startswith("local-dir:"):
+        name = f"local-dir:{expanded(name.removeprefix('local-dir:'))}"
     if name.startswith(("local-dir:", "hf-hub:")):
         if pretrained or weights:
             raise ValueError(f"pretrained: {pretrained or weights}, but model: {model} names its weights itself")

@@ -14,6 +14,7 @@ from transformers.models.blip.configuration_blip import BlipTextConfig, BlipVisi
 from transformers.models.blip.modeling_blip import BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
+from egrpo_fast.files import expanded
 from egrpo_fast.rewards.preprocess import Preprocess
 from egrpo_fast.rewards.scorer import Dtype, Scorer
 from egrpo_fast.rewards.weights import find_weights, load_weights, read_weights
@@ -118,7 +119,7 @@ class ImageReward(Scorer):
         load_weights(network, tensors, str(path), UNUSED)
         size = network.vision.config.image_size
         super().__init__(network, Preprocess(size), device, micro_batch, dtype, offload)
-        self._tokenizer = BertTokenizer.from_pretrained(tokenizer)
+        self._tokenizer = BertTokenizer.from_pretrained(expanded(tokenizer))
         # As the original: a prompt that spells these out is then one token of them too.
         self._tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
 

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPModel
 
+from egrpo_fast.files import expanded
 from egrpo_fast.rewards.preprocess import Preprocess
 from egrpo_fast.rewards.scorer import Dtype, Scorer
 from egrpo_fast.rewards.weights import check_shards
@@ -30,6 +31,7 @@ class PickScore(Scorer):
         offload: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
+        weights, tokenizer = expanded(weights), expanded(tokenizer)
         check_shards(weights)
         network, report = CLIPModel.from_pretrained(
             weights, use_safetensors=True, dtype=torch.float32, output_loading_info=True

@@ -126,16 +126,20 @@ def score(name: str, reward: Reward, images: Tensor, prompts: Sequence[str], dro
         raise RewardError(f"rewards.{name}: {error}") from None
     unfit = unfit_pictures(images)
     if not drop:
-        _require(unfit, name, "given pictures that are not in [0, 1]", prompts)
-        scores = call(name, reward, images, prompts)
-        _require(~torch.isfinite(scores), name, "not finite", prompts)
-        _require(scores.abs() > LARGEST, name, f"scores beyond {LARGEST:g}", prompts)
+        try:
+            scores = call(name, reward, images, prompts)
+        except RewardError:
+            _require(unfit, name, "given pictures that are not in [0, 1]", prompts)
+            raise
+        if bool((unfit | ~(scores.abs() <= LARGEST)).any()):  # the host waits for the device here alone
+            _require(unfit, name, "given pictures that are not in [0, 1]", prompts)
+            _require(~torch.isfinite(scores), name, "not finite", prompts)
+            _require(scores.abs() > LARGEST, name, f"scores beyond {LARGEST:g}", prompts)
         return scores
-    rows = (~unfit).nonzero().flatten()
-    kept = [prompts[row] for row in rows.tolist()]
+    rows = (~unfit).nonzero().flatten().tolist()
     scores = torch.full((len(images),), torch.nan, device=images.device)
-    if kept:
-        scores[rows] = _call_or_each(name, reward, images[rows], kept)
+    if rows:
+        scores[rows] = _call_or_each(name, reward, images, prompts, rows)
     scores = torch.where(scores.abs() <= LARGEST, scores, torch.nan)
     if dropped := int(scores.isnan().sum()):
         warnings.warn(f"rewards.{name}: dropped {dropped} of {len(images)} pictures", stacklevel=2)
@@ -183,13 +187,24 @@ def _require(wrong: Tensor, name: str, told: str, prompts: Sequence[str]) -> Non
         raise RewardError(f"rewards.{name}: {told} for {len(rows)} pictures, the first of {prompts[rows[0]]!r}")
 
 
-def call(name: str, reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """One call, with copies of what is the caller's: [B] float32 on the pictures' device, perhaps not finite.
+def _is_built_in(reward: Reward) -> bool:
+    return type(reward).__module__.startswith(f"{__package__}.")
 
-    RewardError where the reward raises or returns anything but a dense, real tensor of this shape.
+
+def call(
+    name: str, reward: Reward, images: Tensor, prompts: Sequence[str], rows: Sequence[int] | None = None
+) -> Tensor:
+    """One call on these rows, or on all: [B] float32 on the pictures' device, perhaps not finite.
+
+    A reward may change what it is given: it gets copies. A built-in one changes nothing and gets all pictures as they
+    are. RewardError where the reward raises or returns anything but a dense, real tensor of this shape.
     """
     with users_code(name), torch.no_grad():  # here, for it is a matter of the thread that calls
-        scores = reward(images.clone(), list(prompts))
+        if rows is not None:
+            images, prompts = images[rows], [prompts[row] for row in rows]
+        elif not _is_built_in(reward):
+            images = images.clone()
+        scores = reward(images, list(prompts))
         if not isinstance(scores, Tensor):
             raise RewardError(f"rewards.{name}: returned {type(scores).__name__}, expected a tensor [{len(images)}]")
         if scores.layout != torch.strided or scores.is_complex():
@@ -212,16 +227,16 @@ def try_reward(name: str, reward: Reward, prompt: str, height: int, width: int, 
         call(name, reward, picture, [prompt])
 
 
-def _call_or_each(name: str, reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
+def _call_or_each(name: str, reward: Reward, images: Tensor, prompts: Sequence[str], rows: Sequence[int]) -> Tensor:
     try:
-        return call(name, reward, images, prompts)
+        return call(name, reward, images, prompts, rows if len(rows) < len(images) else None)
     except RewardError as error:
         if error.__cause__ is None or isinstance(error.__cause__, OSError):
             raise
         scores, failed = [], error
-    for image, prompt in zip(images, prompts):
+    for row in rows:
         try:
-            scores.append(call(name, reward, image[None], [prompt]))
+            scores.append(call(name, reward, images, prompts, [row]))
         except RewardError as error:
             if isinstance(error.__cause__, OSError):
                 raise
