@@ -95,7 +95,7 @@ class _Asked(dict[str, Any]):
         return self
 
     def unread(self, tree: Mapping[str, Any]) -> Iterator[str]:
-        """The keys of `tree`, which this was made of, that nobody asked for.
+        """The keys of `tree` that nobody has asked for. This mapping was made from `tree`.
 
         A section of which no key was asked for was handed on as a whole, to a model that refuses what it does not know.
         """
@@ -198,10 +198,14 @@ class World:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // self.local_size))
 
     def _ranks_here(self) -> int:
-        """Counted by name of machine: every launcher has a variable of its own for it, and some have none."""
+        """What the launcher says: torchrun in LOCAL_WORLD_SIZE, deepspeed in LOCAL_SIZE. Else ranks of one host name.
+
+        Names alone will not do: two containers may both be called localhost. Every rank takes part in the exchange.
+        """
         names: list[Any] = [None] * self.size
         dist.all_gather_object(names, socket.gethostname(), group=self._hosts)
-        return names.count(socket.gethostname())
+        said = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+        return int(said) if said else names.count(socket.gethostname())
 
     @property
     def is_main(self) -> bool:

@@ -197,21 +197,27 @@ def test_a_load_that_hangs_ends_and_names_rank_and_parameter():
 
 
 def count():
-    """Two ranks, which torchrun started on a machine each."""
+    """Two ranks, on machines whose names differ or do not."""
     from egrpo_fast.engine import World
 
-    socket.gethostname = lambda: f"machine-{os.environ['RANK']}" if sys.argv[2] == "apart" else "one"
-    print("ranks here", World().local_size)
+    socket.gethostname = lambda: f"machine-{os.environ['RANK']}" if sys.argv[2] == "names apart" else "localhost"
+    world = World()
+    counts = [world.local_size]
+    for variable in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):  # of a launcher, on machines that perhaps share their name
+        os.environ[variable] = "1"
+        counts.append(world._ranks_here())
+        del os.environ[variable]
+    print("ranks here", *counts)
 
 
-@pytest.mark.parametrize(("machines", "expected"), [("apart", "1"), ("together", "2")])
+@pytest.mark.parametrize(("machines", "expected"), [("names apart", "1 1 1"), ("one name", "2 1 1")])
 def test_the_ranks_of_a_machine_are_counted_whoever_started_them(machines, expected):
     world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **world, "LOCAL_WORLD_SIZE": expected}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **world}
     ranks = [
         subprocess.Popen(
             [sys.executable, __file__, "count", machines], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank if expected == "2" else 0)},
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": "0"},
         )
         for rank in range(2)
     ]  # fmt: skip
