@@ -7,6 +7,7 @@ import threading
 import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import chain, repeat
 
 import pytest
 import torch
@@ -180,8 +181,8 @@ def answer(body, status=200):
     return respond
 
 
-def slow(handler):
-    time.sleep(3)
+def silent(handler):
+    handler.connection.recv(1)  # until the client leaves
 
 
 def drips(handler):
@@ -190,7 +191,7 @@ def drips(handler):
     handler.send_header("Content-Length", "1000000")
     handler.end_headers()
     try:
-        for _ in range(60):
+        while True:
             handler.wfile.write(b"x")
             time.sleep(0.05)
     except OSError:
@@ -199,7 +200,7 @@ def drips(handler):
 
 def drips_headers(handler):
     try:
-        for byte in b"HTTP/1.1 200 OK\r\nX-Header: " + b"x" * 60:
+        for byte in chain(b"HTTP/1.1 200 OK\r\nX-Header: ", repeat(ord("x"))):
             handler.wfile.write(bytes([byte]))
             handler.wfile.flush()
             time.sleep(0.05)
@@ -235,7 +236,7 @@ LIARS = {
     "escapes": (answer(json.dumps({"error": "\x1b[2J\x07bad"}).encode(), 503), r"status 503 \\x1b\[2J\\x07bad"),
     "deep": (answer(b'{"error": ' + b"[" * 100_000, 503), "status 503"),
     "no body": (answer(b"", 204), "status 204"),
-    "slow": (slow, "no answer within 0.2 s"),
+    "silent": (silent, "no answer within 0.2 s"),
     "drips": (drips, "no answer within 0.2 s"),
     "drips headers": (drips_headers, "no answer within 0.2 s"),
     "endless": (endless, "the answer has no end"),
@@ -245,7 +246,7 @@ LIARS = {
 
 @pytest.mark.parametrize("kind", LIARS)
 def test_a_lying_server_is_named_in_time(kind):
-    """Honest about what it serves, then lies. As many attempts as asked for; no longer than their time-outs."""
+    """Honest about what it serves, then lies. As many attempts as asked for, though some lies never end."""
     respond, told = LIARS[kind]
     asked = []
 
@@ -267,10 +268,8 @@ def test_a_lying_server_is_named_in_time(kind):
         reward = HttpReward("clip", f"http://127.0.0.1:{liar.server_port}", **FAST)
         if "no answer" in told:
             reward._timeout = 0.2  # the honest first answer may take its time on a busy machine
-        started = time.monotonic()
         with pytest.raises(RewardServerError, match=f"{told}.*; 3 attempts"):
             reward(pictures(), PROMPT)
-        assert time.monotonic() - started < 3 * reward._timeout + 2
         assert len(asked) == 3 or ("no answer" in told and len(asked) < 3)
         assert all(len(unpack_request(body)[0]) == 5 for body in asked)
         # Under `drop` it is still the server's fault: no sample is given a score.
@@ -388,8 +387,15 @@ def test_all_addresses_together_are_bounded(server, monkeypatch):
 
 def test_a_head_that_never_ends_is_cut_off(server, monkeypatch):
     """Though a byte comes now and then; and after a whole request as before the first."""
-    monkeypatch.setattr(reward_server, "SLOWEST_HEAD", 0.3)
+    complete = reward_server._Bounded.on_response_complete
+
+    def then_short(connection):  # the limit of the next head, not of the first
+        monkeypatch.setattr(reward_server, "SLOWEST_HEAD", 0.1)
+        complete(connection)
+
+    monkeypatch.setattr(reward_server._Bounded, "on_response_complete", then_short)
     for first in (b"", f"GET /rewards HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n\r\n".encode()):
+        monkeypatch.setattr(reward_server, "SLOWEST_HEAD", 3600.0 if first else 0.1)
         connection = connected(server, first)
         if first:
             assert b"200 OK" in connection.recv(10_000)
@@ -404,11 +410,16 @@ def test_a_head_that_never_ends_is_cut_off(server, monkeypatch):
 
 
 def test_a_request_under_way_is_not_cut_off(server, monkeypatch):
-    """Its body may take longer than a head may."""
-    monkeypatch.setattr(reward_server, "SLOWEST_HEAD", 0.2)
+    """Its body may take longer than a head may: the time of the head ends once the server has it."""
+    ours, begin = [], reward_server._Bounded._begin_to_wait
+    monkeypatch.setattr(
+        reward_server._Bounded, "_begin_to_wait", lambda connection: ours.append(connection) or begin(connection)
+    )
     body = pack_request(pictures(), PROMPT)
     connection = connected(server, head(length=len(body)))
-    time.sleep(0.5)
+    while not ours or ours[0].waits:
+        time.sleep(0.01)
+    ours[0].loop.call_soon_threadsafe(ours[0]._end_of_wait)
     connection.sendall(body)
     assert b"200 OK" in connection.recv(10_000)
 
