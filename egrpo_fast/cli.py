@@ -250,6 +250,12 @@ def _name(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def _model(text: str) -> str:
+    """The same, of `[LABEL=]PATH`."""
+    label, equals, path = text.partition("=")
+    return f"{label}={_name(path)}" if equals and not os.path.exists(text) else _name(text)
+
+
 def _path(text: str) -> Path:
     return Path(_name(text))
 
@@ -308,7 +314,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     evaluate = commands.add_parser("evaluate", help=about, description=about)
     evaluate.set_defaults(run=_evaluate)
     add = evaluate.add_argument
-    add("models", nargs="+", type=_name, metavar="[LABEL=]MODEL",
+    add("models", nargs="+", type=_model, metavar="[LABEL=]MODEL",
         help="a run's folder, a diffusers folder, a hub id, or `shapes`; the first is the base")  # fmt: skip
     add("--prompts", required=True, type=_name, metavar="FILE",
         help="of any kind that `prompts.held_out` takes, or `shapes`")  # fmt: skip

@@ -10,7 +10,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from egrpo_fast.files import expanded
 from egrpo_fast.recipe_files import ConfigError, Tree, override, read_recipe, write_yaml
@@ -26,10 +35,19 @@ Unit = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 def _path(path: Any) -> Any:
+    if isinstance(path, bool | int | float):
+        raise ValueError(f"{path} is read as a number or a truth value, and a path is text; quote it or write ./{path}")
+    if not isinstance(path, str | Path):
+        raise ValueError(f"{path!r} is no path")
     return expanded(path) if isinstance(path, str) else path
 
 
-PathName = Annotated[str, BeforeValidator(_path)]
+def _as_written(path: str | Path) -> str:
+    """Of a path that is filled in: the text that `expanded` makes it of."""
+    return str(path).replace("$", "$$")
+
+
+PathName = Annotated[str, BeforeValidator(_path), PlainSerializer(_as_written, when_used="json-unless-none")]
 """A path, a hub id or a name: `~` and variables in it are filled in."""
 
 
@@ -509,7 +527,9 @@ class Guards(_Section):
 class Config(_Section):
     """A whole run."""
 
-    output_dir: Annotated[Path, BeforeValidator(_path), Field(strict=False)]
+    output_dir: Annotated[
+        Path, BeforeValidator(_path), PlainSerializer(_as_written, when_used="json"), Field(strict=False)
+    ]
     """Where the run writes; must not hold another run unless `resume`."""
     resume: bool = False
     """Continue the run in output_dir from its newest checkpoint; where there is no run yet, begin it."""

@@ -18,8 +18,9 @@ A recipe is a YAML tree of these settings; `key.path=value` on the command line 
 a setting may be written as a section or by its whole name (`optimizer.lr: 1.0e-4`), but once.
 **Required** is what has no default, `null` means none given. What is unknown, of another type, out of range or not
 used by the method is refused by name before anything loads. Values are read by the rules of YAML 1.2: `yes` is text and
-no truth value, `010` and `1:30` are no numbers; whole numbers
-are below 2^31. In paths `~` and variables such as `$HOME` are filled in. `egrpo settings` prints this page.
+no truth value, `010` and `1:30` are no numbers; whole numbers are below 2^31. In paths `~` and variables such as
+`$HOME` are filled in; `$$` is a dollar sign. A path of digits alone would be read as a number: quote it, or write
+`./2026`. `egrpo settings` prints this page.
 
 A recipe of your own may extend another: a shipped one by its name, or a file, found from the folder of the file that
 names it. Its settings change those; a list, or a section of another `name`, replaces the whole.

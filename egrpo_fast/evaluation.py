@@ -39,7 +39,7 @@ from egrpo_fast.backbones.identity import TRAINED, base_of, check_base, differin
 from egrpo_fast.backbones.lora import FILE as ADAPTERS
 from egrpo_fast.backbones.lora import read_lora
 from egrpo_fast.config import CONFIG_FILE, Reward, load_config
-from egrpo_fast.files import fingerprint, read_json, read_text
+from egrpo_fast.files import expanded, fingerprint, read_json, read_text
 from egrpo_fast.inputs import of_rewards
 from egrpo_fast.page import Shown, Table, write_page
 from egrpo_fast.plan import ode_plan
@@ -155,7 +155,7 @@ def find_model(given: str) -> Model:
                 rewards = tuple(Reward.model_validate(some) for some in settings["rewards"])
                 run = named
                 if alone:
-                    lora, path = path, pipeline_path(settings["model"]["path"])
+                    lora, path = path, pipeline_path(expanded(settings["model"]["path"]))
             except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
                 raise ValueError(f"models: {config} cannot be read: {' '.join(str(error).split())}") from None
         elif alone:

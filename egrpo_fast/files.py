@@ -125,10 +125,20 @@ def write_whole(path: Path, content: bytes | str) -> None:
 
 
 def expanded(path: str) -> str:
-    """A path as a user writes it, with `~` and variables such as `$HOME` filled in. ValueError: it can name no file."""
-    found = os.path.expandvars(os.path.expanduser(path))
-    if unset := re.search(r"\$(\w+|\{[^}]*\})", found):
-        raise ValueError(f"the variable {unset[0]} is not set")
+    """A path as a user writes it, with `~` and variables such as `$HOME` filled in; `$$` is a dollar sign.
+
+    ValueError: it can name no file.
+    """
+
+    def value(found: re.Match[str]) -> str:
+        name = found[1] or found[2]
+        if name == "$":
+            return "$"
+        if name not in os.environ:
+            raise ValueError(f"the variable {found[0]} is not set; a dollar sign in a name is written $$")
+        return os.environ[name]
+
+    found = re.sub(r"\$(?:(\w+|\$)|\{([^}]*)\})", value, os.path.expanduser(path), flags=re.ASCII)
     if found.startswith("~"):
         raise ValueError(f"{found!r}: there is no such user")
     if not found or re.search(r"[\x00-\x1f\x7f]", found):

@@ -1,5 +1,6 @@
 """Recipes as trees of settings: YAML, one file that extends another, `key.path=value` from the command line."""
 
+import os
 import re
 from collections.abc import Iterable
 from importlib import resources
@@ -167,7 +168,9 @@ def read_recipe(recipe: str, extended_by: tuple[str, ...] = ()) -> Tree:
         text = (resources.files("egrpo_fast.recipes") / f"{recipe}.yaml").read_text()
     else:
         try:
-            path = Path(extended_by[-1] if extended_by else "").parent / expanded(recipe)
+            folder = Path(extended_by[-1] if extended_by else "").parent
+            there = len(recipe) < 4096 and os.path.isfile(folder / recipe)  # a run's own file, say: its name is known
+            path = folder / (recipe if there else expanded(recipe))
             text, recipe = read_text(path, LIMIT), str(path.resolve() if extended_by else path)
         except FileNotFoundError:
             told = f"no file and no recipe {recipe!r}; there are: {', '.join(recipe_names())}"

@@ -55,6 +55,7 @@ def test_paths_of_the_command_line_are_expanded(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     parsed = cli.parse(["evaluate", "~/run", "--prompts=$HOME/p.txt", "--out=~/out"])
     assert (parsed.models, parsed.prompts, str(parsed.out)) == (["/home/me/run"], "/home/me/p.txt", "/home/me/out")
+    assert cli.parse(["evaluate", "mine=~/m", "other=a$$1", "--prompts=p"]).models == ["mine=/home/me/m", "other=a$1"]
 
 
 @pytest.mark.parametrize("path", ["a" * 300, "a/" * 3000, "", "a\nb", "$NOT_SET/x"])

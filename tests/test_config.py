@@ -69,7 +69,14 @@ BAD = {
     "resume=1": "resume: 1: .*valid boolean",
     "deepspeed.zero_stage=true": "deepspeed.zero_stage: True: 1, 2 or 3 is needed",
     "deepspeed.zero_stage=1.0": "deepspeed.zero_stage: 1.0: 1, 2 or 3 is needed",
-    "model.path=123": "model.path: 123: .*valid string",
+    "model.path=123": "model.path: 123 is read as a number .*quote it or write ./123$",
+    "output_dir=20261126": "output_dir: 20261126 is read as a number .*quote it or write ./20261126$",
+    "output_dir=1.5": "output_dir: 1.5 is read as a number .*quote it",
+    "output_dir=true": "output_dir: True is read as .* truth value.*quote it",
+    "output_dir=": "output_dir: None is no path$",
+    "output_dir=[a]": r"output_dir: \['a'\] is no path$",
+    "tail.path=123": "tail.path: 123 is read as a number .*quote it or write ./123$",
+    "output_dir=runs/a$1": r"output_dir: the variable \$1 is not set; a dollar sign in a name is written \$\$$",
     "guards.stop_seconds=1e300": "guards.stop_seconds: 1e.300: .*less than or equal to 100000000",
     "guards.stall_seconds=1e18": "guards.stall_seconds: 1e.18: .*less than or equal to 100000000",
     "deepspeed.init_timeout=1000000000": "deepspeed.init_timeout: 1000000000: .*less than or equal to 100000000",
@@ -171,3 +178,13 @@ def test_paths_are_expanded(monkeypatch, tmp_path):
             "~", str(tmp_path)
         )
     assert load_config("shapes", ["model.path=org/name"]).model.path == "org/name"
+
+
+def test_a_dollar_sign_in_a_path_is_written_twice_and_recorded_so(tmp_path):
+    run = tmp_path / "a$1"
+    run.mkdir()
+    config = load_config("shapes", [f"output_dir={tmp_path}/a$$1", "model.path=$${HOME}", "tail.lora=b$$$$c"])
+    assert (config.output_dir, config.model.path, config.tail.lora) == (run, "${HOME}", "b$$c")
+    (run / "config.yaml").write_text(config.yaml())
+    assert load_config(str(run / "config.yaml")) == config
+    assert load_config("shapes", ["output_dir='2026'"]).output_dir.name == "2026"
