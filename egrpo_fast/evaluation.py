@@ -27,7 +27,6 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import torch
-import yaml
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -40,9 +39,11 @@ from egrpo_fast.backbones.lora import FILE as ADAPTERS
 from egrpo_fast.backbones.lora import read_lora
 from egrpo_fast.config import CONFIG_FILE, Reward, load_config
 from egrpo_fast.files import expanded, fingerprint, read_json, read_text
-from egrpo_fast.inputs import of_rewards
+from egrpo_fast.inputs import SOURCE, of_rewards
 from egrpo_fast.page import Shown, Table, write_page
 from egrpo_fast.plan import ode_plan
+from egrpo_fast.recipe_files import read_yaml
+from egrpo_fast.rewards import Reward as LoadedReward
 from egrpo_fast.rewards import check_reward, make_reward, require_trust, score, try_reward
 from egrpo_fast.rollout import NoiseKey, Wavefront
 from egrpo_fast.schedule import make_schedule
@@ -151,12 +152,12 @@ def find_model(given: str) -> Model:
         alone = (folder / ADAPTERS).is_file() and not (folder / WHOLE).is_file()
         if (config := named / CONFIG_FILE).is_file():
             try:
-                settings = yaml.safe_load(read_text(config))
+                settings = read_yaml(read_text(config), str(config))
                 rewards = tuple(Reward.model_validate(some) for some in settings["rewards"])
                 run = named
                 if alone:
                     lora, path = path, pipeline_path(expanded(settings["model"]["path"]))
-            except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+            except (OSError, ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"models: {config} cannot be read: {' '.join(str(error).split())}") from None
         elif alone:
             how = "name the run's folder, or write the whole pipeline: egrpo export RUN OUT --fuse"
@@ -227,23 +228,39 @@ class Folder:
         self.path = path
 
     def keep(
-        self, name: str, values: Mapping[str, Any], anew: bool = False, notes: Mapping[str, Any] | None = None
-    ) -> None:
-        """Write `values`, or compare them with what is there. anew: keys may be added. notes: written, not compared."""
+        self, name: str, values: Mapping[str, Any], anew: bool = False, notes: Mapping[str, Any] | None = None,
+        way_out: str = "choose another --out",
+    ) -> dict[str, Any]:  # fmt: skip
+        """Write `values`, or compare them with what is there, which is returned.
+
+        anew: keys may be added. notes: written, not compared. ValueError names what differs, and the way out.
+        """
         file = self.path / name
         now = json.loads(json.dumps(values))
         before = {}
         if file.exists():
             try:
-                before = json.loads(file.read_text())
-            except ValueError:
+                before = dict(read_json(file))
+            except (OSError, ValueError, TypeError):
                 raise ValueError(f"out: {file} is damaged; choose another folder") from None
             for key in before.keys() | now.keys() if not anew else before.keys() & now.keys():
                 if before.get(key) != now.get(key):
-                    raise ValueError(
-                        f"{key}: {now.get(key)} differs from {before.get(key)} in {file}; choose another --out"
-                    )
+                    raise ValueError(f"{key}: {now.get(key)} differs from {before.get(key)} in {file}; {way_out}")
         _write(file, (json.dumps({**before, **now, **(notes or {})}, indent=2) + "\n").encode())
+        return before
+
+    def keep_reward(self, name: str, reward: LoadedReward) -> None:
+        """ValueError: the reward has other weights than those of its scores here. Changed source code is told."""
+        found, file = of_rewards({name: reward}), self._scores_name(name)
+        scored = any(path.name == file for path in self.path.glob("models/*/scores/*"))
+        weights = {key: value for key, value in found.items() if scored and not key.startswith(SOURCE)}
+        which = self.path / "models" / "*" / "scores" / file
+        way_out = f"choose another --out, or delete {which} to score the same pictures again"
+        before = self.keep("reward_fingerprints.json", weights, anew=True, notes=found, way_out=way_out)
+        for key in found:
+            if scored and before.get(key, found[key]) != found[key]:
+                told = f"the {key} has changed since scores in {self.path} were made; they are kept"
+                warnings.warn(f"{told}. To score the same pictures again, delete {which}", stacklevel=3)
 
     def open(self, settings: Settings, models: Sequence[Model], rewards: Sequence[Reward]) -> None:
         # Another part of the same evaluation may be writing its settings at this moment.
@@ -264,7 +281,11 @@ class Folder:
         return self.path / "models" / model.label / "pictures" / f"{prompt:05d}.png"
 
     def scores_file(self, model: Model, reward: str) -> Path:
-        return self.path / "models" / model.label / "scores" / f"{reward.replace('/', '~')}.jsonl"
+        return self.path / "models" / model.label / "scores" / self._scores_name(reward)
+
+    @staticmethod
+    def _scores_name(reward: str) -> str:
+        return f"{reward.replace('/', '~')}.jsonl"
 
     def scores(self, model: Model, reward: str) -> dict[int, float]:
         """Scores so far by prompt. A last line that an interruption cut off is dropped from the file, too."""
@@ -387,7 +408,7 @@ def judge(
             todo = [place for place in everything if place not in scores]
             if todo and judge_of is None:
                 judge_of = make_reward(reward.name, reward.options, device)
-                folder.keep("reward_fingerprints.json", of_rewards({reward.name: judge_of}), anew=True)
+                folder.keep_reward(reward.name, judge_of)
             with _progress(f"{model.label}: {reward.name}", len(everything), len(todo)) as bar:
                 for chunk in _batches(todo, batch):
                     files = [folder.picture(model, place) for place in chunk]
@@ -544,6 +565,7 @@ def evaluate(
         for reward in rewards:  # hours of drawing are not to end at a weight file that is not there, or at a KeyError
             made = make_reward(reward.name, reward.options, device)
             try_reward(reward.name, made, settings.prompts[0], settings.height, settings.width, device)
+            folder.keep_reward(reward.name, made)
             del made
             _free(device)
     for model in models:

@@ -178,14 +178,48 @@ def test_scores_of_other_weights_are_not_mixed(tmp_path):
     before = judge()
     folder.scores_file(model, "clip").unlink()
     assert torch.equal(judge(), before), "the same weights"
-    folder.scores_file(model, "clip").unlink()
+    other = folder.scores_file(evaluation.Model("other", ""), "clip")
+    other.parent.mkdir(parents=True)
+    folder.scores_file(model, "clip").rename(other)
     weights = load_file(clip / "open_clip_model.safetensors")
     weights["text_projection"] *= 2
     save_file(weights, clip / "open_clip_model.safetensors")
-    with pytest.raises(
-        ValueError, match="rewards.clip: .* differs from .*reward_fingerprints.json; choose another --out"
-    ):
+    told = r"rewards.clip: .* differs from .*reward_fingerprints.json; choose another --out, or delete .*/models/\*/s"
+    with pytest.raises(ValueError, match=told):
         judge()
+    other.unlink()
+    recorded = (folder.path / "reward_fingerprints.json").read_text()
+    judge()
+    assert (folder.path / "reward_fingerprints.json").read_text() != recorded, "no score of the other weights is left"
+
+
+def test_a_reward_mended_between_two_parts_loses_no_picture(trained, tmp_path, monkeypatch, capsys):
+    """Its source is told; other weights are refused before anything more is drawn."""
+    out, source = tmp_path / "out", tmp_path / "mended_reward.py"
+    source.write_text("def it(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    arguments = command(trained, out, "--rewards", "mended_reward:it", "clip={model: shapes}")
+    run(monkeypatch, *arguments)
+    gone = sorted(out.rglob("*.png"))[0]
+    gone.unlink()
+    source.write_text(source.read_text() + "# mended\n")
+    run(monkeypatch, *arguments)
+    told = r"warning: the source of rewards.mended_reward:it has changed .* delete .*/mended_reward:it.jsonl\n"
+    assert len(re.findall(told, capsys.readouterr().err)) == 1
+    assert gone.exists()
+    gone.unlink()
+    fingerprints = out / "reward_fingerprints.json"
+    fingerprints.write_text(json.dumps({**json.loads(fingerprints.read_text()), "rewards.clip": "another"}))
+    with pytest.raises(SystemExit, match=r"rewards.clip: .* or delete .*/models/\*/scores/clip.jsonl to score"):
+        run(monkeypatch, *arguments)
+    assert not gone.exists(), "refused before it is drawn"
+    sys.modules.pop("mended_reward", None)
+
+
+def test_a_folder_with_settings_nested_too_deeply_is_told(strangers):
+    folder = strangers("[" * 100_000)
+    with pytest.raises(ValueError, match="models: .*config.yaml cannot be read: .*nested too deeply"):
+        evaluation.find_model(str(folder))
 
 
 def test_a_reward_that_cannot_be_loaded_is_told_before_anything_is_drawn(trained, tmp_path, monkeypatch):
