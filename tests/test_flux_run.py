@@ -97,7 +97,8 @@ def launch(ranks, what, folder):
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", "29671"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        [*launcher, __file__, what, str(folder)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
+        [*launcher, __file__, what, str(folder)], cwd=ROOT, env=environment, capture_output=True, text=True,
+        timeout=1800,
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
 

@@ -18,7 +18,7 @@ SMALL = ["schedule.num_steps=4", "rollout.group_size=2"]
 def run(*arguments):
     result = subprocess.run(
         [sys.executable, "benchmarks/iteration.py", *arguments, *SMALL], cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=1800,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return result.stdout

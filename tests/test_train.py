@@ -39,7 +39,7 @@ def command(output, *overrides, ranks=1):
 
 
 def launch(output, *overrides, **options):
-    result = subprocess.run(**command(output, *overrides, **options), capture_output=True, text=True, timeout=400)
+    result = subprocess.run(**command(output, *overrides, **options), capture_output=True, text=True, timeout=1800)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     Path(f"{output}.terminal").write_text(result.stdout + result.stderr)
     return Path(output)

@@ -45,7 +45,8 @@ class FaultyReward(ShapesSoft):
 
 def become(rank, size, port, log):
     """A rank as a launcher starts one: its place among the others, its output, no handler of whoever forked it."""
-    for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", size), ("MASTER_PORT", port)):
+    world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in world.items():
         os.environ[name] = str(value)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
