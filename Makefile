@@ -57,7 +57,7 @@ compare ablations: $(VENV)/.installed-dev
 
 # What a run survives: kill -9, signals, damaged files, full disks, bad numbers. Ends with a table of figures.
 faults: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest tests/faults tests/test_fuzz_config.py -m "slow or not slow" -q $(ARGS)
+	$(BIN)/python -m pytest tests/faults tests/config/test_fuzz.py -m "slow or not slow" -q $(ARGS)
 
 # A thousand iterations of a tiny run: memory, open files, metrics.
 soak: $(VENV)/.installed-dev

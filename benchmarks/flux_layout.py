@@ -2,7 +2,7 @@
 
     python benchmarks/flux_layout.py --prompts FILE [--size small medium] [--ranks 2] [--iterations 3]
 
-Per size: a folder with random weights in several shards (`egrpo_fast.backbones.random_flux`); loaded under ZeRO-3 by
+Per size: a folder with random weights in several shards (`egrpo_fast.models.flux.random`); loaded under ZeRO-3 by
 1, 2 and 4 ranks, with the memory it took; then trained by `deepspeed egrpo_fast/train.py flux-dev` on the prompts of
 FILE, a prompt per rank and iteration, on the rewards `jpeg` and `clip` (embedded model); exported by `egrpo export`;
 and pictures of `FluxPipeline.from_pretrained(export)` compared with those of the trainer, resumed from its checkpoint.
@@ -28,13 +28,13 @@ from diffusers import FluxPipeline
 from safetensors.torch import load_file, save_file
 
 from egrpo_fast import noise, ops
-from egrpo_fast.backbones.flux import FluxBackbone
-from egrpo_fast.backbones.flux_folder import meta_transformer
-from egrpo_fast.backbones.flux_text import FluxTextEncoder
 from egrpo_fast.config import CONFIG_FILE, load_config
-from egrpo_fast.doctor import commit
+from egrpo_fast.models.flux.backbone import FluxBackbone
+from egrpo_fast.models.flux.folder import meta_transformer
+from egrpo_fast.models.flux.text import FluxTextEncoder
 from egrpo_fast.plan import ode_plan
 from egrpo_fast.rollout import NoiseKey, Wavefront
+from egrpo_fast.runs.provenance import commit
 from egrpo_fast.schedule import make_schedule
 
 ROOT = Path(__file__).parents[1]
@@ -90,8 +90,9 @@ class HostMemory:
 
 def load_as_rank(folder, dtype, out):
     """On every rank: the transformer built partitioned and filled, and what that took."""
-    from egrpo_fast.engine import World, materialize
-    from egrpo_fast.heartbeat import Heartbeat, group_store
+    from egrpo_fast.distributed.heartbeat import Heartbeat, group_store
+    from egrpo_fast.distributed.loading import materialize
+    from egrpo_fast.distributed.world import World
 
     config = load_config("flux-dev", [f"model.path={folder}", f"model.dtype={dtype}"])
     world = World()
@@ -121,8 +122,8 @@ def load_as_rank(folder, dtype, out):
 
 def draw_as_rank(run, out):
     """On every rank: the trainer, resumed from the run's checkpoint, and its held-out pictures."""
-    from egrpo_fast.engine import World
-    from egrpo_fast.heartbeat import Heartbeat, group_store
+    from egrpo_fast.distributed.heartbeat import Heartbeat, group_store
+    from egrpo_fast.distributed.world import World
     from egrpo_fast.train import check_inputs, make_trainer
 
     config = load_config(str(run / CONFIG_FILE), ["resume=true"])
@@ -253,7 +254,7 @@ def main():
         folder = arguments.out / size / "pipeline"
         shutil.rmtree(folder, ignore_errors=True)
         made = ["--size", size, "--shard-size", SHARDS[size], "--dtype", "bfloat16"]
-        subprocess.run([sys.executable, "-m", "egrpo_fast.backbones.random_flux", folder, *made], check=True)
+        subprocess.run([sys.executable, "-m", "egrpo_fast.models.flux.random", folder, *made], check=True)
         transformer, _ = meta_transformer(folder)
         found = results.setdefault(size, {"loading": {}, "runs": {}})
         found["parameters"] = transformer.num_parameters()

@@ -39,19 +39,19 @@ from peft import LoraConfig
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from egrpo_fast import noise
-from egrpo_fast.backbones.flux import FluxBackbone
-from egrpo_fast.backbones.flux_forward import CompiledFlux
-from egrpo_fast.backbones.flux_text import Conditioning
-from egrpo_fast.backbones.random_flux import make_pipeline
+from egrpo_fast.commands.cost import Transformer
 from egrpo_fast.config import load_config
-from egrpo_fast.cost import Transformer
-from egrpo_fast.doctor import commit
-from egrpo_fast.engine import World
-from egrpo_fast.heartbeat import Heartbeat
+from egrpo_fast.distributed.heartbeat import Heartbeat
+from egrpo_fast.distributed.world import World
 from egrpo_fast.kernels.reference.group_advantage_clip_loss import group_advantage_ref
 from egrpo_fast.kernels.reference.philox import philox_normal
-from egrpo_fast.prompts import Prompt
+from egrpo_fast.models.flux.backbone import FluxBackbone
+from egrpo_fast.models.flux.forward import CompiledFlux
+from egrpo_fast.models.flux.random import make_pipeline
+from egrpo_fast.models.flux.text import Conditioning
+from egrpo_fast.prompts.order import Prompt
 from egrpo_fast.rewards import make_reward
+from egrpo_fast.runs.provenance import commit
 from egrpo_fast.shapes import PIPELINE, PROMPTS
 from egrpo_fast.trainer import Trainer
 

@@ -20,12 +20,12 @@ import torch
 from scipy import stats
 
 from egrpo_fast import ops
-from egrpo_fast.backbones.flux import FluxBackbone
 from egrpo_fast.config import load_config
-from egrpo_fast.figures import entropy_plot
 from egrpo_fast.methods import plan_of
+from egrpo_fast.models.flux.backbone import FluxBackbone
 from egrpo_fast.rewards import make_reward, score
 from egrpo_fast.rollout import NoiseKey, Wavefront
+from egrpo_fast.runs.plots import entropy_plot
 from egrpo_fast.schedule import make_schedule
 from egrpo_fast.shapes import PIPELINE, PROMPTS
 

@@ -24,7 +24,7 @@ import psutil
 import torch
 from scipy import stats
 
-from egrpo_fast.doctor import commit
+from egrpo_fast.runs.provenance import commit
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "soak-cpu.json"

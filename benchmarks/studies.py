@@ -32,7 +32,7 @@ import torch
 from tqdm import tqdm
 
 from egrpo_fast.config import Config, load_config
-from egrpo_fast.engine import free_port
+from egrpo_fast.distributed.world import free_port
 from egrpo_fast.methods import group_sizes_by_spread, plan_of
 
 ROOT = Path(__file__).parents[1]

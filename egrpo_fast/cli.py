@@ -14,75 +14,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from egrpo_fast import __version__, cost, launch
-from egrpo_fast.config import Config, ConfigError, Reward
-from egrpo_fast.config_reference import reference
+from egrpo_fast import __version__
+from egrpo_fast.commands import cost, launch
+from egrpo_fast.commands.plan import describe, print_plan
+from egrpo_fast.config import ConfigError, Reward
+from egrpo_fast.config.recipe_files import read_yaml, recipe_names
+from egrpo_fast.config.reference import reference
 from egrpo_fast.files import expanded, read_text
-from egrpo_fast.methods import plan_of
-from egrpo_fast.plan import Plan
-from egrpo_fast.recipe_files import read_yaml, recipe_names
 from egrpo_fast.shapes import prompts_path
 from egrpo_fast.terminal import error_lines, keep_clean, steady_streams
-
-
-def describe(config: Config) -> dict[str, Any]:
-    """The schedule and the work of one wavefront, as plain numbers. Loads no model."""
-    plan = plan_of(config, 0)
-    schedule, group_size = plan.schedule, {group.index: group.size for group in plan.groups}
-    return {
-        "method": config.method.name,
-        "steps": [
-            {
-                "step": index,
-                "t": schedule.times[index],
-                "sigma": schedule.sigma(index),
-                "duration": schedule.times[index] - schedule.times[index + length],
-                "entropy_unmerged": schedule.entropy(index, 1),
-                "merge": length,
-                "entropy": schedule.entropy(index, length),
-                "trained": index in group_size,
-                "group_size": group_size.get(index, 0),
-            }
-            for index, length in enumerate(schedule.merges)
-        ],
-        "work": _work(plan, config),
-    }
-
-
-def _work(plan: Plan, config: Config) -> dict[str, Any]:
-    prompts = config.rollout.prompts_per_call
-    rows = [len(wave.sources) * prompts for wave in plan.waves]
-    micro_batch = config.rollout.most_rows
-    return {
-        "prompts_per_call": prompts,
-        "rows_by_step": rows,
-        "model_calls": sum(-(-count // (micro_batch or count)) for count in rows),
-        "evaluations_without_gradient": plan.evaluations * prompts,
-        "evaluations_with_gradient": plan.trained_states * prompts,
-        "pictures": len(plan.picture_rows) * prompts,
-        # What sampling every picture by itself would take, from the noise on: a prefix of ODE steps, then its branch.
-        "evaluations_one_picture_at_a_time": prompts * plan.evaluations_alone,
-    }
-
-
-def _print_plan(description: dict[str, Any]) -> None:
-    print(f"{'step':>4} {'t':>7} {'sigma':>7} {'D':>7} {'H plain':>8} {'merge':>6} {'H':>7}  trained")
-    for step in description["steps"]:
-        trained = f"G = {step['group_size']}" if step["trained"] else "-"
-        print(
-            f"{step['step']:>4} {step['t']:>7.4f} {step['sigma']:>7.4f} {step['duration']:>7.4f} "
-            f"{step['entropy_unmerged']:>8.3f} {step['merge']:>6} {step['entropy']:>7.3f}  {trained}"
-        )
-    work = description["work"]
-    print(
-        f"\nH: per-dimension entropy sqrt(2 pi e) sigma sqrt(D) of the SDE step; D: time it spans, merged.\n\n"
-        f"one wavefront of {work['prompts_per_call']} prompt(s), {work['pictures']} pictures:\n"
-        f"  rows by step                       {' '.join(map(str, work['rows_by_step']))}\n"
-        f"  model calls                        {work['model_calls']}\n"
-        f"  evaluations without gradient       {work['evaluations_without_gradient']}\n"
-        f"  evaluations with gradient          {work['evaluations_with_gradient']}\n"
-        f"  one picture at a time: evaluations {work['evaluations_one_picture_at_a_time']}"
-    )
 
 
 def parse_rewards(given: Sequence[str]) -> list[Reward]:
@@ -113,10 +53,10 @@ def _plan(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(description, indent=2))
     else:
-        _print_plan(description)
+        print_plan(description)
         print(f"\n{cost.report(description['cost'])}")
     if arguments.plot:
-        from egrpo_fast.figures import entropy_plot
+        from egrpo_fast.runs.plots import entropy_plot
 
         trained = tuple(step["step"] for step in description["steps"] if step["trained"])
         entropy_plot(
@@ -147,24 +87,24 @@ TRUST = "let the run's own config.yaml name rewards that run Python code, or sen
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     # Mistakes in what is quick to read are told before the seconds that diffusers takes to import.
-    from egrpo_fast.prompts import read_prompts
+    from egrpo_fast.prompts.files import read_prompts
 
     rewards = parse_rewards(arguments.rewards or ())
     found = read_prompts(prompts_path(arguments.prompts, "held_out"), "--prompts", arguments.column)
     prompts = tuple(found[: arguments.num_prompts])
 
     try:
-        from egrpo_fast import evaluation
+        from egrpo_fast.commands import evaluate
     except ModuleNotFoundError as error:
         raise ValueError(f"{error.name} is not installed; pip install 'egrpo_fast[evaluation]'") from None
 
-    models = evaluation.find_models(arguments.models)
+    models = evaluate.find_models(arguments.models)
     asked = {name: value for name in SETTINGS if (value := getattr(arguments, name)) is not None}
-    settings = evaluation.Settings(prompts, **evaluation.default_settings(models[0]) | asked)
-    rewards = rewards or evaluation.default_rewards(models, arguments.trust_run)
+    settings = evaluate.Settings(prompts, **evaluate.default_settings(models[0]) | asked)
+    rewards = rewards or evaluate.default_rewards(models, arguments.trust_run)
     device = _device(arguments.device)
     print(settings)
-    told = evaluation.evaluate(
+    told = evaluate.evaluate(
         models, settings, rewards, arguments.out, arguments.batch, device, arguments.part, arguments.page_prompts
     )
     whole = "table.md, scores.parquet, page.html, and the pictures in models/"
@@ -173,30 +113,30 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 def _serve(arguments: argparse.Namespace) -> None:
     try:
-        from egrpo_fast import reward_server
+        from egrpo_fast.commands import serve_rewards
     except ModuleNotFoundError as error:
         raise ValueError(f"{error.name} is not installed; pip install 'egrpo_fast[http]'") from None
 
-    token = os.environ.get(reward_server.TOKEN_VARIABLE)
+    token = os.environ.get(serve_rewards.TOKEN_VARIABLE)
     if arguments.token_file:
         try:
             token = read_text(arguments.token_file, 1 << 16).strip()
         except OSError as error:
             raise ValueError(f"--token-file: cannot read {arguments.token_file}: {error.strerror}") from None
-    reward_server.serve(
+    serve_rewards.serve(
         parse_rewards(arguments.rewards), arguments.host, arguments.port, token, _device(arguments.device),
         arguments.batch,
     )  # fmt: skip
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
-    from egrpo_fast import doctor
+    from egrpo_fast.commands import doctor
 
     raise SystemExit(doctor.main(arguments.output_dir, arguments.json))
 
 
 def _encode(arguments: argparse.Namespace) -> None:
-    from egrpo_fast import encoding
+    from egrpo_fast.commands import encode as encoding
 
     settings = encoding.default_settings(arguments.model)
     settings |= {name: value for name in settings if (value := getattr(arguments, name)) is not None}
@@ -208,7 +148,7 @@ def _encode(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from egrpo_fast.export import export
+    from egrpo_fast.runs.export import export
 
     path, written = export(
         arguments.run_folder, arguments.out, arguments.weights, arguments.checkpoint, fuse=arguments.fuse
@@ -218,7 +158,7 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _fidelity(arguments: argparse.Namespace) -> None:
-    from egrpo_fast.fidelity import fidelity
+    from egrpo_fast.commands.fidelity import fidelity
 
     told = fidelity(
         arguments.recipe, arguments.overrides, arguments.tails or (), arguments.target, arguments.num_prompts,

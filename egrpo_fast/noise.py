@@ -9,8 +9,8 @@ and position mod 4 selects the output (see `kernels/reference/philox.py` for the
 
 - position:  index of the element in the packed latents [tokens, channels] of one picture, row-major; < 2^34
 - iteration: training iteration, from 0; 0 in evaluation
-- prompt:    number of the prompt in the endless order of draws over all epochs and ranks (`prompts.py`), so that noise
-             knows nothing of ranks, batches or micro-batches; in evaluation its index in the prompt file
+- prompt:    number of the prompt in the endless order of draws over all epochs and ranks (`prompts/order.py`), so that
+             noise knows nothing of ranks, batches or micro-batches; in evaluation its index in the prompt file
 - step:      grid index of the active step (< 0xFFFE), or one of the two names below
 - sample:    member of the group, < 2^16; for the names below the trajectory's number, 0 where all share one noise
 

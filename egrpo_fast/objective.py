@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from egrpo_fast.config import Config
+from egrpo_fast.host_to_device import on_device
 from egrpo_fast.ops import Ops
 from egrpo_fast.plan import Group
 from egrpo_fast.rollout import NoiseKey
-from egrpo_fast.transfer import on_device
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 One prompt has a fixed set of state rows. At every grid step each live row is the *source* of one or more *edges*,
 affine steps to a destination row (its own next state, or a branch). All live rows of a wavefront step share its time,
 so a step is one batched model call, whatever the number of branches. A method is a function that draws a plan
-(`methods.py`); `Draft` is what it draws with.
+(`methods/`); `Draft` is what it draws with.
 """
 
 from __future__ import annotations
@@ -240,7 +240,7 @@ class Plan:
         """[K, P, pictures] -> per group [K V, P, G]: each sample's mean over its pictures; V views vary fastest."""
         import torch
 
-        from egrpo_fast.transfer import on_device
+        from egrpo_fast.host_to_device import on_device
 
         place = {row: i for i, row in enumerate(self.picture_rows)}
         result = []
@@ -302,7 +302,7 @@ class Plan:
     ) -> WaveTable:
         import torch
 
-        from egrpo_fast.transfer import on_device
+        from egrpo_fast.host_to_device import on_device
 
         edges = [(slot, edge) for slot in range(num_prompts) for edge in wave.edges]
         count = Counter(edge.source for edge in wave.edges)

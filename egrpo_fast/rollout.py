@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from egrpo_fast import noise
+from egrpo_fast.host_to_device import on_device
 from egrpo_fast.ops import Ops
 from egrpo_fast.plan import Group, Plan, Wave, WaveTable
-from egrpo_fast.transfer import on_device
 
 Velocity = Callable[[Tensor, float, Tensor], Tensor]
 """velocity(latents [R, L, C], t, rows int64 [R]) -> [R, L, C]; rows: which of the run's prompts each row is of."""

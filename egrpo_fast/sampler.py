@@ -12,23 +12,25 @@ import torch
 from torch import Tensor, nn
 
 from egrpo_fast import noise
-from egrpo_fast.backbones.flux import FluxBackbone
-from egrpo_fast.backbones.flux_text import Conditioning
-from egrpo_fast.backbones.tail import TailModel
-from egrpo_fast.beside import Beside
 from egrpo_fast.config import Config
-from egrpo_fast.engine import Engine, World
+from egrpo_fast.distributed.background import Beside
+from egrpo_fast.distributed.engine import Engine
+from egrpo_fast.distributed.world import World
+from egrpo_fast.host_to_device import on_device
 from egrpo_fast.methods import plan_of
-from egrpo_fast.metrics import Stopwatch
+from egrpo_fast.models.flux.backbone import FluxBackbone
+from egrpo_fast.models.flux.text import Conditioning
+from egrpo_fast.models.tail import TailModel
+from egrpo_fast.models.tail_check import TailGuard, compare
 from egrpo_fast.objective import Objective
 from egrpo_fast.plan import ode_plan
-from egrpo_fast.progress import OutOfMemory, Progress
-from egrpo_fast.prompts import Prompt
+from egrpo_fast.prompts.order import Prompt
 from egrpo_fast.rewards import Reward, RewardError, fill_dropped, score, score_or_nan
 from egrpo_fast.rollout import NoiseKey, Rollout, TailVelocity, Velocity, Wavefront, find_micro_batch
+from egrpo_fast.runs.metrics import Stopwatch
+from egrpo_fast.runs.progress import OutOfMemory, Progress
+from egrpo_fast.runs.report import HeldOut
 from egrpo_fast.schedule import make_schedule
-from egrpo_fast.tail_check import TailGuard, compare
-from egrpo_fast.transfer import on_device
 
 
 @dataclass(frozen=True)
@@ -52,14 +54,6 @@ class TailCheck:
 
     correlations: list[float]
     metrics: dict[str, float]
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """A held-out evaluation, on every rank: mean of each reward, and on rank 0 the first pictures [N, 3, H, W]."""
-
-    rewards: dict[str, float]
-    pictures: Tensor | None
 
 
 class Sampler:

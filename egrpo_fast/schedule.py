@@ -135,7 +135,7 @@ def make_schedule(
 
     merge_lengths, one for all or a list by grid index, overrides the threshold; a single number is cut at t = 0.
     max_merge caps what the threshold asks for. active_steps: None for the first half of the grid.
-    Arguments are trusted: `config.py` refuses what is out of range.
+    Arguments are trusted: `config/` refuses what is out of range.
     """
     times = time_grid(num_steps, shift)
     plain = Schedule(times, eta, (1,) * num_steps, (), sde_form)

@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING
 
 from egrpo_fast import __version__
 from egrpo_fast.config import Config, ConfigError, load_config
-from egrpo_fast.recipe_files import recipe_names
-from egrpo_fast.run_folder import check_adapters, check_output, claim_output, identify, keep_inputs, record
+from egrpo_fast.config.recipe_files import recipe_names
+from egrpo_fast.runs.folder import check_adapters, check_output, claim_output, identify, keep_inputs, record
 from egrpo_fast.shapes import PROMPTS, pipeline_path
 from egrpo_fast.terminal import error_lines, keep_clean, printable, steady_streams
 
 if TYPE_CHECKING:
-    from egrpo_fast.claim import Claim
-    from egrpo_fast.engine import World
-    from egrpo_fast.heartbeat import Heartbeat
+    from egrpo_fast.distributed.heartbeat import Heartbeat
+    from egrpo_fast.distributed.world import World
+    from egrpo_fast.folder_lock import Claim
     from egrpo_fast.rewards import Reward
     from egrpo_fast.trainer import Trainer
 
@@ -63,7 +63,7 @@ def check_inputs(config: Config) -> tuple[Sequence[str], Sequence[str]]:
     Returns the training and the held-out prompts.
     """
     # DeepSpeed, diffusers and the rewards take seconds to import: a mistake in the settings is told before.
-    from egrpo_fast.prompts import read_split
+    from egrpo_fast.prompts.files import read_split
 
     with warnings.catch_warnings():
         if os.environ.get("RANK", "0") != "0":
@@ -78,7 +78,7 @@ def check_inputs(config: Config) -> tuple[Sequence[str], Sequence[str]]:
     if config.optimizer.name == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError("optimizer.name: adamw8bit needs bitsandbytes; pip install 'egrpo_fast[quantized]'")
     if config.deepspeed.overrides:
-        from egrpo_fast.engine import check_overrides
+        from egrpo_fast.distributed.engine import check_overrides
 
         check_overrides(config)
     if (folder := config.deepspeed.nvme_path) and not os.access(folder, os.W_OK):
@@ -89,9 +89,9 @@ def check_inputs(config: Config) -> tuple[Sequence[str], Sequence[str]]:
     import torch
 
     from egrpo_fast import ops
-    from egrpo_fast.backbones.flux_folder import check_folder, check_lora
-    from egrpo_fast.backbones.flux_forward import check_attention
-    from egrpo_fast.backbones.tail import check_tail
+    from egrpo_fast.models.flux.folder import check_folder, check_lora
+    from egrpo_fast.models.flux.forward import check_attention
+    from egrpo_fast.models.tail import check_tail
     from egrpo_fast.rewards import check_reward
 
     try:
@@ -152,16 +152,16 @@ def make_trainer(
     """
     import torch
 
-    from egrpo_fast.backbones.flux import FluxBackbone
-    from egrpo_fast.backbones.flux_folder import check_folder, meta_transformer, resolve
-    from egrpo_fast.backbones.flux_forward import CompiledFlux, use_arithmetic, use_attention
-    from egrpo_fast.backbones.flux_text import CachedText, open_text, tell_truncated
-    from egrpo_fast.backbones.lora import describe, linear_layers
-    from egrpo_fast.backbones.tail import TailModel, check_tail, slow_tail, with_local_tail
-    from egrpo_fast.doctor import commit
-    from egrpo_fast.engine import materialize
-    from egrpo_fast.inputs import of_files, of_rewards
-    from egrpo_fast.interruption import Interruption
+    from egrpo_fast.distributed.loading import materialize
+    from egrpo_fast.distributed.signals import Interruption
+    from egrpo_fast.models.flux.backbone import FluxBackbone
+    from egrpo_fast.models.flux.folder import check_folder, meta_transformer, resolve
+    from egrpo_fast.models.flux.forward import CompiledFlux, use_arithmetic, use_attention
+    from egrpo_fast.models.flux.text import CachedText, open_text, tell_truncated
+    from egrpo_fast.models.lora import describe, linear_layers
+    from egrpo_fast.models.tail import TailModel, check_tail, slow_tail, with_local_tail
+    from egrpo_fast.runs.inputs import of_files, of_rewards
+    from egrpo_fast.runs.provenance import commit
     from egrpo_fast.trainer import Trainer
 
     model = config.model
@@ -227,9 +227,9 @@ def make_trainer(
 def run(config: Config) -> int:
     """Train. Returns the exit status."""
     prompts = check_inputs(config)
-    from egrpo_fast.engine import World
-    from egrpo_fast.heartbeat import Heartbeat, group_store
-    from egrpo_fast.interruption import EXIT_CODES
+    from egrpo_fast.distributed.heartbeat import Heartbeat, group_store
+    from egrpo_fast.distributed.signals import EXIT_CODES
+    from egrpo_fast.distributed.world import World
     from egrpo_fast.rewards import RewardError
 
     world = World(timeout=2 * max(config.guards.stall_seconds, config.deepspeed.init_timeout))

@@ -12,23 +12,24 @@ import torch
 from torch import Tensor, nn
 
 from egrpo_fast import ops
-from egrpo_fast.backbones.flux import FluxBackbone
-from egrpo_fast.backbones.tail import TailModel
-from egrpo_fast.checkpoint import CheckpointError, CheckpointReader, Checkpoints, problems
-from egrpo_fast.claim import Claim
 from egrpo_fast.config import CHECKPOINTS, RUN_FILE, Config
-from egrpo_fast.engine import Engine, World
-from egrpo_fast.guards import BadSteps, Guard, verdict
-from egrpo_fast.heartbeat import Heartbeat
-from egrpo_fast.interruption import Interruption
+from egrpo_fast.distributed.checkpoint import CheckpointError, CheckpointReader, Checkpoints, problems
+from egrpo_fast.distributed.engine import Engine
+from egrpo_fast.distributed.heartbeat import Heartbeat
+from egrpo_fast.distributed.signals import Interruption
+from egrpo_fast.distributed.world import World
+from egrpo_fast.folder_lock import Claim
 from egrpo_fast.methods import plan_of
-from egrpo_fast.metrics import RunLog
+from egrpo_fast.models.flux.backbone import FluxBackbone
+from egrpo_fast.models.tail import TailModel
 from egrpo_fast.objective import GroupLoss, Objective, policy_mismatch
-from egrpo_fast.progress import Asked, Progress
-from egrpo_fast.prompts import PromptOrder
-from egrpo_fast.report import SUMMARY, Report
+from egrpo_fast.prompts.order import PromptOrder
 from egrpo_fast.rewards import Reward
-from egrpo_fast.sampler import Experience, HeldOut, Sampler
+from egrpo_fast.runs.guards import BadSteps, Guard, verdict
+from egrpo_fast.runs.metrics import RunLog
+from egrpo_fast.runs.progress import Asked, Progress
+from egrpo_fast.runs.report import SUMMARY, HeldOut, Report
+from egrpo_fast.sampler import Experience, Sampler
 
 
 class Trainer:

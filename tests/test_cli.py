@@ -6,8 +6,10 @@ import sys
 
 import pytest
 
-from egrpo_fast import __version__, cli, engine, launch
+from egrpo_fast import __version__, cli
+from egrpo_fast.commands import launch
 from egrpo_fast.config import ConfigError
+from egrpo_fast.distributed import world
 from egrpo_fast.train import check_launcher
 
 HEAVY = ("torch", "numpy", "transformers", "diffusers", "deepspeed", "matplotlib", "pyarrow")
@@ -101,7 +103,7 @@ def port(monkeypatch, **variables):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    return engine._meeting_port()
+    return world._meeting_port()
 
 
 def test_runs_of_one_machine_do_not_share_a_port(monkeypatch):

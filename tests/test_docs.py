@@ -18,8 +18,9 @@ import yaml
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from egrpo_fast.cli import parse
-from egrpo_fast.config import Config, _field_names, load_config
-from egrpo_fast.config_reference import reference
+from egrpo_fast.config import Config, load_config
+from egrpo_fast.config.loading import _field_names
+from egrpo_fast.config.reference import reference
 from egrpo_fast.schedule import make_schedule
 
 ROOT = Path(__file__).parents[1]

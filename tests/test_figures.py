@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from egrpo_fast import cost
+from egrpo_fast.commands import cost
 from egrpo_fast.config import load_config
 from egrpo_fast.methods import plan_of
 
@@ -53,7 +53,7 @@ ELSEWHERE = {
     ("README.md", "| variant | model calls"): "tests/test_docs.py",
     ("docs/performance.md", "| Shapes | calls"): "tests/test_docs.py",
     ("docs/performance.md", "| FLUX, 32 M | calls"): "tests/test_docs.py",
-    ("docs/comparison.md", "| gain of"): "tests/test_studies.py",
+    ("docs/comparison.md", "| gain of"): "tests/benchmarks/test_studies.py",
     ("docs/configuration.md", "| setting | allowed"): "tests/test_docs.py",
 }
 HERE = {

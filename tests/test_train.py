@@ -16,10 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from egrpo_fast.backbones.flux_text import FluxTextEncoder, tell_truncated
-from egrpo_fast.checkpoint import Checkpoints
 from egrpo_fast.config import CONFIG_FILE, RUN_FILE, ConfigError, load_config
-from egrpo_fast.run_folder import check_output, claim_output, identify, keep_inputs, record
+from egrpo_fast.distributed.checkpoint import Checkpoints
+from egrpo_fast.models.flux.text import FluxTextEncoder, tell_truncated
+from egrpo_fast.runs.folder import check_output, claim_output, identify, keep_inputs, record
 from egrpo_fast.shapes import PIPELINE
 from egrpo_fast.train import check_inputs, open_rewards
 

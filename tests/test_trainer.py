@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from egrpo_fast.checkpoint import Checkpoints, Piece
-from egrpo_fast.claim import Claim
 from egrpo_fast.config import CHECKPOINTS, RUN_FILE, load_config
-from egrpo_fast.guards import Guard
-from egrpo_fast.metrics import METRICS
-from egrpo_fast.progress import Progress
+from egrpo_fast.distributed.checkpoint import Checkpoints, Piece
+from egrpo_fast.folder_lock import Claim
+from egrpo_fast.runs.guards import Guard
+from egrpo_fast.runs.metrics import METRICS
+from egrpo_fast.runs.progress import Progress
 from egrpo_fast.trainer import Trainer
 
 ALONE = SimpleNamespace(

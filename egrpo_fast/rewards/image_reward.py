@@ -2,7 +2,7 @@
 
 BLIP is transformers', not the `image-reward` package's: that one pins timm 0.6 and fairscale and imports names which
 transformers dropped years ago, so it cannot live beside this trainer. The published checkpoint keeps its layout and is
-renamed on loading (`RENAMED`); `tests/test_rewards_original.py` holds the result against the package's own modules.
+renamed on loading (`RENAMED`); `tests/rewards/test_original.py` holds the result against the package's own modules.
 """
 
 import re

@@ -13,10 +13,10 @@ import warnings
 import torch
 
 from egrpo_fast import train
-from egrpo_fast.checkpoint import CheckpointReader
 from egrpo_fast.config import CHECKPOINTS, load_config
-from egrpo_fast.engine import World
-from egrpo_fast.heartbeat import Heartbeat, group_store
+from egrpo_fast.distributed.checkpoint import CheckpointReader
+from egrpo_fast.distributed.heartbeat import Heartbeat, group_store
+from egrpo_fast.distributed.world import World
 from egrpo_fast.rewards.shapes import ShapesSoft
 
 

@@ -13,10 +13,10 @@ import torch
 from fault_injection import run_rank
 from safetensors.torch import load_file
 
-from egrpo_fast.checkpoint import Checkpoints, problems
 from egrpo_fast.config import CHECKPOINTS, CONFIG_FILE
-from egrpo_fast.engine import free_port
-from egrpo_fast.metrics import METRICS
+from egrpo_fast.distributed.checkpoint import Checkpoints, problems
+from egrpo_fast.distributed.world import free_port
+from egrpo_fast.runs.metrics import METRICS
 
 TINY = [
     "iterations=8", "schedule.num_steps=4", "rollout.group_size=3", "optimizer.lr=1e-3", "optimizer.warmup_steps=2",
@@ -26,7 +26,8 @@ TINY = [
 BOUND = 900
 """Seconds in which a run that goes wrong must have ended, on a machine that does other things too."""
 IMPORTS = [
-    "fault_injection", "egrpo_fast.trainer", "egrpo_fast.doctor", "egrpo_fast.rewards.clip", "egrpo_fast.rewards.shapes"
+    "fault_injection", "egrpo_fast.trainer", "egrpo_fast.commands.doctor", "egrpo_fast.rewards.clip",
+    "egrpo_fast.rewards.shapes",
 ]  # fmt: skip
 
 

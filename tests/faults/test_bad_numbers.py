@@ -8,7 +8,7 @@ import pytest
 import torch
 from forked import BOUND, iterations, newest, unsound
 
-from egrpo_fast.checkpoint import CheckpointReader
+from egrpo_fast.distributed.checkpoint import CheckpointReader
 
 FEW = ["iterations=4", "checkpoint.keep=9", "checkpoint.best=null", "evaluation.every=0"]
 

@@ -7,7 +7,7 @@ import pytest
 from fault_injection import damages, resume_from_damaged
 from forked import TINY, differences, iterations, newest, unsound
 
-from egrpo_fast.engine import free_port
+from egrpo_fast.distributed.world import free_port
 
 SHORT = ["iterations=3", "evaluation.every=0"]
 

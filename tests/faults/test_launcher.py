@@ -12,7 +12,7 @@ import psutil
 import pytest
 from forked import BOUND, TINY, differences, newest, unsound
 
-from egrpo_fast.engine import free_port
+from egrpo_fast.distributed.world import free_port
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow

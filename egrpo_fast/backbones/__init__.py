@@ -1,1 +1,0 @@
-"""Backbones: one file per model family; the rest of the project sees `encode`, `velocity` and `decode`."""

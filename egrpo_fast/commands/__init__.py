@@ -1,0 +1,1 @@
+"""What the `egrpo` command does, a file per command; `cli.py` reads the command line."""

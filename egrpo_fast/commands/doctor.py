@@ -1,0 +1,441 @@
+"""`egrpo doctor`: what a bug report needs, without secrets, and a self test of seconds; every line says what to do."""
+
+import contextlib
+import io
+import json
+import locale
+import os
+import platform
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from importlib import import_module, metadata
+from pathlib import Path
+from types import ModuleType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from egrpo_fast import __version__, ops
+from egrpo_fast.kernels import extension, triton
+from egrpo_fast.methods import e_grpo
+from egrpo_fast.noise import draw_word, streams
+from egrpo_fast.rollout import NoiseKey, Wavefront
+from egrpo_fast.runs.provenance import commit
+from egrpo_fast.schedule import make_schedule
+from egrpo_fast.terminal import printable
+
+OK, WARNING, FAILED = "ok", "warning", "FAILED"
+GIB = 2**30
+FLUX_CACHE_GIB, FLUX_EXPORT_GIB = 40, 30
+"""What FLUX.1-dev takes: its download, and one pipeline written in bfloat16."""
+CHILD_SECONDS = 60.0
+"""After which a child process of the self test counts as hung."""
+
+OPTIONAL = ("bitsandbytes", "flash-attn", "peft", "triton")
+"""Looked at even where the installed metadata does not list them."""
+
+SHOWN = frozenset((
+    "CUDA_DEVICE_ORDER", "CUDA_HOME", "CUDA_LAUNCH_BLOCKING", "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR",
+    "DS_SKIP_CUDA_CHECK", "EGRPO_BUILD", "EGRPO_EXTENSION", "GLOO_SOCKET_IFNAME", "HF_HOME", "HF_HUB_CACHE",
+    "HF_HUB_OFFLINE", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "LD_PRELOAD", "LOCAL_RANK", "MKL_NUM_THREADS", "NCCL_DEBUG",
+    "NCCL_IB_DISABLE", "NCCL_P2P_DISABLE", "NCCL_SOCKET_IFNAME", "OMP_NUM_THREADS", "PYTHONPATH",
+    "PYTHONUTF8", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "RANK", "TMPDIR", "TORCH_CUDA_ARCH_LIST",
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCH_NCCL_BLOCKING_WAIT", "TRANSFORMERS_OFFLINE", "TRITON_CACHE_DIR",
+    "TRITON_INTERPRET", "WANDB_MODE", "WORLD_SIZE",
+))  # fmt: skip
+"""Variables whose values are numbers, switches or paths, and explain what a run does."""
+HIDDEN = frozenset((
+    "EGRPO_REWARD_TOKEN", "HF_ENDPOINT", "HF_TOKEN", "HTTPS_PROXY", "HTTP_PROXY", "HUGGING_FACE_HUB_TOKEN",
+    "MASTER_ADDR", "NO_PROXY", "PIP_EXTRA_INDEX_URL", "PIP_INDEX_URL", "WANDB_API_KEY", "WANDB_BASE_URL", "http_proxy",
+    "https_proxy", "no_proxy",
+))  # fmt: skip
+"""Variables of which it matters that they are set; their values are secrets, or may hold one."""
+SECRET_NAME = re.compile("TOKEN|SECRET|KEY|PASS|CREDENTIAL|AUTH|COOKIE", re.IGNORECASE)
+CREDENTIALS = re.compile(r"(?<=://)\S+(?=@)")
+SECRET_SHAPE = re.compile(r"\b(hf_|ghp_|github_pat_|glpat-|sk-|AKIA|eyJ)[\w.-]{12,}")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report. remedy: what to do where the verdict is not ok."""
+
+    section: str
+    name: str
+    verdict: str
+    value: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        return f"  {self.verdict:<7}  {self.name}: {self.value}" + (
+            f"\n             -> {self.remedy}" * bool(self.remedy)
+        )
+
+
+def judged(section: str, name: str, trouble: bool, value: str, remedy: str, verdict: str = WARNING) -> Finding:
+    """`verdict`, with its remedy, where there is trouble; else ok."""
+    return Finding(section, name, verdict, value, remedy) if trouble else Finding(section, name, OK, value)
+
+
+def scrubber(environment: Mapping[str, str]) -> Callable[[str], str]:
+    """A function that takes secrets, the environment's and whatever has the shape of one, and the home folder out.
+
+    The report is made without looking at secrets; this holds where an error's message or a path carries one along.
+    """
+    secrets = {value for name, value in environment.items() if SECRET_NAME.search(name) and len(value) >= 6}
+    for credentials in CREDENTIALS.findall("\n".join(environment.values())):
+        secrets |= {part for part in credentials.split(":") if len(part) >= 6}
+    home = os.path.expanduser("~")
+
+    def scrub(text: str) -> str:
+        for secret in sorted(secrets, key=len, reverse=True):
+            text = text.replace(secret, "***")
+        text = SECRET_SHAPE.sub("***", CREDENTIALS.sub("***", text))
+        return text if len(home) < 2 else text.replace(home, "~")
+
+    return scrub
+
+
+def package() -> Iterator[Finding]:
+    yield Finding("package", "egrpo_fast", OK, __version__)
+    yield Finding("package", "commit", OK, commit() or "not run from a git checkout")
+    folder = Path(__file__).parents[1]
+    yield Finding("package", "folder", OK, str(folder))
+
+
+def machine() -> Iterator[Finding]:
+    yield Finding("machine", "python", OK, f"{platform.python_version()} ({sys.executable})")
+    yield Finding("machine", "system", OK, platform.platform())
+    facts = _fields("/proc/cpuinfo")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    yield Finding(
+        "machine", "cpu", OK, f"{facts.get('model name', platform.machine())}, {cores} cores for this process"
+    )
+
+    if memory := _fields("/proc/meminfo"):
+        total, free = (int(memory[name].split()[0]) / 2**20 for name in ("MemTotal", "MemAvailable"))
+        told = f"{total:.1f} GiB, {free:.1f} free"
+        with contextlib.suppress(OSError, ValueError):
+            told += f"; the container may use {int(Path('/sys/fs/cgroup/memory.max').read_text()) / GIB:.1f}"
+        yield judged("machine", "memory", free < 4, told, "a rank of the embedded recipe takes about 2 GiB: free some")
+
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = files != resource.RLIM_INFINITY and files < 1024
+    yield judged("machine", "open files", few, f"{files} (ulimit -n)", "ulimit -n 4096 before the start")
+    if os.path.isdir("/dev/shm"):
+        shared = shutil.disk_usage("/dev/shm").total / GIB
+        small = f"{shared:.2f} GiB"
+        yield judged("machine", "/dev/shm", shared < 1, small, "NCCL and workers share it: docker run --shm-size=8g")
+    encodings = (locale.getpreferredencoding(False), sys.getfilesystemencoding())
+    encoding = f"locale {locale.setlocale(locale.LC_CTYPE)}; text {encodings[0]}, file names {encodings[1]}"
+    utf8 = all("utf" in name.lower() for name in encodings)
+    yield judged("machine", "encoding", not utf8, encoding, "prompts are UTF-8: set PYTHONUTF8=1")
+
+
+def _fields(file: str) -> dict[str, str]:
+    """`name: value` lines of a file under /proc; empty where there is none."""
+    try:
+        lines = Path(file).read_text(errors="replace").splitlines()
+    except OSError:
+        return {}
+    return {name.strip(): value.strip() for name, colon, value in (line.partition(":") for line in lines) if colon}
+
+
+def devices() -> Iterator[Finding]:
+    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
+    yield Finding("devices", "torch", OK, f"{torch.__version__}, built with {built}, {torch.get_num_threads()} threads")
+    driver = _nvidia_driver()
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            gpu = torch.cuda.get_device_properties(index)
+            told = f"{gpu.name}, {gpu.total_memory / GIB:.0f} GiB, compute capability {gpu.major}.{gpu.minor}"
+            old = (gpu.major, gpu.minor) < (8, 0)
+            yield judged("devices", f"gpu {index}", old, told, "kernels and bfloat16 need 8.0 or later (A100)")
+    else:
+        remedy = "the embedded recipe runs on the CPU, FLUX needs a GPU"
+        if driver and not torch.version.cuda:
+            remedy = "install a CUDA build of torch (pytorch.org), then build the extension again"
+        elif driver:
+            remedy = "CUDA_VISIBLE_DEVICES, or a driver older than torch's CUDA: update it or install another torch"
+        yield Finding("devices", "gpu", WARNING, "torch sees none", remedy)
+    yield Finding("devices", "nvidia driver", OK, driver or "none found")
+    nccl = dist.is_nccl_available()
+    version = ".".join(map(str, torch.cuda.nccl.version())) if nccl else "not in this torch"
+    yield judged("devices", "nccl", not nccl, version, "several GPUs need a torch with NCCL (Linux, CUDA build)")
+    gloo = dist.is_gloo_available()
+    yield judged("devices", "gloo", not gloo, "available" if gloo else "not in this torch", "CPU ranks need it", FAILED)
+
+
+def _nvidia_driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout.strip() else None
+
+
+def dependencies() -> Iterator[Finding]:
+    from packaging.requirements import Requirement
+
+    listed = [Requirement(text) for text in metadata.requires("egrpo_fast") or []]
+    unlisted = set(OPTIONAL) - {requirement.name for requirement in listed}
+    for requirement in [*listed, *(Requirement(f"{name}; extra == 'none'") for name in sorted(unlisted))]:
+        extra = re.search(r"extra == ['\"]([\w-]+)['\"]", str(requirement.marker))
+        if (extra and extra[1] == "dev") or requirement.name == "egrpo_fast":
+            continue
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            version = None
+        install = f"pip install '{requirement.name}{requirement.specifier}'"
+        if version is None and extra:
+            yield Finding("dependencies", requirement.name, OK, f"not installed; optional, {install}")
+        elif version is None:
+            yield Finding("dependencies", requirement.name, FAILED, "not installed", install)
+        else:
+            fits = requirement.specifier.contains(version, prereleases=True)
+            wants = "" if fits else f", {requirement.specifier} is needed"
+            yield judged("dependencies", requirement.name, not fits, version + wants, install, FAILED)
+
+
+def kernels() -> Iterator[Finding]:
+    missing = _unavailable(extension, "cpu")
+    built = f"{extension.LIBRARY} loads" if missing is None else missing
+    remedy = "everything runs without it, slower; build it: pip install --no-build-isolation -e ."
+    yield judged("kernels", "extension", missing is not None, built, remedy)
+    if torch.cuda.is_available():
+        lacking = _unavailable(extension, "cuda")
+        remedy = "install the CUDA toolkit of torch's version, then pip install --no-build-isolation -e ."
+        yield judged("kernels", "extension on CUDA", lacking is not None, lacking or "built", remedy)
+    for device in _devices():
+        reason = _unavailable(triton, device)
+        trouble = reason is not None and device == "cuda"
+        yield judged("kernels", f"triton on {device}", trouble, reason or "usable", "pip install triton (Linux)")
+        with _without_warnings():
+            chosen = ops.choose("auto", device).chosen
+        yield Finding("kernels", f"auto on {device}", OK, ", ".join(f"{op}: {name}" for op, name in chosen.items()))
+
+
+def _devices() -> list[str]:
+    return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def _unavailable(backend: ModuleType, device: str) -> str | None:
+    with _without_warnings():
+        return backend.unavailable(torch.device(device))
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """A missing extension warns once; here the report tells it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        yield
+
+
+def storage(output_dir: Path) -> Iterator[Finding]:
+    from huggingface_hub import constants, get_token
+
+    for name, folder, needed in (
+        ("output folder", output_dir, FLUX_EXPORT_GIB),
+        ("hub cache", Path(constants.HF_HUB_CACHE), FLUX_CACHE_GIB),
+    ):
+        there = _existing(folder)
+        free = shutil.disk_usage(there).free / GIB
+        remedy = f"FLUX.1-dev takes about {needed} GiB here; the embedded recipe 1"
+        yield judged("storage", name, free < needed, f"{folder}, {free:.1f} GiB free", remedy)
+    told = "there is one" if get_token() else "none; gated models (FLUX.1-dev) need one: hf auth login"
+    yield Finding("storage", "hub token", OK, told)
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+
+
+def variables() -> Iterator[Finding]:
+    for name in sorted((SHOWN | HIDDEN) & os.environ.keys()):
+        value = os.environ[name] if name in SHOWN else "set (not shown)"
+        yield Finding("environment", name, OK, value[:200])
+
+
+IMPORTS = "import egrpo_fast.models.flux.backbone, egrpo_fast.distributed.engine, egrpo_fast.rewards"
+COLLECTIVE = """
+import torch, torch.distributed as dist
+dist.init_process_group("{backend}", store=dist.HashStore(), rank=0, world_size=1)
+ones = torch.ones(3, device="{device}")
+dist.all_reduce(ones)
+assert ones.sum() == 3
+dist.destroy_process_group()
+"""
+
+
+def self_test(output_dir: Path) -> Iterator[Finding]:
+    """What a run relies on, in small. Child processes start first and are asked last: they run meanwhile."""
+    children = [Child("imports", IMPORTS, "install again: pip install --no-build-isolation -e .")]
+    remedy = "the host's name must resolve: see /etc/hosts, or set GLOO_SOCKET_IFNAME=lo"
+    children.append(Child("gloo, one rank", COLLECTIVE.format(backend="gloo", device="cpu"), remedy))
+    if torch.cuda.is_available() and dist.is_nccl_available():
+        code = COLLECTIVE.format(backend="nccl", device="cuda")
+        children.append(Child("nccl, one rank", code, "run it again with NCCL_DEBUG=INFO; driver and torch must match"))
+    try:
+        for device in _devices():
+            for backend in ops.BACKENDS[1:]:
+                yield from guarded("self test", check_ops, backend, device)
+            yield from guarded("self test", check_rollout, device)
+        yield from guarded("self test", check_writing, output_dir)
+        for child in children:
+            yield child.finding()
+    finally:
+        for child in children:
+            child.end()
+
+
+class Child:
+    """Python code in a process of its own, which may crash or hang."""
+
+    def __init__(self, name: str, code: str, remedy: str):
+        self.name, self.remedy = name, remedy
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            text=True, errors="replace",
+        )  # fmt: skip
+
+    def finding(self) -> Finding:
+        try:
+            _, errors = self._process.communicate(timeout=CHILD_SECONDS)
+        except subprocess.TimeoutExpired:
+            return Finding("self test", self.name, FAILED, f"no answer within {CHILD_SECONDS:g} s", self.remedy)
+        code = self._process.returncode
+        told = f"status {code}: {(errors.strip().splitlines() or ['no message'])[-1]}" if code else "works"
+        return judged("self test", self.name, code != 0, told, self.remedy, FAILED)
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+def check_ops(backend: str, device: str) -> Iterator[Finding]:
+    if _unavailable(import_module(f"egrpo_fast.kernels.{backend}"), device) is not None:
+        return  # told above
+    chosen, truth = ops.choose(backend, device), ops.choose("reference", device)
+    found, expected = _op_results(chosen, device), _op_results(truth, device)
+    own = [op for op, name in chosen.chosen.items() if name == backend]
+    wrong = [op for op in own if not torch.allclose(found[op], expected[op], rtol=1e-4, atol=1e-5)]
+    told = f"{', '.join(wrong)}: not as the reference" if wrong else f"{', '.join(own)}: as the reference"
+    remedy = "build the extension again with this torch, or train with rollout.backend=reference; please report it"
+    yield judged("self test", f"ops, {backend} on {device}", bool(wrong), told, remedy, FAILED)
+
+
+def _op_results(chosen: ops.Ops, device: str) -> dict[str, Tensor]:
+    """Every op on a small case, the same whatever the backend."""
+    rows, size, samples, seed = 4, 37, 3, 2**40 + 1
+    generator = torch.Generator().manual_seed(0)
+    x, v, w = (torch.randn(rows, size, generator=generator).to(device) for _ in range(3))
+    coefficients = torch.tensor([(0.9, -0.2, 0.7)] * rows, device=device)
+    draws = torch.tensor([draw_word(2, sample) for sample in range(samples)], device=device)
+    words = streams(5, torch.arange(rows, device=device), draws)
+    rewards = torch.randn(2, 1, rows, samples, generator=generator).to(device)
+    sample, _ = chosen.sde_step(x, v, coefficients, words[:, 0].contiguous(), seed)
+    log_ratio = chosen.replay_log_ratio(v + 0.01 * w, v, coefficients, words, seed)
+    return {
+        "sde_step": sample,
+        "replay_log_ratio": log_ratio,
+        "gaussian_log_prob": chosen.gaussian_log_prob(sample, x, w, coefficients),
+        "group_advantage_clip_loss": chosen.group_advantage_clip_loss(
+            rewards, log_ratio[None], torch.ones(2, device=device), "advantage", 1e-4, 5.0
+        )[1],
+        "branch_rows": _small_rollout(chosen, device, torch.float32),
+    }
+
+
+def _small_rollout(chosen: ops.Ops, device: str, dtype: torch.dtype) -> Tensor:
+    """Pictures of 2 prompts under the velocity of Gaussian data, N(1, 1 / 4): a closed form in place of a model."""
+
+    def velocity(x: Tensor, t: float, rows: Tensor) -> Tensor:
+        return (t - (1 - t) / 4) / ((1 - t) ** 2 / 4 + t**2) * (x - (1 - t)) - 1
+
+    plan = e_grpo(make_schedule(8, active_steps=[0, 2]), [4, 3], [1, 2])
+    wavefront = Wavefront(plan, 2, (6, 8), chosen, device, dtype, dtype)
+    return wavefront.run(velocity, NoiseKey(1, 0, torch.tensor([3, 8], device=device))).final_latents
+
+
+def check_rollout(device: str) -> Iterator[Finding]:
+    with _without_warnings():
+        pictures = _small_rollout(ops.choose("auto", device), device, torch.float32)
+    truth = _small_rollout(ops.choose("reference", device), device, torch.float64)
+    error = (pictures - truth).abs().max().item()
+    told = f"largest error against float64 {error:.1e}"
+    remedy = "a wrong sampler trains nothing: compare rollout.backend=reference, and please report it"
+    yield judged("self test", f"rollout on {device}", not error < 1e-4, told, remedy, FAILED)
+
+
+def check_writing(output_dir: Path) -> Iterator[Finding]:
+    there = _existing(output_dir)
+    content = os.urandom(2**16)
+    try:
+        with tempfile.NamedTemporaryFile(dir=there, prefix=".egrpo-doctor-") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            same = Path(file.name).read_bytes() == content
+        told = f"{there}: " + ("written and read back" if same else "read back other bytes than were written")
+    except OSError as error:
+        same, told = False, f"{there}: {error.strerror}"
+    yield judged("self test", "output folder", not same, told, "choose another output_dir that can be written", FAILED)
+
+
+def guarded(section: str, look: Callable[..., Iterable[Finding]], *arguments: object) -> Iterator[Finding]:
+    """What `look` finds; should it fail itself, that is a finding too: a doctor is called where things are broken."""
+    try:
+        yield from look(*arguments)
+    except Exception as error:
+        name = look.__name__.strip("_").replace("_", " ")
+        yield Finding(section, name, FAILED, f"{type(error).__name__}: {error}", "please report it with this text")
+
+
+def examine(output_dir: Path) -> Iterator[Finding]:
+    """All findings, scrubbed, as they come."""
+    scrub = scrubber(os.environ)
+    looks: list[tuple[Callable[..., Iterable[Finding]], tuple[object, ...]]] = [
+        (package, ()), (machine, ()), (devices, ()), (dependencies, ()), (kernels, ()), (storage, (output_dir,)),
+        (variables, ()), (self_test, (output_dir,)),
+    ]  # fmt: skip
+    for look, arguments in looks:
+        for finding in guarded(look.__name__.replace("_", " "), look, *arguments):
+            yield replace(
+                finding, value=printable(" ".join(scrub(finding.value).split())), remedy=scrub(finding.remedy)
+            )
+
+
+def main(output_dir: Path, as_json: bool) -> int:
+    """Print the report; 1 where something failed, else 0."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    start, findings, section = time.monotonic(), [], ""
+    for finding in examine(output_dir):
+        findings.append(finding)
+        if as_json:
+            continue
+        if finding.section != section:
+            section = finding.section
+            print(section)
+        print(finding, flush=True)
+    count = {verdict: sum(finding.verdict == verdict for finding in findings) for verdict in (OK, WARNING, FAILED)}
+    seconds = time.monotonic() - start
+    if as_json:
+        print(
+            json.dumps({"findings": [asdict(finding) for finding in findings], **count, "seconds": seconds}, indent=2)
+        )
+    else:
+        told = ", ".join(f"{number} {verdict}" for verdict, number in count.items())
+        print(f"{told}; {seconds:.1f} s. No secrets above: paste it as it is.")
+    return int(count[FAILED] > 0)

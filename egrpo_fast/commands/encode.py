@@ -1,0 +1,126 @@
+"""`egrpo encode`: prompts through FLUX's text encoders, once, into a folder of embeddings (`prompts/embeddings.py`)."""
+
+import bisect
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from egrpo_fast.config import load_config
+from egrpo_fast.models.flux.folder import resolve
+from egrpo_fast.models.flux.text import (
+    ENCODERS,
+    TOKENIZERS,
+    FluxTextEncoder,
+    encoder_fingerprint,
+    tell_truncated,
+    text_widths,
+)
+from egrpo_fast.prompts.embeddings import EmbeddingWriter, Index
+from egrpo_fast.prompts.files import read_prompts
+from egrpo_fast.shapes import EMBEDDED, PROMPTS, pipeline_path
+from egrpo_fast.terminal import printable
+
+
+class _Joined(Sequence[str]):
+    """The prompts of several files, one after the other."""
+
+    def __init__(self, files: Sequence[Sequence[str]]) -> None:
+        self._files, self._ends = files, list(accumulate(map(len, files)))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    @overload
+    def __getitem__(self, place: int) -> str: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[str]: ...
+    def __getitem__(self, place: int | slice) -> str | list[str]:
+        if isinstance(place, slice):
+            return [self[one] for one in range(len(self))[place]]
+        place = range(len(self))[place]
+        file = bisect.bisect_right(self._ends, place)
+        return self._files[file][place - self._ends[file]]  # from the end of that file
+
+
+def read_all(files: Iterable[str | Path], column: str = "prompt") -> tuple[Sequence[str], list[str]]:
+    """(prompts of all files, warnings). `shapes` stands for the captions that ship with the package."""
+    paths = [path for file in files for path in (PROMPTS.values() if str(file) == EMBEDDED else (file,))]
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        prompts = _Joined([read_prompts(path, column=column) for path in paths])
+    return prompts, [str(warning.message) for warning in told]
+
+
+def default_settings(model: str) -> dict[str, Any]:
+    """Arguments of `encode` that are not asked for: the trainer's defaults, or those of the `shapes` recipe."""
+    if model == EMBEDDED:
+        recipe = load_config("shapes").model
+        return {"max_sequence_length": recipe.max_sequence_length, "dtype": recipe.dtype}
+    return {"max_sequence_length": 512, "dtype": "bfloat16"}
+
+
+def _batches(prompts: Sequence[str], places: np.ndarray, size: int) -> Iterator[list[str]]:
+    for start in range(0, len(places), size):
+        yield [prompts[int(place)] for place in places[start : start + size]]
+
+
+def encode(
+    files: Sequence[str | Path],
+    out: str | Path,
+    model: str,
+    max_sequence_length: int = 512,
+    dtype: str = "bfloat16",
+    quantization: str = "none",
+    batch: int = 16,
+    column: str = "prompt",
+    device: torch.device | str = "cpu",
+    shard_bytes: int = 2**28,
+    verify: bool = False,
+) -> int:
+    """Encode what `out` does not hold yet; returns how many prompts that were. Repeat an interrupted call to go on.
+
+    ValueError, before any weight is loaded, for what the user must mend. A row depends on which prompts shared its
+    batch by rounding alone; after an interruption the same call makes the same batches.
+    """
+    prompts, told = read_all(files, column)
+    for warning in told:
+        print(printable(f"warning: {warning}"))
+    path = resolve(pipeline_path(model), parts=(*ENCODERS, *TOKENIZERS))
+    if not path.is_dir():
+        raise ValueError(f"model.path: no folder {path}; that of a FLUX pipeline in diffusers' layout is expected")
+    kind = getattr(torch, dtype)
+    t5_width, pooled_width = text_widths(path)
+    index = Index(
+        encoder=encoder_fingerprint(path, max_sequence_length, quantization, kind),
+        made_with={
+            "model": model, "max_sequence_length": max_sequence_length, "dtype": dtype, "quantization": quantization
+        },
+        t5=(max_sequence_length, t5_width), pooled=pooled_width, dtype=dtype,
+    )  # fmt: skip
+    with EmbeddingWriter(out, index, shard_bytes, verify) as writer:
+        if writer.dropped:
+            print(printable(f"warning: damaged, to be made again: {', '.join(writer.dropped)}"))
+        places = writer.missing(prompts)
+        print(f"{len(prompts):,} prompts: {len(places):,} to encode, the others are there already or repeated")
+        if not len(places):
+            return 0
+        writer.check_space(len(places))
+        encoder = FluxTextEncoder.from_pretrained(path, max_sequence_length, kind, device, quantization)
+        tell_truncated(encoder, (prompts[int(place)] for place in places), "prompts")
+        with tqdm(total=len(places), desc="encoding", unit="prompt") as bar:
+            for some in _batches(prompts, places, batch):
+                try:
+                    text = encoder.encode(some)
+                except torch.OutOfMemoryError:
+                    raise ValueError(
+                        f"--batch: {batch} prompts do not fit on {device}; try {max(1, batch // 2)}"
+                    ) from None
+                writer.add(some, text.t5, text.pooled)
+                bar.update(len(some))
+    return len(places)

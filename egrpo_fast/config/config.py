@@ -1,0 +1,270 @@
+"""The whole configuration: its sections together, and what they refuse in each other."""
+
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
+
+from egrpo_fast.config.recipe_files import Tree, write_yaml
+from egrpo_fast.config.sections import (
+    MERGING,
+    OPTIONAL,
+    OWN_ETA,
+    OWN_FORM,
+    OWNED_BY_US,
+    BranchGrpo,
+    Checkpoint,
+    DeepSpeed,
+    EGrpo,
+    Evaluation,
+    FlowGrpo,
+    Guards,
+    Lora,
+    Method,
+    MixGrpo,
+    Model,
+    Objective,
+    Optimizer,
+    Positive,
+    Prompts,
+    Reward,
+    Rollout,
+    ScheduleSection,
+    Section,
+    Tail,
+    TempFlowGrpo,
+    _as_written,
+    _path,
+)
+from egrpo_fast.schedule import Schedule, make_schedule
+
+
+class Config(Section):
+    """A whole run."""
+
+    output_dir: Annotated[
+        Path, BeforeValidator(_path), PlainSerializer(_as_written, when_used="json"), Field(strict=False)
+    ]
+    """Where the run writes; must not hold another run unless `resume`."""
+    resume: bool = False
+    """Continue the run in output_dir from its newest checkpoint; where there is no run yet, begin it."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of noise, prompt order and everything else."""
+    iterations: Positive = 300
+    """Training iterations."""
+    wandb: bool = False
+    """Also log to Weights & Biases (the `wandb` extra)."""
+    model: Model
+    prompts: Prompts
+    method: Annotated[Method, Field(discriminator="name")] = EGrpo()
+    """The method; its name alone will do where it keeps its defaults."""
+    schedule: ScheduleSection = ScheduleSection()
+    rollout: Rollout = Rollout()
+    tail: Tail = Tail()
+    rewards: list[Reward] = Field(min_length=1)
+    """Rewards; those of weight 0 are scored in evaluations only."""
+    objective: Objective = Objective()
+    optimizer: Optimizer = Optimizer()
+    deepspeed: DeepSpeed = DeepSpeed()
+    evaluation: Evaluation = Evaluation()
+    checkpoint: Checkpoint = Checkpoint()
+    guards: Guards = Guards()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_the_methods_own_defaults(cls, tree: Any) -> Any:
+        """Spells out the method's name, and the form and scale of the noise that it comes with."""
+        if not isinstance(tree, dict):
+            return tree
+        method, schedule = tree.get("method", "e_grpo"), tree.get("schedule", {})
+        method = {"name": method} if isinstance(method, str) else method
+        if not isinstance(method, dict) or not isinstance(schedule, dict):
+            return tree
+        method = {"name": "e_grpo", **method}
+        form = schedule.get("sde_form", OWN_FORM.get(str(method["name"]), "flow_grpo"))
+        own = {"sde_form": form, "eta": OWN_ETA.get(str(form), 0.7)}
+        return tree | {"method": method, "schedule": own | schedule}
+
+    @model_validator(mode="after")
+    def _fits_the_method(self) -> "Config":
+        method, last = self.method, self.schedule.num_steps - 1
+        if unused := self._unused():
+            raise ValueError(f"{', '.join(unused)}: not used by method {method.name}; leave it out")
+        if isinstance(self.rollout.group_size, list) and "schedule.active_steps" not in method.uses:
+            raise ValueError(f"rollout.group_size: one number for all steps with method {method.name}")
+        if isinstance(self.tail.stride, list) and not isinstance(method, EGrpo):
+            raise ValueError(f"tail.stride: one number for all steps with method {method.name}")
+        if isinstance(method, FlowGrpo):
+            first, end = method.window_range or (0, self.schedule.num_steps // 2)
+            if method.window is None and method.window_range is not None:
+                raise ValueError("method.window_range: not used without method.window")
+            if method.window is not None and method.fraction != 1.0:
+                raise ValueError("method.fraction: not used with method.window, whose steps are all trained")
+            if end > last:
+                raise ValueError(f"method.window_range: {end} is past the end; allowed: to {last}")
+            if (method.window or 1) > end - first:
+                told = f"{method.window} steps pass the end of [{first}, {end}); allowed: up to {end - first}"
+                raise ValueError(f"method.window: {told}")
+        if isinstance(method, MixGrpo) and method.window > last:
+            raise ValueError(f"method.window: {method.window} steps pass the end; allowed: up to {last}")
+        if isinstance(method, BranchGrpo):
+            if max(method.splits) >= last:
+                told = f"{max(method.splits)} is the last step or past it; allowed: 0 to {last - 1}"
+                raise ValueError(f"method.splits: {told}")
+            leaves = method.branching ** min(len(method.splits), 17)  # 2^17 are too many already
+            if leaves > method.max_rows:
+                raise ValueError(f"method.max_rows: a tree of {leaves} leaves is wider than {method.max_rows}")
+            if 2 * method.extremes > leaves:
+                raise ValueError(
+                    f"method.extremes: {method.extremes} best and worst of {leaves}; at most {leaves // 2}"
+                )
+            if method.pruned_steps >= last - max(method.splits):
+                room = last - max(method.splits) - 1
+                raise ValueError(f"method.pruned_steps: {method.pruned_steps}; after the last split at most {room}")
+        if isinstance(method, TempFlowGrpo) and method.steps and max(method.steps) >= last:
+            told = f"{max(method.steps)} is the last step or past it; allowed: 0 to {last - 1}"
+            raise ValueError(f"method.steps: {told}")
+        for name in ("splits", "steps"):
+            steps = getattr(method, name, None)
+            if steps and sorted(set(steps)) != steps:
+                raise ValueError(f"method.{name}: {steps} must be increasing, without repeats")
+        return self
+
+    def _unused(self, given: bool = True) -> list[str]:
+        """The settings of OPTIONAL that the method does not use; with `given`, those that were given."""
+        names = sorted(OPTIONAL - self.method.uses)
+        if not given:
+            return names
+        sections = {"schedule": self.schedule, "rollout": self.rollout, "tail": self.tail}
+        return [n for n in names if n.partition(".")[2] in sections[n.partition(".")[0]].model_fields_set]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Config":
+        schedule, steps = self.schedule, self.schedule.num_steps
+        owned = sorted(OWNED_BY_US & set(self.deepspeed.overrides))
+        if owned:
+            raise ValueError(f"deepspeed.overrides: {', '.join(owned)} follow from this configuration; set them there")
+        zero_keys = self.deepspeed.overrides.get("zero_optimization", {})
+        if not isinstance(zero_keys, dict):
+            raise ValueError("deepspeed.overrides: zero_optimization must be a mapping")
+        if owned := sorted({"stage", "offload_optimizer", "offload_param", "mics_shard_size"} & set(zero_keys)):
+            told = "deepspeed.zero_stage and deepspeed.offload_* say it; MiCS is not supported"
+            raise ValueError(f"deepspeed.overrides: zero_optimization.{owned[0]}: {told}")
+        active = schedule.active_steps
+        if active is not None:
+            if max(active) >= steps:
+                raise ValueError(f"schedule.active_steps: {max(active)} is past the end; allowed: 0 to {steps - 1}")
+            if sorted(set(active)) != active:
+                raise ValueError(f"schedule.active_steps: {active} must be increasing, without repeats")
+        merges = schedule.merge_lengths
+        if isinstance(merges, list):
+            if len(merges) != steps:
+                raise ValueError(f"schedule.merge_lengths: {len(merges)} numbers, one per grid step needed ({steps})")
+            for index, length in enumerate(merges):
+                if index + length > steps:
+                    raise ValueError(
+                        f"schedule.merge_lengths: step {index} merged over {length} passes the end; "
+                        f"at most {steps - index} there"
+                    )
+        if isinstance(merges, int):
+            reach = steps - (max(active) if active is not None else steps // 2 - 1)
+            if merges > reach:
+                told = f"{merges} passes the end from the last active step; at most {reach}"
+                raise ValueError(f"schedule.merge_lengths: {told}")
+        if merges is not None and schedule.max_merge is not None:
+            raise ValueError("schedule.max_merge: caps the threshold's merges; not allowed beside merge_lengths")
+        num_active = len(active) if active is not None else steps // 2
+        for field, value in (("rollout.group_size", self.rollout.group_size), ("tail.stride", self.tail.stride)):
+            if isinstance(value, list) and len(value) != num_active:
+                raise ValueError(f"{field}: {len(value)} numbers, one per active step needed ({num_active})")
+        if not any(reward.weight for reward in self.rewards):
+            raise ValueError("rewards: at least one needs a weight other than 0")
+        names = [reward.name for reward in self.rewards]
+        if len(set(names)) != len(names):
+            raise ValueError(f"rewards: {names} names one twice")
+        if (rule := self.evaluation.stop_when) is not None:
+            if rule.reward not in names:
+                raise ValueError(f"evaluation.stop_when.reward: {rule.reward!r} is none of rewards: {', '.join(names)}")
+            if not any(reward.weight for reward in self.rewards if reward.name != rule.reward):
+                raise ValueError(f"evaluation.stop_when.reward: nothing but {rule.reward!r} is trained on")
+            if not self.evaluation.every:
+                raise ValueError("evaluation.stop_when: nothing to watch with evaluation.every 0")
+        if self.checkpoint.best is not None and self.checkpoint.best not in names:
+            told = f"{self.checkpoint.best!r} is none of rewards: {', '.join(names)}"
+            raise ValueError(f"checkpoint.best: {told}")
+        zero = self.deepspeed
+        if "nvme" in (zero.offload_optimizer, zero.offload_weights) and zero.nvme_path is None:
+            raise ValueError("deepspeed.nvme_path: a folder is needed to offload to nvme")
+        if zero.zero_stage < 3 and zero.offload_weights != "none":
+            raise ValueError(f"deepspeed.offload_weights: only ZeRO-3 shards weights, zero_stage is {zero.zero_stage}")
+        if zero.zero_stage < 3 and zero.offload_optimizer == "nvme":
+            raise ValueError("deepspeed.offload_optimizer: nvme needs zero_stage 3")
+        if self.collects_weights:
+            told = "needs rollout.weights gathered: sharded ones are collected inside every call"
+            if self.rollout.compile:
+                raise ValueError(f"rollout.compile: true {told}")
+            if self.rollout.micro_batch == "auto":
+                raise ValueError(f"rollout.micro_batch: auto {told}")
+        if self.model.attention not in ("native", "efficient", "xformers") and self.model.dtype != "bfloat16":
+            raise ValueError(f"model.attention: {self.model.attention} computes in bfloat16, model.dtype is float32")
+        if zero.offload_optimizer != "none" and self.optimizer.name == "adamw8bit":
+            raise ValueError("deepspeed.offload_optimizer: bitsandbytes' 8-bit AdamW stays on the device; use adamw")
+        if zero.offload_optimizer == "nvme" and self.optimizer.ema_decay is not None:
+            raise ValueError("optimizer.ema_decay: the average cannot be kept on nvme; use offload_optimizer cpu")
+        if self.tail.has_model and self.tail.path is None and self.collects_weights:
+            name = next(name for name in ("lora", "weights", "cache") if name in self.tail.approximated)
+            told = "its model follows the policy from rollout to rollout; needs rollout.weights gathered"
+            raise ValueError(f"tail.{name}: {told}")
+        if schedule.sde_form == "cps" and schedule.eta > 1.0:
+            raise ValueError(f"schedule.eta: {schedule.eta:g}; with sde_form cps at most 1")
+        try:
+            made = self.build_schedule()
+            finite = all(map(math.isfinite, (made.entropy(i, n) for i, n in enumerate(made.merges))))
+        except ArithmeticError:
+            finite = False
+        if not finite or any(earlier <= later for earlier, later in pairwise(made.times)):
+            raise ValueError(f"schedule: shift {schedule.shift:g} and eta {schedule.eta:g} leave no usable time grid")
+        if "schedule.active_steps" in self.method.uses:
+            for index in made.active:
+                if not made.sde(index, made.merges[index]).s > 0.0:
+                    told = f"cps adds no noise in a step to t = 0, as active step {index} is over {made.merges[index]}"
+                    raise ValueError(f"schedule.sde_form: {told}; use entropy_threshold 0 or other merge_lengths")
+        return self
+
+    def with_lora(self, lora: Lora) -> "Config":
+        """The same with other settings of the adapters."""
+        return self.model_copy(update={"model": self.model.model_copy(update={"lora": lora})})
+
+    @property
+    def collects_weights(self) -> bool:
+        """Whether a rollout's model calls gather sharded weights themselves."""
+        return self.deepspeed.zero_stage == 3 and self.rollout.weights == "sharded"
+
+    def build_schedule(self) -> Schedule:
+        """The schedule as the method uses it: without merging where it knows none."""
+        settings = dict(self.schedule)
+        if not self.method.uses.issuperset(MERGING):
+            settings["entropy_threshold"] = 0.0
+        return make_schedule(**settings)
+
+    def with_tail(self, **settings: Any) -> "Config":
+        """The same with these settings of `tail`, the others at their defaults: none given, the exact one."""
+        return self.model_copy(update={"tail": Tail(**settings)})
+
+    def per_active_step(self, value: int | list[int]) -> list[int]:
+        """A setting that is one number or one per active step, as a list."""
+        return value if isinstance(value, list) else [value] * len(self.build_schedule().active)
+
+    def used(self) -> Tree:
+        """All settings but those that the method does not use, as YAML can say them."""
+        tree = self.model_dump(mode="json")
+        for name in self._unused(given=False):
+            section, _, field = name.partition(".")
+            del tree[section][field]
+        return tree
+
+    def yaml(self) -> str:
+        """`used` as the text of a recipe."""
+        return write_yaml(self.used())

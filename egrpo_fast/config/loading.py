@@ -1,0 +1,96 @@
+"""From a recipe and `key.path=value` overrides to a `Config`; a mistake is a `ConfigError` of one line per field."""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from egrpo_fast.config.config import Config
+from egrpo_fast.config.recipe_files import ConfigError, override, read_recipe
+from egrpo_fast.config.sections import UNIONS
+
+
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The sections that a field may hold: by itself, or none, or in a list."""
+    if parts := get_args(annotation):
+        for part in parts:
+            yield from _sections(part)
+    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+
+
+def _field_names(model: type[BaseModel], prefix: str = "") -> list[str]:
+    names = []
+    for name, field in model.model_fields.items():
+        names.append(prefix + name)
+        for section in _sections(field.annotation):
+            names += _field_names(section, f"{prefix}{name}.")
+    return names
+
+
+def _nearest(where: str, given: Any) -> str:
+    """Settings that an unknown one was perhaps meant as; empty: none is like it.
+
+    Misspelt it is like the whole of a name, without its sections like the end of one.
+    """
+    while isinstance(given, dict) and given:  # a section that is none is known by what is in it
+        inner, given = next(iter(given.items()))
+        where = f"{where}.{inner}"
+    parts = where.split(".")
+    scores: dict[str, float] = {}
+    for name in _field_names(Config):
+        known = name.split(".")
+        ends = {name, ".".join(known[-len(parts) :])}
+        alike = max(difflib.SequenceMatcher(None, where, end).ratio() for end in ends)
+        scores[name] = max(alike, 0.8 if known[-1] == parts[-1] else 0.0)
+    best = max(scores.values())
+    names = [name for name, score in scores.items() if score == best]
+    return " or ".join(names[:3]) if best >= 0.6 else ""
+
+
+def _shown(text: str) -> str:
+    """In one line that is not too long."""
+    text = text if text.isprintable() else repr(text)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _explain(error: ValidationError) -> str:
+    lines: dict[str, str] = {}
+    for item in error.errors():
+        # Branches of a union add their own tags to the location; the reader knows the field alone.
+        unknown = item["type"] == "extra_forbidden"
+        tag = next((len(union) for union in UNIONS if item["loc"][: len(union)] == union), None)
+        parts = [part for place, part in enumerate(item["loc"]) if place != tag]
+        location = [str(part) for part in parts if unknown or isinstance(part, int) or str(part).isidentifier()]
+        location = [part for part in location if unknown or part not in ("int", "list")]
+        location += ["name"] if item["type"] == "union_tag_not_found" else []
+        where, message = _shown(".".join(location)), item["msg"]
+        if unknown:
+            near = _nearest(where, item["input"])
+            message = "unknown key" + (f"; did you mean {near}?" if near else "")
+            if tag is not None and where in _field_names(Config):  # of another branch of its section
+                message = f"not used by {item['loc'][tag - 1]} {item['loc'][tag]}; leave it out"
+        elif item["type"] in ("missing", "union_tag_not_found"):
+            message = "missing, and has no default"
+        elif item["type"] == "value_error":
+            message = str(item["ctx"]["error"])
+        else:
+            message = f"{_shown(repr(item['input']))}: {message}"
+        message = message if not where else f"{where}: {message}"
+        lines[where] = f"{lines[where]}; or {item['msg']}" if where in lines else message
+    return "\n".join(lines.values())
+
+
+def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
+    """A named recipe or a YAML file, and what it extends, with `key.path=value` overrides (YAML values), checked.
+
+    Raises ConfigError.
+    """
+    tree = read_recipe(recipe)
+    for assignment in overrides:
+        override(tree, assignment)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from None

@@ -1,0 +1,1 @@
+"""Model families and their weights on disk; the trainer sees `encode`, `velocity` and `decode`."""

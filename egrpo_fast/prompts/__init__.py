@@ -1,0 +1,1 @@
+"""Prompts: their files, their order, their embeddings."""

@@ -1,0 +1,163 @@
+"""What a run tells: metrics and alarms as it goes, pictures of the held-out prompts, and a summary. Rank 0 only."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from egrpo_fast import __version__
+from egrpo_fast.config import PIPELINE, Config
+from egrpo_fast.files import write_whole
+from egrpo_fast.folder_lock import Claim
+from egrpo_fast.plan import Plan
+from egrpo_fast.runs import plots
+from egrpo_fast.runs.export import export
+from egrpo_fast.runs.guards import History, Verdict
+from egrpo_fast.runs.metrics import RunLog
+from egrpo_fast.terminal import Attempts
+
+BASE_PICTURES, SUMMARY = "base_pictures.safetensors", "summary.json"
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A held-out evaluation, on every rank: mean of each reward, and on rank 0 the first pictures [N, 3, H, W]."""
+
+    rewards: dict[str, float]
+    pictures: Tensor | None
+
+
+class Report:
+    """Of one run. iteration, evaluated: what the log's lines are kept up to (`RunLog`). held_out: its prompts.
+
+    On other ranks than 0 (`speaks`) nothing is told or written. Pictures and plots that cannot be drawn or written are
+    told once and end nothing; what is drawn is kept, and written with the next. claim: of the run's folder.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        held_out: Sequence[str],
+        iteration: int,
+        evaluated: bool,
+        speaks: bool = True,
+        claim: Claim | None = None,
+    ) -> None:
+        self._config, self._prompts, self._folder, self._claim = config, held_out, config.output_dir, claim
+        self._attempt, self._unwritten = Attempts(), dict[str, bytes]()
+        self._log: RunLog | None = None
+        if speaks:
+            wandb_config = config.model_dump(mode="json") if config.wandb else None
+            self._log = RunLog(self._folder, config.iterations, iteration, evaluated, wandb_config, claim)
+
+    def begin(self, plan: Plan, iteration: int, where: str, backends: Mapping[str, str]) -> None:
+        """What runs, on what, what an iteration costs, and where the run writes. backends: by op."""
+        config, prompts = self._config, self._config.prompts.per_iteration
+        first = f"goes on after {iteration} of" if iteration else "runs for"
+        self.say(
+            f"egrpo_fast {__version__}: {config.method.name} on {config.model.path} {first} {config.iterations} "
+            f"iterations on {where}; kernels: {', '.join(sorted(set(backends.values())))}\n"
+            f"per iteration: {prompts} prompt(s), {prompts * len(plan.picture_rows)} images; "
+            f"{prompts * plan.evaluations:,} model evaluations without gradient, {prompts * plan.trained_states} with\n"
+            f"writes to {self._folder}"
+        )
+
+    def say(self, text: str) -> None:
+        if self._log:
+            self._log.say(text)
+
+    def sync(self) -> None:
+        """Every line so far survives a power cut."""
+        if self._log:
+            self._log.sync()
+
+    def close(self) -> None:
+        if self._log:
+            self._log.close()
+
+    def iteration(
+        self, done: int, values: Mapping[str, float], notes: Mapping[str, Any], alarms: Sequence[str]
+    ) -> None:
+        """One line of metrics, one step of the progress bar."""
+        if self._log is None:
+            return
+        self._log.write(done, values, notes)
+        self._write()
+        trained = next(reward.name for reward in self._config.rewards if reward.weight)
+        self._log.advance(**{trained: values[f"reward/{trained}"]})
+        for alarm in alarms:
+            self.say(f"WARNING: iteration {done}: {alarm}")
+
+    def held_out(self, done: int, held_out: HeldOut, watched: Verdict | None, seconds: Mapping[str, float]) -> None:
+        """An evaluation after `done` iterations: its line, its pictures, and what the watch makes of it."""
+        if self._log is None:
+            return
+        assert held_out.pictures is not None
+        values = {f"held_out/{name}": value for name, value in held_out.rewards.items()}
+        if watched:
+            values |= {"watch/best": watched.best, "watch/alarms": watched.alarms, "watch/stop": float(watched.stop)}
+        self._log.write(done, values | dict(seconds))
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in held_out.rewards.items())
+        self.say(f"held-out prompts after {done} iterations: {shown}")
+        if (rule := self._config.evaluation.stop_when) and watched and watched.alarms:
+            self.say(
+                f"WARNING: {rule.reward} fell to {held_out.rewards[rule.reward]:.4f} from its best of "
+                f"{watched.best:.4f} (iteration {watched.best_at}) while the trained rewards rose: alarm "
+                f"{watched.alarms} of {rule.patience}{'; the run stops here' if watched.stop else ''}"
+            )
+        pictures, captions = held_out.pictures, self._prompts[: len(held_out.pictures)]
+        self._put(f"pictures/iteration-{done:06d}.png", lambda: plots.picture_grid(pictures, captions))
+        if done == 0:
+            self._put(BASE_PICTURES, lambda: save({"pictures": pictures.contiguous()}))
+
+    def _put(self, name: str, make: Callable[[], bytes]) -> None:
+        """A file of the run's folder."""
+        with self._attempt(name, "it is left out"):
+            self._unwritten[name] = make()
+        self._write()
+
+    def _write(self) -> None:
+        """The files that are not there yet."""
+        for name, content in list(self._unwritten.items()):
+            with self._attempt("pictures, plots and summary"):
+                if self._claim:
+                    self._claim.check()
+                (self._folder / name).parent.mkdir(exist_ok=True)
+                write_whole(self._folder / name, content)
+                del self._unwritten[name]
+
+    def finish(self, done: int, history: History, after: HeldOut, stopped: bool) -> None:
+        """The run is over: curves, before and after, `summary.json`, the trained pipeline.
+
+        history: every evaluation. What was drawn or logged before may be damaged: then a picture is missing. OSError or
+        ValueError, once all was tried: summary or pipeline cannot be written.
+        """
+        if self._log is None:
+            return
+        self._log.end_bar()
+        pictures = after.pictures
+        assert pictures is not None
+
+        def before_after() -> bytes:
+            before = load_file(self._folder / BASE_PICTURES)["pictures"]
+            return plots.before_after(before, pictures, self._prompts[: len(before)])
+
+        self._put("curve.png", lambda: plots.curves(RunLog.read(self._folder)))
+        self._put("before_after.png", before_after)
+        before = history[0][1]
+        held_out = {name: {"before": before[name], "after": value} for name, value in after.rewards.items()}
+        summary: dict[str, Any] = {"iterations": done, "held_out": held_out}
+        if stopped and self._config.evaluation.stop_when:
+            summary["stopped_by"] = self._config.evaluation.stop_when.reward
+        self._put(SUMMARY, lambda: (json.dumps(summary, indent=2) + "\n").encode())
+        export(self._folder, self._folder / PIPELINE, checkpoint=str(done), replace=True, verify=False)
+        if SUMMARY in self._unwritten:
+            write_whole(self._folder / SUMMARY, self._unwritten[SUMMARY])
+        print(f"\n{'held-out reward':<18}{'before':>10}{'after':>10}")
+        for name, value in held_out.items():
+            print(f"{name:<18}{value['before']:>10.4f}{value['after']:>10.4f}")
+        loader = "load_lora_weights" if self._config.model.lora else "from_pretrained"
+        print(f"\n{self._folder}: curve.png, before_after.png, {PIPELINE}/ (FluxPipeline.{loader} loads it)")

@@ -1,0 +1,528 @@
+"""The cost model against what it models: counts exactly, FLOPs within 2%, bytes of CPU runs within 15%."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from egrpo_fast import cli
+from egrpo_fast.commands import cost
+from egrpo_fast.commands.cost import GIB, Cluster, Cost, Pipeline, Transformer, Vae
+from egrpo_fast.config import Config, Lora, load_config
+from egrpo_fast.config.recipe_files import recipe_names
+from egrpo_fast.models.flux import random as random_flux
+from egrpo_fast.models.lora import save_lora
+from egrpo_fast.shapes import PIPELINE
+
+SMALL = {"in_channels": 64, "joint_attention_dim": 48, "pooled_projection_dim": 40}
+CONFIGS = {
+    "FLUX.1-dev": cost.FLUX_DEV["transformer"],
+    "FLUX.1-schnell": cost.FLUX_DEV["transformer"] | {"guidance_embeds": False},
+    "small": SMALL | random_flux.SIZES["small"] | {"guidance_embeds": True, "out_channels": 32},
+}
+FOUR = {"layers_per_block": 2, "latent_channels": 16, "norm_num_groups": 8}
+RECIPES = [name for name in recipe_names() if name.startswith("flux-dev-")]
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of all storages made inside that are alive, now and at most."""
+
+    def __init__(self, known=()):
+        super().__init__()
+        self.live = self.peak = 0
+        self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
+
+    def _drop(self, key):
+        self.live -= self._sizes.pop(key)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage())._cdata not in self._sizes:
+                self._sizes[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self._drop, storage._cdata)
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+        return result
+
+
+def make_transformer(config, dtype=torch.float32):
+    return random_flux.FluxTransformer2DModel(**config).to(dtype)
+
+
+def evaluate(transformer, rows, image, text):
+    model = getattr(transformer, "module", transformer)  # what DeepSpeed's engine wraps
+    config, dtype = model.config, model.dtype
+    return transformer(
+        hidden_states=torch.randn(rows, image, config.in_channels, dtype=dtype),
+        timestep=torch.full((rows,), 0.5, dtype=dtype),
+        guidance=torch.full((rows,), 3.5) if config.guidance_embeds else None,
+        pooled_projections=torch.randn(rows, config.pooled_projection_dim, dtype=dtype),
+        encoder_hidden_states=torch.randn(rows, text, config.joint_attention_dim, dtype=dtype),
+        txt_ids=torch.zeros(text, 3),
+        img_ids=torch.zeros(image, 3),
+        return_dict=False,
+    )[0]
+
+
+# --- counts ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_parameters_are_those_of_the_model_layer_by_layer(name):
+    ours = Transformer(CONFIGS[name])
+    with torch.device("meta"):
+        model = make_transformer(CONFIGS[name])
+    theirs = {
+        name: (module.in_features, module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    assert {linear.name: (linear.inputs, linear.outputs) for linear in ours.linears} == theirs
+    assert ours.parameters["total"] == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_flux_dev_is_what_the_paper_notes_say():
+    parameters = Transformer(CONFIGS["FLUX.1-dev"]).parameters
+    assert parameters["total"] == 11_901_408_320
+    assert parameters["met_by_one_token"] == pytest.approx(6.5e9, rel=0.01)
+    assert parameters["modulation"] == pytest.approx(3.2e9, rel=0.01)
+    estimate = Cost(load_config("flux-dev"), Cluster(8))
+    assert estimate.flops["evaluation"] == pytest.approx(37e12, rel=0.02)
+    assert estimate.flops["attention"] == pytest.approx(4.5e12, rel=0.02)
+    total = sum(estimate.flops[part] for part in ("rollout", "update", "decode"))
+    assert total == pytest.approx(39e15, rel=0.02)
+    assert estimate.flops["rollout"] / total == pytest.approx(0.97, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("rank", "targets"),
+    [
+        (4, ["to_q", "to_k", "to_v", "to_out.0"]),
+        (3, ["proj_out", "net.2", "linear", "add_k_proj"]),
+        (2, ["x_embedder"]),
+    ],
+)
+def test_adapters_are_counted_as_peft_makes_them(rank, targets):
+    from peft import LoraConfig
+
+    with torch.device("meta"):
+        model = make_transformer(CONFIGS["small"])
+        model.requires_grad_(False)
+        model.add_adapter(LoraConfig(r=rank, target_modules=targets))
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    lora = Lora(rank=rank, target_modules=targets)
+    assert Transformer(CONFIGS["small"]).lora_parameters(lora) == trained > 0
+
+
+def test_a_plan_follows_the_lora_that_a_run_would_start_from(tmp_path):
+    layers = [
+        f"transformer_blocks.{block}.attn.to_q.lora_{which}.default.weight" for block in range(19) for which in "AB"
+    ]
+    adapters = {name: torch.zeros((5, 3072) if "_A." in name else (3072, 5)) for name in layers}
+    save_lora(tmp_path, adapters, Lora(rank=5, target_modules=["to_q"]))
+    config = load_config("flux-dev-lora-8x24gb", [f"model.lora.path={tmp_path}"])
+    assert Cost(config, Cluster(8)).adapters == 19 * 5 * 2 * 3072
+    with pytest.raises(ValueError, match="model.lora.path: no file or folder /nowhere"):
+        Cost(load_config("flux-dev-lora-8x24gb", ["model.lora.path=/nowhere"]), Cluster(8))
+
+
+def test_frozen_parts_of_flux_dev():
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    blocks = len(cost.FLUX_DEV["vae"]["block_out_channels"])
+    with torch.device("meta"):
+        parts = {
+            "vae": random_flux.AutoencoderKL(
+                **cost.FLUX_DEV["vae"], down_block_types=("DownEncoderBlock2D",) * blocks,
+                up_block_types=("UpDecoderBlock2D",) * blocks, use_quant_conv=False, use_post_quant_conv=False,
+            ),
+            "text_encoder": CLIPTextModel(
+                CLIPTextConfig(
+                    vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+                    num_attention_heads=12,
+                )
+            ),
+            "text_encoder_2": T5EncoderModel(
+                T5Config(
+                    vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
+                    feed_forward_proj="gated-gelu",
+                )
+            ),
+        }  # fmt: skip
+    found = {name: sum(parameter.numel() for parameter in part.parameters()) for name, part in parts.items()}
+    assert found == cost.FLUX_DEV["parameters"]
+
+
+@pytest.mark.parametrize("model", cost.CLIP_PARAMETERS)
+def test_clip_rewards(model):
+    open_clip = pytest.importorskip("open_clip")
+    with torch.device("meta"):
+        network = open_clip.CLIP(**open_clip.get_model_config(model))
+    assert sum(parameter.numel() for parameter in network.parameters()) == cost.CLIP_PARAMETERS[model]
+
+
+def test_a_local_folder_is_counted_from_its_files():
+    pipeline = Pipeline.read("shapes")
+    loaded = random_flux.FluxPipeline.from_pretrained(PIPELINE)
+    assert pipeline.transformer.parameters["total"] == loaded.transformer.num_parameters()
+    assert pipeline.frozen["vae"] == sum(p.numel() for p in loaded.vae.parameters())
+    assert pipeline.frozen["text_encoder"] == sum(p.numel() for p in loaded.text_encoder.parameters())
+    assert pipeline.frozen["text_encoder_2"] == sum(p.numel() for p in loaded.text_encoder_2.parameters())
+
+
+# --- FLOPs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("image", "text"), [(64, 16), (24, 96)])
+def test_flops_of_an_evaluation(image, text):
+    model = make_transformer(CONFIGS["small"])
+    # The counter does not know the CPU's fused attention in every version of torch; it always knows matrix products.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        evaluate(model, 2, image, text)
+    ours = Transformer(CONFIGS["small"]).flops(image, text)["total"]
+    assert 2 * ours == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_flops_and_bytes_of_decoding():
+    config = FOUR | {"block_out_channels": (16, 32, 64, 64)}
+    vae = random_flux.AutoencoderKL(
+        **config, down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        use_quant_conv=False, use_post_quant_conv=False,
+    )  # fmt: skip
+    ours = Vae(config)
+    for dtype in (torch.float32, torch.bfloat16):
+        vae.to(dtype)
+        latents = torch.randn(2, 16, 8, 12, dtype=dtype)
+        with torch.no_grad(), LiveBytes(vae.parameters()) as live, FlopCounterMode(display=False) as counter:
+            vae.decode(latents, return_dict=False)
+        assert 2 * ours.decode_flops(64, 96) == pytest.approx(counter.get_total_flops(), rel=0.02)
+        assert 2 * ours.decode_bytes(64, 96, dtype.itemsize) == pytest.approx(live.peak, rel=0.15)
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "axes", "blocks", "rows", "image", "text"),
+    [
+        (4, 32, (8, 12, 12), (2, 4), 2, 256, 64),
+        (2, 128, (16, 56, 56), (1, 6), 3, 200, 128),
+        (6, 64, (16, 24, 24), (4, 3), 1, 512, 32),
+    ],
+)
+def test_activations(heads, head_dim, axes, blocks, rows, image, text, dtype):
+    """Measured peaks of a forward, and of a forward and backward with and without checkpointing."""
+    config = SMALL | {
+        "num_attention_heads": heads, "attention_head_dim": head_dim, "axes_dims_rope": axes,
+        "num_layers": blocks[0], "num_single_layers": blocks[1], "guidance_embeds": True,
+    }  # fmt: skip
+    ours, model = Transformer(config), make_transformer(config, dtype)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    known = [*model.parameters(), *(parameter.grad for parameter in model.parameters())]
+    with torch.no_grad(), LiveBytes(known) as live:
+        evaluate(model, rows, image, text)
+    tokens, size = image + text, dtype.itemsize
+    assert ours.forward_bytes(rows, tokens, size) == pytest.approx(live.peak, rel=0.15)
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        with LiveBytes(known) as live:
+            evaluate(model, rows, image, text).float().square().mean().backward()
+        assert ours.backward_bytes(rows, tokens, size, checkpointing) == pytest.approx(live.peak, rel=0.15)
+
+
+def small_run(stage, dtype, checkpointing):
+    """A recipe of two prompts' rows that a `small` FLUX can take, and its pipeline."""
+    config = load_config(
+        "flux-dev",
+        [
+            "model.height=256", "model.width=256", "model.max_sequence_length=64", f"model.dtype={dtype}",
+            f"model.gradient_checkpointing={checkpointing}", "prompts.per_iteration=2", "rollout.prompts_per_call=2",
+            f"deepspeed.zero_stage={stage}", "deepspeed.overrides={zero_optimization: {reduce_bucket_size: 1000000}}",
+        ],
+    )  # fmt: skip
+    shape = CONFIGS["small"] | {"out_channels": 64}
+    frozen = {"vae": 0, "text_encoder": 0, "text_encoder_2": 0}
+    return config, Pipeline("small", Transformer(shape), Vae(cost.FLUX_DEV["vae"]), frozen)
+
+
+def measure_a_step(stage, dtype, checkpointing):
+    """Live bytes of a second training step under DeepSpeed on one CPU rank: before it, in its update, in its step."""
+    import deepspeed
+
+    from egrpo_fast.distributed.engine import deepspeed_config
+    from egrpo_fast.distributed.world import World
+
+    config, pipeline = small_run(stage, dtype, checkpointing)
+    world = World()
+    with LiveBytes() as live:
+        model = make_transformer(pipeline.transformer.config, getattr(torch, dtype))
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=torch.optim.AdamW(model.parameters(), 1e-3), config=deepspeed_config(config)
+        )
+        told = {}
+        for _ in range(2):  # the first step makes the optimizer's state
+            told["standing"] = live.live
+            for phase, run in {
+                "update": lambda: engine.backward(evaluate(engine, 2, 256, 64).float().square().mean()),
+                "optimizer step": engine.step,
+            }.items():
+                live.peak = live.live
+                run()
+                told[phase] = live.peak
+    world.close()
+    print(json.dumps(told))
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype", "checkpointing"),
+    [
+        (3, "bfloat16", False),
+        pytest.param(2, "bfloat16", True, marks=pytest.mark.slow),
+        pytest.param(3, "bfloat16", True, marks=pytest.mark.slow),
+        pytest.param(3, "float32", False, marks=pytest.mark.slow),
+        pytest.param(2, "bfloat16", False, marks=pytest.mark.slow),
+        pytest.param(1, "bfloat16", True, marks=pytest.mark.slow),
+    ],
+)
+def test_memory_of_training_steps_under_deepspeed(stage, dtype, checkpointing):
+    """Weights, gradients, optimizer and activations of real steps, each within 15%."""
+    command = [sys.executable, __file__, str(stage), dtype, str(checkpointing)]
+    environment = {**os.environ, "MASTER_PORT": str(29700 + os.getpid() % 200)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
+    assert result.returncode == 0, result.stderr[-2000:]
+    measured = json.loads(result.stdout.strip().splitlines()[-1])
+    config, pipeline = small_run(stage, dtype, checkpointing)
+    memory = Cost(config, Cluster(1, 1, "cpu"), pipeline).memory
+    standing = ("weights", "gradients", "master weights", "optimizer moments", "reduction bucket")
+    loaded = sum(memory.always[part] for part in standing)
+    if stage == 3:  # below, gradients are made by the first backward and go with the step
+        assert loaded == pytest.approx(measured["standing"], rel=0.01)
+    kept = memory.phases["update"]["pictures' latents"]  # no rollout came before this step
+    for phase, parts in (("update", memory.phases["update"]), ("optimizer step", memory.phases["optimizer step"])):
+        predicted = loaded + sum(parts.values()) - (kept if phase == "update" else 0)
+        assert predicted == pytest.approx(measured[phase], rel=0.15), phase
+
+
+# --- the estimate ----------------------------------------------------------------------------------------------------
+
+
+def flux(*overrides, cluster=Cluster(8)):  # noqa: B008 - it is frozen
+    return Cost(load_config("flux-dev", overrides), cluster)
+
+
+def test_partitions_shrink_with_ranks():
+    overrides = ("prompts.per_iteration=16",)
+    one, sixteen = flux(*overrides, cluster=Cluster(1)).memory, flux(*overrides, cluster=Cluster(16, 2)).memory
+    for part in ("weights", "gradients", "master weights", "optimizer moments"):
+        assert sixteen.always[part] == pytest.approx(one.always[part] / 16)
+    assert one.always["weights"] == 2 * 11_901_408_320
+    assert flux("deepspeed.zero_stage=2").memory.always["weights"] == one.always["weights"]
+
+
+def test_what_saves_memory_does():
+    peak = flux().memory.peak
+    for change in (
+        "rollout.weights=sharded", "rollout.micro_batch=1", "optimizer.name=adamw8bit", "prompts.embeddings=folder",
+        "deepspeed.offload_optimizer=cpu", "model.lora={rank: 8}", "model.text_encoder_quantization=nf4",
+    ):  # fmt: skip
+        assert flux(change).memory.peak < peak, change
+    update = flux().memory.totals["update"]
+    assert flux("model.gradient_checkpointing=false").memory.totals["update"] > update + 10 * GIB
+    assert flux("optimizer.ema_decay=0.99").memory.peak > peak
+    offloaded = flux("deepspeed.offload_optimizer=cpu").memory
+    assert offloaded.host["master weights"] + offloaded.host["optimizer moments"] == 12 * 11_901_408_320 / 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "per_weight"),
+    [
+        ((), 12),
+        (("optimizer.ema_decay=0.99",), 16),
+        (("optimizer.name=adamw8bit",), 4 + 2 + 2 * 4 / 256),
+        (("deepspeed.offload_optimizer=nvme", "deepspeed.nvme_path=folder"), 12),
+    ],
+)
+def test_a_checkpoint_is_copied_to_host_memory_by_each_rank_and_kept_on_the_disk(changes, per_weight):
+    estimate = flux("checkpoint.keep=3", "checkpoint.best=clip", *changes)
+    assert estimate.checkpoint == pytest.approx(per_weight * 11_901_408_320)
+    assert estimate.memory.host["copy of a checkpoint"] == pytest.approx(estimate.checkpoint / 8)
+    assert estimate.checkpoints_on_disk == 5
+    adapters = flux("model.lora={rank: 8}", *changes)
+    assert adapters.checkpoint == pytest.approx(per_weight * adapters.trained) and adapters.trained < 10**8
+
+
+def test_the_plan_tells_host_memory_by_machine_and_the_checkpoints(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["egrpo", "plan", "flux-dev-32gpu", "--gpus", "32", "--nodes", "4"])
+    cli.main()
+    told = capsys.readouterr().out
+    host = Cost(load_config("flux-dev-32gpu"), Cluster(32, 4)).memory.host
+    assert f"host memory per machine {8 * sum(host.values()) / GIB:.3g} GiB; per GPU: " in told
+    assert "copy of a checkpoint 4.16" in told
+    assert "a checkpoint 133 GiB; at most 3 on the disk at once, 399 GiB" in told
+
+
+def test_gathered_weights_are_received_once():
+    gathered, sharded = flux(), flux("rollout.weights=sharded")
+    assert gathered.traffic["rollout"] == 2 * 11_901_408_320 * 7 / 8
+    assert sharded.traffic["rollout"] == sharded.calls * gathered.traffic["rollout"]
+    assert sharded.calls == sum(-(-rows // 8) for rows in (1, 13, 25, 25, 37, 49, 61, 61, 72, 84, *[96] * 6))
+
+
+def test_advice_fits():
+    """What alone suffices is told by itself; else changes that suffice together."""
+    tight = flux(cluster=Cluster(8, 1, "RTX4090"))
+    assert not tight.fits
+    (together,) = tight.advice
+    assert together["fits"] and len(together["settings"]) > 1
+    assert together["peak"] <= tight.cluster.gpu.memory
+    near = flux("model.gradient_checkpointing=false", "prompts.per_iteration=16", "rollout.prompts_per_call=2")
+    assert not near.fits and near.advice[0]["settings"] == {"model.gradient_checkpointing": True}
+    assert not flux().advice
+
+
+def test_advice_knows_what_helps_only_together():
+    """On one GPU sharded rollouts save nothing, and weights on the host nothing while a rollout gathers them all."""
+    alone = {"cluster": Cluster(1, 1, "RTX4090")}
+    for sharded, settings in (("gathered", []), ("sharded", ["rollout.weights=sharded"])):
+        lora = flux("model.lora={rank: 8}", *settings, **alone)
+        assert not flux("model.lora={rank: 8}", *settings, "deepspeed.offload_weights=cpu", **alone).fits or settings
+        (told,) = lora.advice[:1]
+        assert told["fits"] and told["settings"]["deepspeed.offload_weights"] == "cpu"
+        assert ("rollout.weights" in told["settings"]) == (sharded == "gathered")
+        assert "model.lora" not in told["settings"], "there is one"
+    (whole,) = flux(**alone).advice
+    assert whole["fits"] and whole["settings"] == {
+        "rollout.weights": "sharded", "deepspeed.offload_optimizer": "cpu", "deepspeed.offload_weights": "cpu",
+    }  # fmt: skip
+
+
+OWN = "L40S={memory: 44, tflops: 362, bandwidth: 864, link: 32}"
+
+
+def test_a_gpu_of_ones_own_numbers(monkeypatch, capsys):
+    assert cost.parse_gpu(OWN) == ("L40S", cost.Gpu(362e12, 44 * GIB, 864e9, 32e9))
+    monkeypatch.setattr(sys, "argv", ["egrpo", "plan", "flux-dev", "--gpu", OWN, "--json"])
+    cli.main()
+    told = json.loads(capsys.readouterr().out)["cost"]
+    assert told["cluster"]["gpu"] == "L40S" and told["cluster"]["memory"] == 44 * GIB and told["memory"]["advice"]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "told"),
+    [
+        ("L40S", "'L40S' is unknown; there are A100, .*numbers: L40S={tflops: N, memory: N, bandwidth: N, link: N}"),
+        ("L40S={memory: 44}", "L40S={tflops: N, memory: N, bandwidth: N, link: N} is needed, not '{memory: 44}'"),
+        (OWN.replace("44", "0"), "memory: 0 is no number above 0"),
+        (OWN.replace("44", "many"), "memory: 'many' is no number above 0"),
+        (OWN.replace("44", "true"), "memory: True is no number above 0"),
+        ("L40S={", "not YAML"),
+    ],
+)
+def test_gpus_that_cannot_be(gpu, told):
+    with pytest.raises(ValueError, match=f"^--gpu: {told}"):
+        cost.parse_gpu(gpu)
+    with pytest.raises(ValueError, match="--gpu: 'L40S' is unknown"):
+        Cluster(1, 1, "L40S")
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "./flux", "flux", "~/nothing/here", "a/b/c"])
+def test_a_model_that_is_not_there_is_not_planned_for(path):
+    with pytest.raises(ValueError, match="model.path: no folder "):
+        Cost(load_config("flux-dev", [f"model.path={path}"]), Cluster(8))
+    assert Pipeline.read("owner/name").source == "FLUX.1-dev"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fields"),
+    [
+        (
+            "schedule.num_steps=1000 rollout.group_size=65536",
+            "schedule.num_steps, rollout.group_size, schedule.active_",
+        ),
+        (
+            "method=flow_grpo schedule.num_steps=1000 rollout.group_size=65536",
+            "schedule.num_steps, rollout.group_size: ",
+        ),
+    ],
+)
+def test_a_plan_larger_than_memory_is_refused_by_its_settings(overrides, fields, monkeypatch):
+    monkeypatch.setattr("egrpo_fast.plan.MOST_EDGES", 100_000)  # the same refusal, sooner
+    monkeypatch.setattr(sys, "argv", ["egrpo", "plan", "shapes", *overrides.split()])
+    with pytest.raises(SystemExit, match=f"^error: {fields}.*more than 100,000 steps of samples"):
+        cli.main()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--gpus", "3"], "prompts.per_iteration: 8 is not a multiple of 3 GPUs"),
+        (["--gpus", "8", "--nodes", "3"], "--nodes: 8 GPUs cannot be spread evenly over 3 machines"),
+    ],
+)
+def test_clusters_that_cannot_be(arguments, told, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["egrpo", "plan", "flux-dev", *arguments])
+    with pytest.raises(SystemExit, match=re.escape(told)):
+        cli.main()
+
+
+def test_folders_that_cannot_be_read(tmp_path):
+    for part in ("transformer", "vae"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="model.path: .* cannot be read as a FLUX pipeline"):
+        Pipeline.read(str(tmp_path))
+
+
+def test_json_holds_the_schedule_and_the_cost(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["egrpo", "plan", "shapes", "--json", "--gpu", "cpu"])
+    cli.main()
+    told = json.loads(capsys.readouterr().out)
+    assert told["work"]["model_calls"] == 16 and told["cost"]["parameters"]["total"] == 1_338_448
+    assert told["cost"]["memory"]["fits"] and not told["cost"]["memory"]["unknown_rewards"]
+    assert told["cost"]["cluster"]["gpus"] == 1
+
+
+def test_moments_in_8_bits():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    weight = torch.nn.Parameter(torch.randn(1 << 16))
+    optimizer = bitsandbytes.optim.AdamW8bit([weight], lr=1e-3)
+    weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    state = optimizer.state[weight]
+    measured = sum(state[name].nbytes for name in ("state1", "state2", "absmax1", "absmax2"))
+    eight, full = (flux(f"optimizer.name={name}").memory.always["optimizer moments"] for name in ("adamw8bit", "adamw"))
+    assert eight / full == pytest.approx(measured / (8 * weight.numel()), rel=0.01)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_state_their_estimate(recipe, monkeypatch, capsys):
+    """The comment on top of a recipe is what the command in it prints; and the recipe fits."""
+    comment = (Path(cost.__file__).parents[1] / "recipes" / f"{recipe}.yaml").read_text()
+    command = re.search(r"^#   (egrpo plan .*)$", comment, re.MULTILINE).group(1)
+    monkeypatch.setattr(sys, "argv", shlex.split(command))
+    cli.main()
+    summary = capsys.readouterr().out.strip().splitlines()[-1]
+    assert f"# {summary}\n" in comment and "does not fit" not in summary
+    config: Config = load_config(recipe)
+    assert {reward.name for reward in config.rewards} == {"hps", "clip"}
+
+
+if __name__ == "__main__":
+    measure_a_step(int(sys.argv[1]), sys.argv[2], sys.argv[3] == "True")

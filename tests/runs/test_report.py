@@ -1,0 +1,134 @@
+"""What a run tells: a picture that cannot be drawn or written, or a log that is damaged, costs itself alone."""
+
+import json
+import resource
+import warnings
+
+import pytest
+import torch
+
+from egrpo_fast.config import load_config
+from egrpo_fast.folder_lock import Claim
+from egrpo_fast.runs.metrics import METRICS
+from egrpo_fast.runs.report import BASE_PICTURES, HeldOut, Report
+
+PICTURES = torch.zeros(2, 3, 8, 8)
+HISTORY = [(0, {"clip": 0.25}), (1, {"clip": 0.5})]
+PRODUCTS = {"curve.png", "before_after.png", "summary.json", "pipeline"}
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """The report of a run of one iteration, before its first evaluation. What it prints is kept in memory."""
+
+    def exported(folder, out, **options):
+        out.mkdir()
+
+    monkeypatch.setattr("egrpo_fast.runs.report.export", exported)  # it has tests of its own
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "run.lock").write_text("mark")
+    config = load_config("shapes", [f"output_dir={folder}", "iterations=1"])
+    return folder, Report(config, ["a", "b"], 0, False, claim=Claim(folder / "run.lock", "mark", ""))
+
+
+def evaluate(report, done):
+    report.held_out(done, HeldOut(HISTORY[done][1], PICTURES), None, {})
+
+
+def finish(report):
+    """Returns what was warned of."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        report.finish(1, HISTORY, HeldOut(HISTORY[1][1], PICTURES), False)
+        report.close()
+    return [str(each.message) for each in told if each.category is UserWarning]
+
+
+def check(folder, *missing):
+    assert {path.name for path in folder.iterdir()} & PRODUCTS == PRODUCTS - {*missing}
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["held_out"] == {"clip": {"before": 0.25, "after": 0.5}}
+
+
+def test_a_run_that_nothing_happens_to(run):
+    folder, report = run
+    for done in (0, 1):
+        evaluate(report, done)
+    assert finish(report) == []
+    check(folder)
+    assert len(list((folder / "pictures").iterdir())) == 2
+
+
+def test_a_disk_that_is_full_over_an_evaluation(run):
+    folder, report = run
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))
+    try:
+        with pytest.warns(UserWarning, match="pictures, plots and summary: File too large; training goes on"):
+            evaluate(report, 0)
+        assert not (folder / BASE_PICTURES).exists()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    evaluate(report, 1)
+    assert finish(report) == []
+    check(folder)
+    assert len(list((folder / "pictures").iterdir())) == 2, "also those of the evaluation that the disk did not take"
+
+
+def test_a_disk_that_is_full_to_the_end_is_an_error(run):
+    folder, report = run
+    evaluate(report, 0)
+    report._log.end_bar()  # pytest keeps what is printed in a file, which is full then, too
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            finish(report)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (folder / "summary.json").exists() and (folder / "pipeline").exists(), "the rest is tried all the same"
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "first line gone", "a bad byte", "log gone"])
+def test_what_was_told_before_is_damaged(damage, run):
+    """Training is done: no damage to a picture or the log may keep the run from its summary and its pipeline."""
+    folder, report = run
+    for done in (0, 1):
+        evaluate(report, done)
+    base, log = folder / BASE_PICTURES, folder / METRICS
+    if damage == "cut":
+        base.write_bytes(base.read_bytes()[:-9])
+    elif damage == "gone":
+        base.unlink()
+    elif damage == "first line gone":
+        log.write_bytes(log.read_bytes().split(b"\n", 1)[1])
+    elif damage == "a bad byte":
+        log.write_bytes(b"\xff" + log.read_bytes()[1:])
+    else:
+        log.unlink()
+    told = finish(report)
+    check(folder, *(["before_after.png"] if damage in ("cut", "gone") else []))
+    expected = {"cut": "before_after.png: ", "gone": "before_after.png: ", "a bad byte": "1 damaged line"}
+    assert len(told) == (damage in expected) and expected.get(damage, "") in "".join(told)
+
+
+def test_a_picture_that_cannot_be_drawn(run, monkeypatch):
+    folder, report = run
+    monkeypatch.setattr("matplotlib.axes.Axes.imshow", lambda *arguments, **style: 1 / 0)
+    with pytest.warns(UserWarning, match="iteration-000000.png: ZeroDivisionError"):
+        evaluate(report, 0)
+    assert any("before_after.png: ZeroDivisionError" in told for told in finish(report))
+    check(folder, "before_after.png")
+
+
+def test_a_folder_that_was_moved_does_not_come_back_half(run):
+    folder, report = run
+    moved = folder.rename(folder.with_name("moved"))
+    with pytest.warns(UserWarning, match="not the folder any more"):
+        evaluate(report, 0)
+    assert not folder.exists()
+    moved.rename(folder)
+    evaluate(report, 1)
+    assert finish(report) == []
+    check(folder)
