@@ -70,8 +70,9 @@ HERE = {
     ("docs/tails.md", "| tail | evaluations | correlation"),
 }
 DEFINITIONS = {
-    "README.md": ["| command |"],
-    "docs/architecture.md": ["| room |"],
+    "README.md": ["| to | read |"],
+    "docs/commands.md": ["| command |"],
+    "docs/architecture.md": ["| file | what it is for", "| folder | what is in it", "| to find | look in"],
     "docs/cost.md": ["| | formula |", "| part | bytes", "| | against | bound |"],
     "docs/evaluation.md": ["| file | what |", "| option of"],
     "docs/extension.md": ["| file | what it is |"],
@@ -383,5 +384,5 @@ def test_counts():
     plan = plan_of(load_config("shapes"), 0)
     told = f"rollout of {plan.evaluations:,} model evaluations {plan.tail_evaluations} are of tails"
     assert told in text("docs/tails.md")
-    lines = len((ROOT / "tests" / "toy_method.py").read_text().splitlines())
+    lines = len((ROOT / "tests" / "methods" / "toy_method.py").read_text().splitlines())
     assert all(f"in {lines} lines" in text(page) for page in ("docs/methods.md", "docs/extending.md"))
