@@ -7,6 +7,8 @@ OUT ?= runs/$(RECIPE)-$(shell date +%Y%m%d-%H%M%S)
 ARGS ?=
 # Versions to install: .ci/newest.txt, .ci/oldest.txt, or nothing for what the index has today.
 CONSTRAINTS ?= .ci/newest.txt
+# Processes that share the files of tests.
+JOBS ?= 2
 INSTALL = $(BIN)/pip install --quiet $(addprefix --constraint ,$(CONSTRAINTS))
 
 .PHONY: train test test-oldest test-slow lock lint docs parity plan bench profile plot gpu learning compare ablations faults soak sanitize resources clean
@@ -17,7 +19,7 @@ train: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	@echo "== tests"
-	EGRPO_CONSTRAINTS=$(CONSTRAINTS) $(BIN)/python -m pytest $(ARGS)
+	EGRPO_CONSTRAINTS=$(CONSTRAINTS) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 # The same tests with the oldest versions that pyproject.toml allows, in an environment of their own.
 test-oldest:
