@@ -19,7 +19,7 @@ train: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	@echo "== tests"
-	EGRPO_CONSTRAINTS=$(CONSTRAINTS) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	EGRPO_CONSTRAINTS=$(CONSTRAINTS) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # The same tests with the oldest versions that pyproject.toml allows, in an environment of their own.
 test-oldest:

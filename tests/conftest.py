@@ -31,3 +31,10 @@ def unprivileged():
             libc.capset(header, sets)
 
     return within
+
+LONG = ("test_train.py", "test_engine.py", "test_run.py", "test_cost.py")
+"""Files of minutes. They come first, so that no process is left alone with one at the end."""
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONG)

@@ -452,6 +452,7 @@ def test_a_run_that_did_not_record_its_model_keeps_its_path(begun):
         resumed(run, base.rename(base.with_name("moved")))
 
 
+@pytest.mark.slow
 def test_a_run_resumes_with_what_it_began_with(uninterrupted, tmp_path):
     """Told before the model is loaded, and nothing is changed."""
     run = tmp_path / "run"

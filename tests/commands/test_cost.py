@@ -219,8 +219,8 @@ def test_flops_and_bytes_of_decoding():
     ("heads", "head_dim", "axes", "blocks", "rows", "image", "text"),
     [
         (4, 32, (8, 12, 12), (2, 4), 2, 256, 64),
-        (2, 128, (16, 56, 56), (1, 6), 3, 200, 128),
-        (6, 64, (16, 24, 24), (4, 3), 1, 512, 32),
+        pytest.param(2, 128, (16, 56, 56), (1, 6), 3, 200, 128, marks=pytest.mark.slow),
+        pytest.param(6, 64, (16, 24, 24), (4, 3), 1, 512, 32, marks=pytest.mark.slow),
     ],
 )
 def test_activations(heads, head_dim, axes, blocks, rows, image, text, dtype):

@@ -42,9 +42,8 @@ def test_asked_to_end_in_a_phase(phase, server, one_rank, tmp_path, figures):
     figures[f"SIGTERM in {phase[0]} {phase[1]}"] = f"status 0, checkpoint {PHASES[phase]}, resumed bit for bit"
 
 
-@pytest.mark.parametrize(
-    ("number", "asked"), [(TERM, 1), pytest.param(INT, 0, marks=pytest.mark.slow)], ids=["SIGTERM to rank 1", "Ctrl-C"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "asked"), [(TERM, 1), (INT, 0)], ids=["SIGTERM to rank 1", "Ctrl-C"])
 def test_one_of_two_ranks_is_asked_and_both_end(number, asked, server, two_ranks, tmp_path, figures):
     run = tmp_path / "run"
     end(server, run, number, ("model call", 15), ranks=2, asked=asked)

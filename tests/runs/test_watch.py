@@ -127,7 +127,9 @@ class Scripted(Trainer):
 
     def __init__(self, output, clip, iteration=0, history=()):
         self.config = load_config("shapes", [RULE, f"output_dir={output}", "evaluation.every=1", "iterations=6"])
-        self.world = SimpleNamespace(is_main=False, rank=0, size=1, agree=int, device=torch.device("cpu"))
+        self.world = SimpleNamespace(
+            is_main=False, rank=0, size=1, agree=int, device=torch.device("cpu"), hardware="1 rank"
+        )
         self.progress = Progress(self.world, SimpleNamespace(at=lambda *place: None), SimpleNamespace(signal=0))
         self.progress.iteration, self.order, self.held_out = iteration, PromptOrder(["a"], 0), ["a"]
         self.checkpoints, self.guard = SimpleNamespace(wait=lambda: None), Guard(self.config.guards)

@@ -210,6 +210,7 @@ def test_offloaded_and_from_the_cache_it_is_the_same_run(runs):
         assert moved(weights(runs / "full", iteration), weights(runs / "offload", iteration)) < 2e-6
 
 
+@pytest.mark.slow
 def test_eight_bit_resumed_on_as_many_ranks_is_the_same_run(runs, alone):
     """And on another number it is refused by name: `alone` has tried."""
     full, resumed = weights(runs / "eight", 3), weights(runs / "eight-resumed", 3)
