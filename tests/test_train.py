@@ -89,7 +89,8 @@ GLOO = r"\[Gloo\] Rank \d+ is connected"
 def test_a_terminal_shows_nothing_foreign(uninterrupted):
     shown = re.split("[\r\n]+", Path(f"{uninterrupted}.terminal").read_text())
     lines = [line for line in map(str.strip, shown) if line]
-    assert lines and [line for line in lines if not re.match(f"{OURS}|{GLOO}|shapes_|clip |{uninterrupted}", line)] == []
+    known = f"{OURS}|{GLOO}|shapes_|clip |{uninterrupted}"
+    assert lines and [line for line in lines if not re.match(known, line)] == []
     assert sum(line.startswith("held-out prompts after") for line in lines) == 2
     assert all(re.search(r"\d:\d\d<.*shapes_soft=", line) for line in lines if line.startswith("training 4/4"))
 
