@@ -29,7 +29,9 @@ SETTINGS = [
     "model.height=32", "model.width=48", "model.max_sequence_length=32", "model.dtype=float32",
     "prompts.per_iteration=2", "schedule.num_steps=4", "schedule.active_steps=[0]", "rollout.group_size=2",
     "evaluation.num_steps=4", "evaluation.num_prompts=3", "checkpoint.every=1", "checkpoint.keep=4", "iterations=3",
-    "optimizer.lr=1e-3", "rewards=[{name: jpeg}, {name: clip, options: {model: shapes}}]", "objective.mix=advantage",
+    "optimizer.lr=1e-3", "objective.mix=advantage",
+    # Of two samples each reward prefers one: with equal weights two that disagree would leave nothing to learn.
+    "rewards=[{name: jpeg, weight: 2.0}, {name: clip, options: {model: shapes}}]",
 ]  # fmt: skip
 LORA = "model.lora={rank: 4, alpha: 16, target_modules: [to_q, to_v, proj_out]}"
 EMA_DECAY = 0.5
