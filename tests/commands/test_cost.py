@@ -303,8 +303,10 @@ def measure_a_step(stage, dtype, checkpointing):
 )
 def test_memory_of_training_steps_under_deepspeed(stage, dtype, checkpointing):
     """Weights, gradients, optimizer and activations of real steps, each within 15%."""
+    from egrpo_fast.distributed.world import free_port
+
     command = [sys.executable, __file__, str(stage), dtype, str(checkpointing)]
-    environment = {**os.environ, "MASTER_PORT": str(29700 + os.getpid() % 200)}
+    environment = {**os.environ, "MASTER_PORT": str(free_port())}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
     assert result.returncode == 0, result.stderr[-2000:]
     measured = json.loads(result.stdout.strip().splitlines()[-1])

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from egrpo_fast.config import ConfigError, load_config
+from egrpo_fast.distributed.world import free_port
 from egrpo_fast.plan import ode_plan
 from egrpo_fast.prompts.order import PromptOrder
 from egrpo_fast.runs.guards import Guard, verdict
@@ -216,7 +217,7 @@ def rises(images, prompts):
 """
 
 
-def train(folder, *overrides, ranks=1, port=29641):
+def train(folder, *overrides, ranks=1):
     arguments = [
         "iterations=9", "schedule.num_steps=4", "rollout.group_size=2", "prompts.per_iteration=2",
         "evaluation.num_prompts=2", "evaluation.num_steps=2", "evaluation.every=1", "checkpoint.every=0",
@@ -227,7 +228,7 @@ def train(folder, *overrides, ranks=1, port=29641):
     (folder / "made_rewards.py").write_text(REWARDS)
     path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
     result = subprocess.run(
-        [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(port),
+        [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(free_port()),
          "egrpo_fast/train.py", "shapes", *arguments, *overrides],
         cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
         capture_output=True, text=True, timeout=1800,

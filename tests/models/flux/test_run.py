@@ -19,6 +19,7 @@ from egrpo_fast import noise
 from egrpo_fast.commands.encode import encode
 from egrpo_fast.config import CHECKPOINTS, CONFIG_FILE, load_config
 from egrpo_fast.distributed.checkpoint import CheckpointReader, problems
+from egrpo_fast.distributed.world import free_port
 from egrpo_fast.models.flux.folder import meta_transformer
 from egrpo_fast.models.flux.random import make_pipeline
 from egrpo_fast.runs.export import export, find_checkpoint
@@ -96,7 +97,8 @@ def main(what, folder):
 
 
 def launch(ranks, what, folder):
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", "29671"]
+    ports = ["--master_port", str(free_port())]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), *ports]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [*launcher, __file__, what, str(folder)],
