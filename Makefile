@@ -1,4 +1,4 @@
-# Every target is a command of the README. `make train` and `make test` set up .venv by themselves, once.
+# What the targets are for: docs/commands.md. `make train` and `make test` set up .venv by themselves, once.
 VENV := .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin

@@ -1,4 +1,4 @@
-"""All of E-GRPO on a model of your own: one process, no files, no DeepSpeed, under a minute on a CPU.
+"""All of E-GRPO on a model of your own: one process, no files, no DeepSpeed, on a CPU.
 
 A small network first learns a flow whose samples are points in eight clusters on a circle. It does not know what its
 prompts mean. E-GRPO then teaches it to put each prompt's samples where that prompt asks for them. To use it for your
