@@ -251,7 +251,7 @@ def test_without_datasets_it_says_what_to_install(monkeypatch):
         ("p.yaml", b"- a cat", "is of no kind that is read ..yaml.; there are: .txt, .csv, "),
         ("p.yaml.gz", b"", "is of no kind that is read ..yaml."),
         ("p.txt.gz", b"a cat", "is no whole gzip file"),
-        ("p.txt.gz", gzip.compress(b"a cat")[:-9], "is no whole gzip file"),
+        ("p.txt.gz", gzip.compress(b"a cat", mtime=0)[:-9], "is no whole gzip file"),
         ("p.csv", b"a cat\na dog", "lacks column 'prompt'; there are: a cat .prompts.column, or --column"),
         ("p.csv", b"id;prompt\n1;a cat", "lacks column 'prompt'; there are: id;prompt"),
         ("p.csv", b"", "lacks column 'prompt'; there are: none"),
