@@ -6,12 +6,11 @@ itself. State is float32 (float64 on the reference, for tests); velocity and mod
 float32 (float64 on the reference).
 
 Checks are the same for every backend, and a ValueError names the argument. Shapes, dtypes and devices are always
-checked: host work of microseconds. Values are checked where that may cost a device synchronisation of a few bytes, next
-to a forward and backward of the model: s > 0 in `gaussian_log_prob` and `replay_log_ratio`, rewards of finite range in
-`group_advantage_clip_loss`; not while torch.compile traces, which cannot branch on values. The ops between two model
-calls of a rollout, `sde_step` and `branch_rows`, never synchronise: `sde_step` checks s >= 0 where coefficients are on
-the CPU; the values in the tables of `branch_rows` are right because the plan that makes them is checked (`plan.py`),
-and the extension on the CPU checks them at every call.
+checked: host work of microseconds. Values are checked on the CPU: s >= 0 in `sde_step`, s > 0 in `gaussian_log_prob`
+and `replay_log_ratio`, rewards of finite range in `group_advantage_clip_loss`. To read a value on a GPU, the host would
+have to wait for it. So there, and while torch.compile traces, no value is read and every op can be captured in a CUDA
+graph; what depends on a wrong value comes out as NaN, from every backend. The values in the tables of `branch_rows` are
+right because the plan that makes them is checked (`plan.py`), and the extension on the CPU checks them at every call.
 """
 
 from collections.abc import Callable, Mapping
@@ -38,6 +37,8 @@ MODEL = (torch.bfloat16, torch.float16, torch.float32)
 REFERENCE_ONLY = (torch.float64,)
 MAX_ELEMENTS = 2**31 - 1
 """Of one row: positions inside a row are 32-bit; rows and bytes are counted in 64."""
+MAX_GROUP = 2048
+"""Samples of a group that `group_advantage_clip_loss` takes: one program of the Triton kernel holds a whole group."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -45,9 +46,10 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _require_values(condition: Tensor, message: str) -> None:
-    if not torch.compiler.is_compiling():
-        _require(bool(condition.all()), message)
+def _require_values(condition: Callable[[], Tensor], device: torch.device, message: str) -> None:
+    """Where reading them costs no wait; elsewhere the op answers a wrong value with NaN."""
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        _require(bool(condition().all()), message)
 
 
 def _require_tensor(
@@ -124,9 +126,9 @@ class Ops:
     ) -> tuple[Tensor, Tensor]:
         """`x' = c_x x + c_v v + s eps`, row by row; rows with s = 0 draw no noise.
 
-        latents [R, ...] float32; velocity [R, ...]; coefficients [R, 3] = (c_x, c_v, s) in latents' dtype; streams
-        int64 [R, 3] (`noise.streams`). Returns x' and, from the same pass, its copy in model_dtype for the model (x'
-        itself where that is latents' own dtype or None). Not differentiable on every backend.
+        latents [R, ...] float32; velocity [R, ...]; coefficients [R, 3] = (c_x, c_v, s) in latents' dtype, s >= 0;
+        streams int64 [R, 3] (`noise.streams`). Returns x' and, from the same pass, its copy in model_dtype for the
+        model (x' itself where that is latents' own dtype or None). Not differentiable on every backend.
         Minimal bytes per element: x 4 + v 2 read, x' 4 + copy 2 written = 12 (bfloat16), 10 without a copy.
         """
         state, model = self._accepted("sde_step", "latents", latents)
@@ -138,8 +140,8 @@ class Ops:
         _require_seed(seed)
         model_dtype = model_dtype or latents.dtype
         _require(model_dtype in model, f"model_dtype: {model_dtype}, allowed: {', '.join(map(str, model))}")
-        if device.type == "cpu":
-            _require_values(coefficients[:, 2] >= 0, "coefficients: s below 0 or NaN, allowed: s >= 0")
+        message = "coefficients: s below 0 or NaN, allowed: s >= 0"
+        _require_values(lambda: coefficients[:, 2] >= 0, device, message)
         return self._implementation["sde_step"](latents, velocity, coefficients, streams, seed, model_dtype)
 
     def gaussian_log_prob(self, sample: Tensor, latents: Tensor, velocity: Tensor, coefficients: Tensor) -> Tensor:
@@ -154,7 +156,7 @@ class Ops:
         _require_rows("sample", sample, (rows, *shape), model, device)
         _require_rows("velocity", velocity, (rows, *shape), model, device)
         _require_tensor("coefficients", coefficients, (rows, 3), (latents.dtype,), device, contiguous=True)
-        _require_values(coefficients[:, 2] > 0, "coefficients: s not above 0, a density needs s > 0")
+        _require_values(lambda: coefficients[:, 2] > 0, device, "coefficients: s not above 0, a density needs s > 0")
         return self._implementation["gaussian_log_prob"](sample, latents, velocity, coefficients)
 
     def replay_log_ratio(
@@ -173,7 +175,8 @@ class Ops:
         _require_tensor("coefficients", coefficients, (groups, 3), state, device, contiguous=True)
         _require_tensor("streams", streams, (groups, None, 3), (torch.int64,), device, contiguous=True)
         _require_seed(seed)
-        _require_values(coefficients[:, 2] > 0, "coefficients: s not above 0, a ratio of densities needs s > 0")
+        message = "coefficients: s not above 0, a ratio of densities needs s > 0"
+        _require_values(lambda: coefficients[:, 2] > 0, device, message)
         return self._implementation["replay_log_ratio"](velocity, old_velocity, coefficients, streams, seed)
 
     def group_advantage_clip_loss(
@@ -189,13 +192,15 @@ class Ops:
 
         rewards [K, P, S, G], weights [K] (mixed as `mix`: 'reward' or 'advantage'), log_ratio [P, S, G], in which the
         loss is differentiable; any strides, one dtype. Returns loss [], advantages [P, S, G], clip_fraction [].
-        A group without spread has advantage 0.
+        A group without spread has advantage 0. A sample that the clip binds has gradient 0, even where its ratio leaves
+        the dtype. Advantages are NaN in a group whose mixed rewards hold NaN or have an infinite range. G <= 2048.
         Minimal bytes per sample: 4 K + 4 read, advantage 4 + gradient 4 written.
         """
         state, _ = self._accepted("group_advantage_clip_loss", "log_ratio", log_ratio)
         device = log_ratio.device
         _require_tensor("log_ratio", log_ratio, (None, None, None), state, device)
         _require(log_ratio.numel() > 0, f"log_ratio: shape {tuple(log_ratio.shape)}, expected at least one sample")
+        _require(log_ratio.shape[2] <= MAX_GROUP, f"log_ratio: groups of {log_ratio.shape[2]}, allowed: to {MAX_GROUP}")
         _require_tensor("rewards", rewards, (None, *log_ratio.shape), (log_ratio.dtype,), device)
         _require(len(rewards) > 0, f"rewards: shape {tuple(rewards.shape)}, expected at least one reward")
         _require_tensor("weights", weights, (len(rewards),), (log_ratio.dtype,), device, contiguous=True)
@@ -203,7 +208,8 @@ class Ops:
         _require(clip_range > 0, f"clip_range: {clip_range}, allowed: above 0")
         _require(advantage_clip > 0, f"advantage_clip: {advantage_clip}, allowed: above 0")
         # One reduction sees NaN, infinity and a group whose range leaves the dtype.
-        _require_values((rewards.amax(-1) - rewards.amin(-1)).isfinite(), "rewards: NaN, or of infinite range")
+        message = "rewards: NaN, or of infinite range"
+        _require_values(lambda: (rewards.amax(-1) - rewards.amin(-1)).isfinite(), device, message)
         return self._implementation["group_advantage_clip_loss"](
             rewards, log_ratio, weights, mix, clip_range, advantage_clip
         )

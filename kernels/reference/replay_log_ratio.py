@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from egrpo_fast.kernels.reference.philox import philox_normal
+from egrpo_fast.kernels.reference.sde_step import positive
 
 
 def replay_log_ratio_ref(
@@ -14,10 +15,11 @@ def replay_log_ratio_ref(
     Sample i was `x'_i = mean_old + s eps_i`, so `log N(x'_i; mean_new, s^2) - log N(x'_i; mean_old, s^2)` is exactly
     this: no sample is stored and nothing large is subtracted. Gradient: `d log r_i / dv = c_v (eps_i - z) / (s N)`.
     velocity, old_velocity [S, ...]; coefficients [S, 3], s > 0; streams int64 [S, G, 3]. Returns [S, G] in the dtype of
-    coefficients. Source: the project's design; the identity is that of two Gaussians of equal variance.
+    coefficients, NaN where s is not above 0. Source: the project's design; the identity is that of two Gaussians of
+    equal variance.
     """
     dtype = coefficients.dtype
     delta = (velocity.to(dtype) - old_velocity.to(dtype)).flatten(1)
-    z = delta * (coefficients[:, 1] / coefficients[:, 2]).unsqueeze(1)
+    z = delta * (coefficients[:, 1] / positive(coefficients)).unsqueeze(1)
     eps = philox_normal(streams, z.shape[1], seed, dtype)
     return torch.einsum("sgp,sp->sg", eps, z) / z.shape[1] - 0.5 * z.square().mean(1, keepdim=True)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from egrpo_fast.kernels.triton.launch import BLOCK, OPTIONS, blocks_of, on_device
 from egrpo_fast.kernels.triton.reduction import sum_partials
-from egrpo_fast.kernels.triton.rounding import round_to
+from egrpo_fast.kernels.triton.rounding import positive, round_to
 
 
 @triton.jit
@@ -20,7 +20,7 @@ def _standard_residual(
     v = tl.load(velocity + row * velocity_stride + position, mask=inside, other=0.0).to(tl.float32)
     c_x = tl.load(coefficients + row * 3)
     c_v = tl.load(coefficients + row * 3 + 1)
-    s = tl.load(coefficients + row * 3 + 2)
+    s = positive(tl.load(coefficients + row * 3 + 2))
     return tl.div_rn(y - (c_x * x + c_v * v), s), c_v, s
 
 
@@ -50,7 +50,7 @@ def _gaussian_log_prob_kernel(
 @triton.jit
 def _gaussian_log_prob_rows_kernel(partials, coefficients, log_prob, numel, blocks, TILE: tl.constexpr):
     row = tl.program_id(0)
-    s = tl.load(coefficients + row * 3 + 2).to(tl.float64)
+    s = positive(tl.load(coefficients + row * 3 + 2)).to(tl.float64)
     half_log_two_pi: tl.constexpr = 0.9189385332046727
     value = -0.5 * sum_partials(partials, row, blocks, TILE) / numel - tl.log(s) - half_log_two_pi
     tl.store(log_prob + row, value.to(tl.float32))

@@ -10,14 +10,22 @@ from egrpo_fast.kernels.triton.launch import OPTIONS, on_device
 
 @triton.jit
 def _standardise(values, inside, group_size):
-    """`(R - mean) / std` along axis 1; 0 where a group has no spread. Steps as in the reference."""
+    """`(R - mean) / std` along axis 1; 0 where a group has no spread, NaN where it holds NaN. As in the reference."""
     spread = tl.where(inside, values - tl.min(tl.where(inside, values, float("inf")), 1, keep_dims=True), 0.0)
     peak = tl.max(spread, 1, keep_dims=True)
     unit = tl.div_rn(spread, tl.where(peak > 0, peak, 1.0))
-    centred = tl.where(inside, unit - tl.div_rn(tl.sum(unit, 1, keep_dims=True), tl.cast(group_size, tl.float32)), 0.0)
+    total = tl.sum(unit, 1, keep_dims=True)
+    centred = tl.where(inside, unit - tl.div_rn(total, tl.cast(group_size, tl.float32)), 0.0)
     freedom = tl.cast(tl.maximum(group_size - 1, 1), tl.float32)
     deviation = tl.sqrt_rn(tl.div_rn(tl.sum(centred * centred, 1, keep_dims=True), freedom))
-    return tl.where(peak > 0, tl.div_rn(centred, tl.where(peak > 0, deviation, 1.0)), 0.0)
+    # Compiled minima and maxima pass over NaN; the sum does not.
+    return tl.where(peak > 0, tl.div_rn(centred, tl.where(peak > 0, deviation, 1.0)), total * 0.0)
+
+
+@triton.jit
+def _clamp(values, lowest, highest):
+    """NaN stays NaN."""
+    return tl.where(values > highest, highest, tl.where(values < lowest, lowest, values))
 
 
 @triton.jit
@@ -65,14 +73,14 @@ def _group_advantage_clip_loss_kernel(
             mixed += tl.load(weights + index) * values
         if not BY_ADVANTAGE:
             mixed = _standardise(mixed, inside, group_size)
-        advantage = tl.minimum(tl.maximum(mixed, -advantage_clip), advantage_clip)
+        advantage = _clamp(mixed, -advantage_clip, advantage_clip)
 
         ratio_at = prompt * ratio_prompt_stride + step * ratio_step_stride + member * ratio_sample_stride
         # The device's float32 exponential is off by more than the clip range can bear; a few hundred numbers can
         # afford float64.
         ratio = tl.exp(tl.load(log_ratio + ratio_at, mask=inside, other=0.0).to(tl.float64)).to(tl.float32)
         plain = ratio * advantage
-        clipped = tl.minimum(tl.maximum(ratio, lowest), highest) * advantage
+        clipped = _clamp(ratio, lowest, highest) * advantage
         binds = inside & (clipped < plain)
         surrogate += tl.where(inside, tl.where(binds, clipped, plain), 0.0)
         clipped_count += binds.to(tl.float64)

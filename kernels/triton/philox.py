@@ -37,7 +37,7 @@ def box_muller(a, b):
     itself, cosine and sine within 2e-7, so a normal within 2e-6 at |eps| <= 5.77.
     """
     u = ((a >> 8) + 1).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08
-    radius = tl.sqrt(-2.0 * tl.log(u))
+    radius = tl.sqrt_rn(-2.0 * tl.log(u))
     turn = (b >> 8).to(tl.int32)
     quarter = (turn + 0x200000) >> 22
     x = (turn - (quarter << 22)).to(tl.float32) * 3.7450702829238413e-07

@@ -8,7 +8,7 @@ from torch import Tensor
 from egrpo_fast.kernels.triton.launch import BLOCK, OPTIONS, blocks_of, on_device
 from egrpo_fast.kernels.triton.philox import block_normals, key_words
 from egrpo_fast.kernels.triton.reduction import sum_partials
-from egrpo_fast.kernels.triton.rounding import round_to
+from egrpo_fast.kernels.triton.rounding import positive, round_to
 
 
 @triton.jit
@@ -16,7 +16,7 @@ def _standard_shift(velocity, old_velocity, coefficients, velocity_stride, old_s
     """`z = (c_v / s) (v_new - v_old)` of one group at the positions, 0 outside the row; also c_v / s."""
     new = tl.load(velocity + group * velocity_stride + position, mask=inside, other=0.0).to(tl.float32)
     old = tl.load(old_velocity + group * old_stride + position, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.div_rn(tl.load(coefficients + group * 3 + 1), tl.load(coefficients + group * 3 + 2))
+    scale = tl.div_rn(tl.load(coefficients + group * 3 + 1), positive(tl.load(coefficients + group * 3 + 2)))
     return (new - old) * scale, scale
 
 

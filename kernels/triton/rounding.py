@@ -1,4 +1,4 @@
-"""Rounding of float32 results to what the model reads."""
+"""Rounding of float32 results to what the model reads, and what a wrong standard deviation reads as."""
 
 import triton
 import triton.language as tl
@@ -21,3 +21,9 @@ def round_to(x, dtype: tl.constexpr):
         nearest = tl.where(x == x, nearest, 0x7FC0)
         return nearest.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return x.to(dtype)
+
+
+@triton.jit
+def positive(s):
+    """s where it is above 0, else NaN: a density that is none must not look like one."""
+    return tl.where(s > 0, s, float("nan"))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from egrpo_fast.kernels.triton.launch import BLOCK, OPTIONS, blocks_of, on_device
 from egrpo_fast.kernels.triton.philox import block_normals, key_words
-from egrpo_fast.kernels.triton.rounding import round_to
+from egrpo_fast.kernels.triton.rounding import positive, round_to
 
 
 @triton.jit(do_not_specialize=["k0", "k1"])
@@ -37,10 +37,10 @@ def _sde_step_kernel(
     c_v = tl.load(coefficients + row * 3 + 1)
     s = tl.load(coefficients + row * 3 + 2)
     x = c_x * x + c_v * v
-    if s > 0:
+    if s != 0:
         words = streams + row * 3
         eps = block_normals(block, tl.load(words), tl.load(words + 1), tl.load(words + 2), k0, k1, BLOCK)
-        x += s * eps
+        x += positive(s) * eps
     tl.store(following + row * numel + position, x, mask=inside)
     if HAS_COPY:
         tl.store(copy + row * numel + position, round_to(x, copy.dtype.element_ty), mask=inside)

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from importlib import import_module
 
 import pytest
 import torch
@@ -100,6 +101,7 @@ VALUES = [
     ("branch_rows", "model_latents", lambda x: x[:1].expand(ROWS, NUMEL)),
     ("group_advantage_clip_loss", "rewards", lambda x: x[:0]),
     ("group_advantage_clip_loss", "log_ratio", lambda x: x[..., :0]),
+    ("group_advantage_clip_loss", "log_ratio", lambda x: x[..., :1].expand(*x.shape[:2], 2049)),
     ("group_advantage_clip_loss", "mix", lambda _: "sum"),
     ("group_advantage_clip_loss", "clip_range", lambda _: 0.0),
     ("group_advantage_clip_loss", "advantage_clip", lambda _: float("nan")),
@@ -162,6 +164,47 @@ def test_strides(ops, op, name):
 )
 def test_values(ops, op, name, change):
     refuses(ops, op, name, change)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("s", [-0.5, float("nan"), 0.0], ids=str)
+@pytest.mark.parametrize("op", ["sde_step", "gaussian_log_prob", "replay_log_ratio"])
+def test_where_values_are_not_read_a_wrong_one_gives_nan(device, backend, op, s):
+    """As on a GPU, where to read one the host would have to wait: the row's own result is NaN, and no other."""
+    arguments = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in good(op).items()}
+    arguments["coefficients"][1, 2] = s
+    if op == "sde_step":
+        arguments["model_dtype"] = torch.bfloat16
+    result = import_module(f"egrpo_fast.kernels.{backend}").OPS[op](*arguments.values())
+    for value in result if isinstance(result, tuple) else (result,):
+        lost = value.isnan().reshape(ROWS, -1)
+        assert not lost[[0, 2]].any() and (lost[1].all() or (op == "sde_step" and s == 0)), value
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "auto"])
+@pytest.mark.parametrize("op", OPS)
+def test_every_op_can_be_captured_in_a_cuda_graph(backend, op):
+    ops = choose(backend, "cuda")
+    arguments = {name: value.cuda() if isinstance(value, Tensor) else value for name, value in good(op).items()}
+    state = [arguments[name] for name in ("latents", "model_latents") if op == "branch_rows"]
+    began = [value.clone() for value in state]
+
+    def call() -> list[Tensor]:
+        for value, kept in zip(state, began):
+            value.copy_(kept)
+        result = getattr(ops, op)(**arguments)
+        return state or list(result if isinstance(result, tuple) else (result,))
+
+    expected = [value.clone() for value in call()]
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    for value in captured:
+        value.fill_(float("nan"))
+    graph.replay()
+    assert all(map(torch.equal, captured, expected))
 
 
 @pytest.mark.parametrize(

@@ -27,13 +27,21 @@ def test_matches_float64(triton_ops, reference_ops, normal, coefficients, judge,
     judge("velocity.grad", gradient, eager_gradient, true_gradient)
 
 
-def test_views(triton_ops, normal, coefficients, layout):
+def test_views(triton_ops, normal, coefficients, aligned):
     x, v, y, c, weight = normal(4, 160), normal(4, 160), normal(4, 160), coefficients(4, noisy=True), normal(4)
     expected = with_gradient(triton_ops, y, x, v, c, weight)
-    view = layout(v).detach().requires_grad_()
-    result = triton_ops.gaussian_log_prob(layout(y), layout(x), view, c)
+    view = aligned(v).detach().requires_grad_()
+    result = triton_ops.gaussian_log_prob(aligned(y), aligned(x), view, c)
     (gradient,) = torch.autograd.grad((result * weight).sum(), view)
     assert torch.equal(result, expected[0]) and torch.equal(gradient, expected[1])
+
+
+def test_unaligned_views(triton_ops, normal, coefficients, unaligned):
+    x, v, y, c, weight = normal(4, 160), normal(4, 160), normal(4, 160), coefficients(4, noisy=True), normal(4)
+    expected = with_gradient(triton_ops, y, x, v, c, weight)
+    one, other = (with_gradient(triton_ops, cut(y), cut(x), cut(v), c, weight) for cut in unaligned)
+    torch.testing.assert_close(one[0], expected[0])
+    assert torch.equal(one[0], other[0]) and torch.equal(one[1], expected[1]) and torch.equal(other[1], expected[1])
 
 
 def test_the_sum_has_one_order(triton_ops, normal, coefficients):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from egrpo_fast.kernels import reference, triton
 from egrpo_fast.kernels.reference import group_advantage_clip_loss_ref
 from egrpo_fast.ops import MIXES, Ops
 
@@ -32,7 +33,8 @@ def test_matches_float64(triton_ops, reference_ops, normal, judge, mix, prompts,
     eager = with_gradient(reference_ops, scores, log_ratio, weights, mix)
     truth = with_gradient(reference_ops, scores.double(), log_ratio.double(), weights.double(), mix)
     for what, *values in zip(("loss", "advantages", "clip_fraction", "log_ratio.grad"), result, eager, truth):
-        judge(what, *values)
+        # Advantages of a group cancel in the loss.
+        judge(what, *values, terms=truth[1].abs().mean().item() if what == "loss" else 0.0)
 
 
 def test_any_strides(triton_ops, normal):
@@ -80,6 +82,55 @@ def test_ratios_far_outside_the_clip_range(triton_ops, reference_ops, normal, ju
         judge(what, *values)
     clipped = (truth[3] == 0) & (truth[1] != 0)
     assert torch.equal(result[2].double(), clipped.double().mean().float().double())
+
+
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # the interpreter's NumPy
+@pytest.mark.parametrize("backend", ["triton_ops", "reference_ops"])
+@pytest.mark.parametrize("log_ratio", [89.0, 1e4, torch.inf])
+def test_a_ratio_that_overflows(request, backend, device, log_ratio):
+    """Where the clip binds, the gradient is 0, and not 0 times infinity; where it does not, the loss is infinite."""
+    scores = torch.tensor([1.0, -1.0], device=device).reshape(1, 1, 1, 2)
+    ops = request.getfixturevalue(backend)
+    for sample in (0, 1):
+        ratios = torch.zeros_like(scores[0])
+        ratios[..., sample] = log_ratio
+        loss, advantages, clip_fraction, gradient = with_gradient(ops, scores, ratios, scores.new_ones(1), "reward")
+        assert clip_fraction == (0.5 if sample == 0 else 0.0)
+        good, bad = advantages.flatten().tolist()
+        # 3 times -A / 2, as `with_gradient` weighs the loss.
+        expected = [0.0, -1.5 * bad] if sample == 0 else [-1.5 * good, torch.inf]
+        assert gradient.flatten().tolist() == pytest.approx(expected, rel=1e-6)
+        assert loss.isfinite() if sample == 0 else loss == torch.inf
+
+
+NOT_NUMBERS = {
+    "NaN": ([0.0, torch.nan, 1.0, 2.0], 1.0),
+    "all NaN": ([torch.nan] * 4, 1.0),
+    "infinity": ([0.0, torch.inf, 1.0, 2.0], 1.0),
+    "minus infinity": ([0.0, -torch.inf, 1.0, 2.0], 1.0),
+    "equal infinities": ([torch.inf] * 4, 1.0),
+    "an infinite range": ([-3e38, 3e38, 0.0, 0.0], 1.0),
+    "infinite once weighted": ([0.0, 1e38, 2e38, 0.0], 10.0),
+    "weight NaN": ([0.0, 1.0, 2.0, 3.0], torch.nan),
+}
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|invalid|All-NaN):RuntimeWarning")  # the interpreter's NumPy
+@pytest.mark.parametrize("backend", [triton, reference], ids=["triton", "reference"])
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize(("group", "weight"), NOT_NUMBERS.values(), ids=NOT_NUMBERS.keys())
+def test_what_is_not_a_number_does_not_become_one(device, backend, mix, group, weight):
+    """Also where nobody looks at values before: the loss is NaN, and so are the advantages of that group alone."""
+    scores = torch.tensor([group, [0.0, 1.0, 2.0, 3.0]], device=device).reshape(1, 1, 2, 4)
+    weights = scores.new_tensor([weight])
+    loss, advantages, _ = backend.OPS["group_advantage_clip_loss"](
+        scores, torch.zeros_like(scores[0]), weights, mix, CLIP, BOUND
+    )
+    if mix == "advantage" and weight == 10.0:
+        assert loss.isfinite() and advantages.isfinite().all(), "each reward is standardised before it is weighted"
+    else:
+        assert loss.isnan() and advantages[0, 0].isnan().all()
+        assert advantages[0, 1].isnan().all() if weight != weight else advantages[0, 1].isfinite().all()
 
 
 def test_advantages_are_bounded(triton_ops, device):

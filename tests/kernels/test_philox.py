@@ -24,7 +24,7 @@ KNOWN_ANSWERS = {
 """Counter, key (word 0 low) and output, from the kat_vectors of the Random123 library."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k0", "k1"])
 def _words_kernel(counter, words, k0, k1, SIZE: tl.constexpr):
     lanes = tl.arange(0, SIZE)
     x0, x1, x2, x3 = philox4x32(
@@ -41,7 +41,7 @@ def _words_kernel(counter, words, k0, k1, SIZE: tl.constexpr):
     tl.store(words + lanes * 4 + 3, x3.to(tl.int64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k0", "k1"])
 def _normals_kernel(streams, normals, numel, k0, k1, BLOCK: tl.constexpr):
     block = tl.program_id(0)
     words = streams + tl.program_id(1) * 3

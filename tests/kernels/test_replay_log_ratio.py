@@ -66,13 +66,21 @@ def test_no_change_is_ratio_one(triton_ops, normal, coefficients, streams, dtype
     )
 
 
-def test_views(triton_ops, normal, coefficients, streams, layout):
+def test_views(triton_ops, normal, coefficients, streams, aligned):
     old, new, c, s, weight = normal(4, 160), normal(4, 160), coefficients(4, noisy=True), streams(4, 2), normal(4, 2)
     expected = with_gradient(triton_ops, new, old, c, s, weight)
-    view = layout(new).detach().requires_grad_()
-    result = triton_ops.replay_log_ratio(view, layout(old), c, s, SEED)
+    view = aligned(new).detach().requires_grad_()
+    result = triton_ops.replay_log_ratio(view, aligned(old), c, s, SEED)
     (gradient,) = torch.autograd.grad((result * weight).sum(), view)
     assert torch.equal(result, expected[0]) and torch.equal(gradient, expected[1])
+
+
+def test_unaligned_views(triton_ops, normal, coefficients, streams, unaligned):
+    old, new, c, s, weight = normal(4, 160), normal(4, 160), coefficients(4, noisy=True), streams(4, 2), normal(4, 2)
+    expected = with_gradient(triton_ops, new, old, c, s, weight)
+    one, other = (with_gradient(triton_ops, cut(new), cut(old), c, s, weight) for cut in unaligned)
+    torch.testing.assert_close(one[0], expected[0])
+    assert torch.equal(one[0], other[0]) and torch.equal(one[1], expected[1]) and torch.equal(other[1], expected[1])
 
 
 def test_a_sample_knows_nothing_of_its_group(triton_ops, normal, coefficients, streams):
