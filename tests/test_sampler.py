@@ -190,7 +190,7 @@ def roll_out(rank, agree, micro_batch, fails, sharded=False):
 
 def two_ranks(*arguments, **options):
     """Two threads for two ranks, and a barrier for what they agree on."""
-    both, said = threading.Barrier(2, timeout=20), [0, 0]
+    both, said = threading.Barrier(2, timeout=600), [0, 0]
 
     def agree(rank, value):
         said[rank] = value

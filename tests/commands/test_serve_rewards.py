@@ -345,7 +345,7 @@ def test_a_request_that_is_none_is_told_so(server, body, told):
 def connected(url, sent=b""):
     """A plain socket to the server, which has sent this."""
     host, port = url.removeprefix("http://").split(":")
-    connection = socket.create_connection((host, int(port)), timeout=60)
+    connection = socket.create_connection((host, int(port)), timeout=600)
     connection.sendall(sent)
     return connection
 

@@ -502,11 +502,13 @@ def test_a_slice_reads_its_own_bytes(tmp_path):
     )
     checkpoints.wait()
     code = (
-        "import re, sys; from pathlib import Path; from egrpo_fast.distributed.checkpoint import CheckpointReader;"
-        "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) >> 10;"
-        "reader = CheckpointReader(Path(sys.argv[1])); reader.read('y'); before = peak();"
-        "reader.read('x', start=5 << 20, stop=(5 << 20) + 1024); between = peak();"
-        "reader.read('x'); print(between - before, peak() - between)"
+        "import re, sys; from pathlib import Path; from egrpo_fast.distributed.checkpoint import CheckpointReader\n"
+        "status = lambda name: int(re.search(name + r':\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) >> 10\n"
+        "def grown(**part):\n"
+        "    Path('/proc/self/clear_refs').write_text('5')\n"  # the peak counts from here
+        "    before = status('VmRSS'); reader.read('x', **part); return status('VmHWM') - before\n"
+        "reader = CheckpointReader(Path(sys.argv[1])); reader.read('y')\n"
+        "print(grown(start=5 << 20, stop=(5 << 20) + 1024), grown())"
     )
     told = subprocess.check_output([sys.executable, "-c", code, checkpoints.newest()], text=True)
     piece, whole = map(int, told.split())
