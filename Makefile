@@ -75,9 +75,9 @@ profile: $(VENV)/.installed-dev
 plot: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/plot.py
 
-# Kernels, extension and rollouts on a GPU that perhaps has no network: no .venv is made.
+# Tests, training and benchmarks on a GPU that perhaps has no network: no .venv is made.
 gpu:
-	PYTHON=$(PYTHON) benchmarks/gpu.sh
+	PYTHON=$(PYTHON) benchmarks/gpu.sh $(ARGS)
 
 # The extension's tests with the library built under AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: $(VENV)/.installed-dev

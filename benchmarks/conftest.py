@@ -1,12 +1,13 @@
 """How ops are timed: FLUX problems, device events, rotated buffers, a copy measured in the same run.
 
 On a GPU every case records the quantiles of its device time, and with --write-results they go to
-`results/<gpu>.csv`, if nothing failed. On a CPU the cases run at the size of Shapes under pytest-benchmark alone, and
-no row is written. Run: `pytest benchmarks -o python_files='*.py'`.
+`results/<gpu>.csv`, each as soon as it is measured. On a CPU the cases run at the size of Shapes under pytest-benchmark
+alone, and no row is written. Run: `pytest benchmarks -o python_files='*.py'`.
 """
 
 import csv
 import datetime
+import os
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -176,12 +177,25 @@ def measure(request: pytest.FixtureRequest, benchmark, problem: Problem, impleme
             "reaches_target": "yes" if share >= TARGET else "no",
         }
         benchmark.extra_info.update(row)
-        request.config.stash.setdefault(ROWS, []).append(row | versions())
+        if request.config.getoption("--write-results"):
+            write(row | versions())
 
     return run
 
 
-ROWS = pytest.StashKey[list[dict[str, object]]]()
+CASE = ("case", "implementation", "tokens", "channels", "prompts")
+
+
+def write(row: dict[str, object]) -> None:
+    """Into the GPU's file at once, in the place of what an earlier run measured of the same case."""
+    path = RESULTS / f"{torch.cuda.get_device_name().replace(' ', '-').lower()}.csv"
+    rows = list(csv.DictReader(path.open())) if path.exists() else []
+    case = [str(row[name]) for name in CASE]
+    rows = [other for other in rows if [other[name] for name in CASE] != case]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, row.keys())
+        writer.writeheader()
+        writer.writerows([*rows, row])
 
 
 @cache
@@ -193,18 +207,6 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "triton": import_module("triton").__version__,
         "cuda": str(torch.version.cuda),
-        "commit": described.stdout.strip() or "unknown",
+        "commit": os.environ.get("COMMIT") or described.stdout.strip() or "unknown",
         "date": datetime.date.today().isoformat(),
     }
-
-
-def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    rows = session.config.stash.get(ROWS, [])
-    if not rows or exitstatus != 0 or not session.config.getoption("--write-results"):
-        return
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{torch.cuda.get_device_name().replace(' ', '-').lower()}.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)

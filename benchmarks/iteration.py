@@ -13,9 +13,9 @@
 - fast:       compiled, with two thirds of the tail's steps left out (`tail.stride`), of second order (`tail.solver`)
 
 Variants take turns, round by round. All but the last do the same work: their pictures, rewards and the norm of their
-gradient are compared. On a CPU each one's memory is that of a process of its own, what compiling takes included
-(`--together`: that of this one, which is sooner done). Written to `benchmarks/results/iteration-<device>.json`, one
-entry per model.
+gradient are compared. Ratios are to the first variant that is not left out. On a CPU each one's memory is that of a
+process of its own, what compiling takes included (`--together`: that of this one, which is sooner done). Written to
+`benchmarks/results/iteration-<device>.json`, one entry per model.
 """
 
 import argparse
@@ -328,12 +328,12 @@ def measure(trainer, meter, variants, rounds, flops, peak, alone):
                 apart = (latents - first[0]).abs().max().item(), abs(norm / first[2] - 1)
                 told[name] |= {"largest_difference": apart[0], "gradient_norm_apart": apart[1]}
                 if exact and not (apart[0] < 1e-2 and apart[1] < 1e-2):
-                    raise SystemExit(f"error: {name} is not the same iteration as naive: {apart}")
+                    raise SystemExit(f"error: {name} is not the same iteration as {next(iter(runs))}: {apart}")
     for name, row in told.items():
         medians = {p: statistics.median(run[p] for run in runs[name]) for p in (*PHASES, "all")}
         row["seconds"], row["rounds"] = medians, [run["all"] for run in runs[name]]
         for field, phase in (("ratio", "all"), ("rollout_ratio", "rollout")):
-            row[field] = statistics.median(a[phase] / b[phase] for a, b in zip(runs["naive"], runs[name]))
+            row[field] = statistics.median(a[phase] / b[phase] for a, b in zip(runs[next(iter(runs))], runs[name]))
         row["share_of_peak"] = row["evaluations"] * flops / medians["rollout"] / peak
     return told
 
