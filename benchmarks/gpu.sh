@@ -38,11 +38,11 @@ step() {
   printf '%-16s %-8s %4d s   %s\n' "$name" "$said" "$(($(date +%s) - start))" "$last" | tee -a "$TABLE"
 }
 
-train() { # NAME SETTING...: three iterations of Shapes, with a checkpoint and an evaluation
-  name=$1
-  shift
+train() { # NAME RUN SETTING...: Shapes, with a checkpoint and an evaluation at the third iteration
+  name=$1 run=$2
+  shift 2
   step "$name" 180 "$PYTHON" -m egrpo_fast.cli train shapes --num_gpus 1 checkpoint.every=3 evaluation.every=3 \
-    output_dir="$LOGS/runs/$name" "$@"
+    output_dir="$LOGS/runs/$run" "$@"
 }
 
 tests() { # NAME FOLDER...: a crash of the device costs one process of several
@@ -59,9 +59,9 @@ bench() { # NAME SECONDS CHOICE
 step install 300 "$PYTHON" -m pip install --quiet --no-index --no-deps --no-build-isolation --editable .
 tests kernels tests/kernels
 tests extension tests/extension tests/test_rollout.py
-train float32 iterations=3
-train bfloat16 iterations=3 model.dtype=bfloat16
-train float32 iterations=4 resume=true
+train float32 float32 iterations=3
+train bfloat16 bfloat16 iterations=3 model.dtype=bfloat16
+train resume float32 iterations=4 resume=true
 bench 720px 240 720px-1
 step flux 300 "$PYTHON" benchmarks/iteration.py --model flux --rounds 1 --leave-out naive schedule.num_steps=8
 step profile 200 "$PYTHON" benchmarks/iteration.py --model flux --profile "$LOGS/profile" schedule.num_steps=8
