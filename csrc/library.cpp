@@ -147,7 +147,9 @@ void branch_rows(Tensor latents, std::optional<Tensor> model_latents, Tensor vel
     const int32_t device = latents.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(device);
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    // The macros that check a shim's status are named anew between torch 2.10 and 2.14; its status is not.
+    const bool found = aoti_torch_get_current_cuda_stream(device, &stream) == AOTI_TORCH_SUCCESS;
+    STD_TORCH_CHECK(found, "no current CUDA stream on device ", device);
     const char* error = branch_rows_cuda(rows, velocity_dtype, copy_dtype, stream);
     STD_TORCH_CHECK(error == nullptr, "CUDA launch of branch_rows failed: ", error);
     return;

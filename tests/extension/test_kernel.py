@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
@@ -27,6 +28,18 @@ def test_kernel_emulated_on_the_host(tmp_path):
         subprocess.run(command, check=True)
     run = subprocess.run([program], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_the_cuda_branch_compiles_against_this_torch():
+    """No CUDA toolkit is needed for it, so that the oldest torch, built for an older CUDA, is tried as well."""
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    defines = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA"]
+    headers = ["-isystem", str(Path(torch.__file__).parent / "include")]
+    command = [compiler, "-std=c++17", "-fsyntax-only", *defines, *headers, str(CSRC / "library.cpp")]
+    told = subprocess.run(command, capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")
