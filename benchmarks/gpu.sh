@@ -3,8 +3,8 @@
 #
 #     benchmarks/gpu.sh [STEP ...]      the steps named, or all of them, in 25 minutes at most
 #
-# Every step has a time limit and a log of its own, and none stops another. What passed and what failed stands in
-# benchmarks/results/<gpu>.txt; the benchmarks write their figures beside it, each as soon as it is measured. Nothing is
+# Every step has a time limit and a log of its own, and none stops another. What passed and what failed is
+# added to benchmarks/results/<gpu>.txt; the benchmarks write their figures beside it, each as soon as it is measured. Nothing is
 # fetched: PYTHON (default python3) has what pyproject.toml lists, its dev tools too; the package is installed from this
 # folder, its extension with it. LOGS (default runs/gpu) keeps logs, runs and profiles. COMMIT names the commit where
 # this folder is a copy without git.
@@ -19,12 +19,11 @@ FAILED=0
 mkdir -p "$LOGS"
 TABLE=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "-").lower())') || exit 1
 TABLE=benchmarks/results/$TABLE.txt
-"$PYTHON" - > "$TABLE" << 'END'
+"$PYTHON" - >> "$TABLE" << 'END'
 import datetime, os, platform, torch, triton
 print(f"{torch.cuda.get_device_name()}, Python {platform.python_version()}, torch {torch.__version__}, triton "
       f"{triton.__version__}, CUDA {torch.version.cuda}; commit {os.environ['COMMIT']}, {datetime.date.today()}")
 END
-cat "$TABLE"
 
 # step NAME SECONDS COMMAND...: unless others were asked for. The last line of its log goes into the table.
 step() {

@@ -46,7 +46,7 @@ from egrpo_fast.distributed.world import World
 from egrpo_fast.kernels.reference.group_advantage_clip_loss import group_advantage_ref
 from egrpo_fast.kernels.reference.philox import philox_normal
 from egrpo_fast.models.flux.backbone import FluxBackbone
-from egrpo_fast.models.flux.forward import CompiledFlux
+from egrpo_fast.models.flux.forward import CompiledFlux, use_arithmetic, use_attention
 from egrpo_fast.models.flux.random import make_pipeline
 from egrpo_fast.models.flux.text import Conditioning
 from egrpo_fast.prompts.order import Prompt
@@ -408,6 +408,8 @@ def main():
     with tempfile.TemporaryDirectory() as folder, Heartbeat(0, 1, None, 3600.0) as heart:
         backbone, reward, settings = MODELS[arguments.model](world.device, Path(folder) / "model")
         config = load_config("shapes", [*SAME, *settings, f"output_dir={folder}/run", *arguments.overrides])
+        use_arithmetic(config.model)
+        use_attention(backbone.transformer, config.model.attention)
         names = {reward.name: None for reward in config.rewards}
         lines = PROMPTS["held_out"].read_text().splitlines()
         trainer = Trainer(config, world, heart, backbone, names, SimpleNamespace(signal=0), lines, lines)

@@ -7,7 +7,7 @@
 namespace egrpo {
 
 constexpr int kThreads = 128;
-constexpr int kTile = 8;               // elements of a thread: two Philox counters, one 16-byte access of 16-bit floats
+constexpr int kTile = 4;               // elements of a thread: one packet, one Philox counter
 constexpr int64_t kMaxGridY = 65535;
 
 template <class Velocity, class Model>

@@ -29,7 +29,7 @@ struct BranchRows {
   int64_t latents_stride, model_stride, velocity_stride;
   uint64_t seed;                // key
   uint32_t iteration;           // counter word 1
-  bool packets;                 // every tile starts at a multiple of 16 bytes and is whole
+  bool packets;                 // every tile is whole and starts at a multiple of its packet's bytes
 };
 
 enum class Dtype { none, float32, bfloat16, float16 };
@@ -54,11 +54,27 @@ auto with_types(Dtype velocity, Dtype model, Run run) {
   }
 }
 
+// What a CUDA thread moves by one instruction: four elements, 16 bytes of float32, 8 of 16-bit floats. The threads of a
+// warp take neighbouring packets, so that each of its accesses is of whole 32-byte sectors.
 template <class T>
-struct alignas(16) Packet {
-  static constexpr int size = 16 / sizeof(T);
+struct alignas(4 * sizeof(T)) Packet {
+  static constexpr int size = 4;
   T lane[size];
 };
+
+template <class T>
+EGRPO_FN void store_packet(T* to, const Packet<T>& packet) {
+#if defined(__CUDA_ARCH__)
+  // An assignment would be taken apart into its four elements.
+  using Word = std::conditional_t<sizeof(packet) == 16, uint4, uint2>;
+  static_assert(sizeof(Word) == sizeof(packet));
+  Word word;
+  memcpy(&word, &packet, sizeof word);
+  __stwb(reinterpret_cast<Word*>(to), word);
+#else
+  *reinterpret_cast<Packet<T>*>(to) = packet;
+#endif
+}
 
 template <class T, int TILE>
 EGRPO_FN void load(float (&tile)[TILE], const T* from, int count, bool packets) {
@@ -86,7 +102,7 @@ EGRPO_FN void store(T* to, const float (&tile)[TILE], int count, bool packets) {
       Packet<T> packet;
       EGRPO_UNROLL
       for (int j = 0; j < Packet<T>::size; ++j) packet.lane[j] = from_float<T>(tile[i + j]);
-      *reinterpret_cast<Packet<T>*>(to + i) = packet;
+      store_packet(to + i, packet);
     }
   } else if (count == TILE) {
     EGRPO_UNROLL

@@ -61,9 +61,9 @@ struct Rows {
   const char* begin() const { return static_cast<const char*>(tensor.const_data_ptr()); }
   const char* end() const { return begin() + ((count - 1) * stride + length()) * tensor.element_size(); }
 
-  // 16-byte accesses of 8 elements at a time meet whole packets and nothing else.
+  // Accesses of 4 elements at a time meet whole packets and nothing else.
   bool in_packets() const {
-    return reinterpret_cast<uintptr_t>(begin()) % 16 == 0 && stride % 8 == 0 && length() % 8 == 0;
+    return reinterpret_cast<uintptr_t>(begin()) % 16 == 0 && stride % 4 == 0 && length() % 4 == 0;
   }
 
   void require_shape(int64_t rows, int64_t elements) const {

@@ -26,8 +26,9 @@ from egrpo_fast.kernels import reference
 
 BACKENDS = ("reference", "triton", "extension")
 """Modules of `kernels/` with OPS (op name -> implementation) and unavailable(device) -> reason or None."""
-PREFERENCE = {"cuda": ("extension", "triton", "reference"), "cpu": ("extension", "reference")}
-"""What `auto` tries on a device type, op by op, first to last. Triton's interpreter is only for those who ask."""
+PREFERENCE = {"cuda": ("triton", "extension", "reference"), "cpu": ("extension", "reference")}
+"""What `auto` tries on a device type, op by op, first to last: on an H100 Triton's `branch_rows` was the faster one
+(docs/kernels.md). Triton's interpreter is only for those who ask."""
 MIXES = ("reward", "advantage")
 
 Dtypes = tuple[torch.dtype, ...]

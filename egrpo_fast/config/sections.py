@@ -105,7 +105,8 @@ class Model(Section):
     attention: Literal[
         "native", "cudnn", "efficient", "flash", "flash_varlen", "flash_hub", "flash_3_hub", "flash_4_hub", "xformers"
     ] = "native"
-    """Who computes attention, by diffusers' dispatcher: PyTorch by its own choice, cuDNN, or a package to install."""
+    """Who computes attention, by diffusers' dispatcher: PyTorch by its own choice but cuDNN, cuDNN, or a package to
+    install."""
     lora: Lora | None = None
     """Train adapters instead of the whole transformer; none given: all weights."""
     text_encoder_quantization: Literal["none", "int8", "nf4"] = "none"

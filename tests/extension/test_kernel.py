@@ -76,5 +76,12 @@ def test_ptx_fuses_nothing_and_moves_packets(nvcc, tmp_path):
     assert not re.findall(r"\bfma\.|\bmad\.\w*\.?f32|\.approx|\.ftz", ptx)
     assert "sqrt.rn.f32" in ptx and "cvt.rn.bf16.f32" in ptx and "cvt.rn.f16.f32" in ptx
     assert not re.findall(r"\.local\b", ptx)
-    for access in ("ld.global.v4", "st.global.v4"):
-        assert re.search(access.replace(".", r"\.") + r"\.\w*32", ptx), f"no 16-byte {access}"
+    assert re.search(r"ld\.global\.v4\.\w*32", ptx), "no 16-byte load"
+    kernels = ptx.split(".visible .entry ")[1:]
+    assert len(kernels) == 12
+    for kernel in kernels:
+        stores = re.findall(r"\bst\.global\.\S+", kernel)
+        whole = [store for store in stores if ".v" in store]
+        # A packet of the row and, where there is one, one of its copy. The two branches without packets store elements.
+        assert len(whole) == (1 if "None" in kernel.partition("(")[0] else 2), stores
+        assert len(stores) - len(whole) == 2 * 4 * len(whole), f"a packet in pieces: {stores}"

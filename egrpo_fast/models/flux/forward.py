@@ -30,9 +30,14 @@ def check_attention(name: str) -> None:
 
 
 def use_arithmetic(model: Model) -> None:
-    """What float32 products may round to on a GPU (`model.tf32`), for this process."""
+    """For this process: what float32 products may round to (`model.tf32`), and whether attention may be cuDNN's.
+
+    That is so only where it is asked for. PyTorch would choose it by itself on an H100. There cuDNN 9.19 gave NaN
+    gradients and illegal memory accesses, in bfloat16 with heads of 24; memory-efficient attention gave neither.
+    """
     torch.set_float32_matmul_precision("high" if model.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = model.tf32
+    torch.backends.cuda.enable_cudnn_sdp(model.attention == "cudnn")
 
 
 def use_attention(transformer: FluxTransformer2DModel, name: str) -> None:
