@@ -313,6 +313,8 @@ def measure(trainer, meter, variants, rounds, flops, peak, alone):
                 meter.clear()
                 latents, rewards, norm = run()
                 seconds = meter.read()
+            phases = ", ".join(f"{phase} {spent:.3f}" for phase, spent in seconds.items())
+            print(f"round {round_} of {rounds}, {name}: {phases} s", flush=True)
             if round_:
                 runs[name].append(seconds)
                 continue
