@@ -253,9 +253,10 @@ def test_the_picture_of_the_rooms_is_what_the_imports_are_held_to():
 
 
 def test_the_figures_of_an_iteration_are_the_recorded_ones():
-    recorded = json.loads((ROOT / "benchmarks" / "results" / "iteration-cpu.json").read_text())
+    results = ROOT / "benchmarks" / "results"
+    recorded, on_gpu = (json.loads((results / f"iteration-{device}.json").read_text()) for device in ("cpu", "gpu"))
     page, readme = ((ROOT / name).read_text() for name in ("docs/performance.md", "README.md"))
-    for told in recorded.values():
+    for told in (*recorded.values(), *on_gpu.values()):
         for name, row in told["variants"].items():
             calls = row["calls"] + row["calls_with_gradient"]
             seconds = " | ".join(f"{row['seconds'][phase]:.2f}" for phase in (*PHASES, "all"))

@@ -1,5 +1,6 @@
 """The figures in README and docs are recounted from recorded measurements and from code, or called not recorded."""
 
+import csv
 import importlib.util
 import json
 import re
@@ -53,6 +54,7 @@ ELSEWHERE = {
     ("README.md", "| variant | model calls"): "tests/test_docs.py",
     ("docs/performance.md", "| Shapes | calls"): "tests/test_docs.py",
     ("docs/performance.md", "| FLUX, 32 M | calls"): "tests/test_docs.py",
+    ("docs/performance.md", "| FLUX.1-dev's size | calls"): "tests/test_docs.py",
     ("docs/comparison.md", "| gain of"): "tests/benchmarks/test_studies.py",
     ("docs/configuration.md", "| setting | allowed"): "tests/test_docs.py",
 }
@@ -64,6 +66,7 @@ HERE = {
     ("docs/flux.md", "| | partition"),
     ("docs/flux.md", "| parameters | run"),
     ("docs/kernels.md", "| kernel | sm_80"),
+    ("docs/kernels.md", "| case | triton"),
     ("docs/methods.md", "| `method.name`"),
     ("docs/tails.md", "| stride |"),
     ("docs/tails.md", "| tail | evaluations | rollout"),
@@ -306,12 +309,57 @@ def test_the_soak_run():
 
 def test_registers():
     lines = [json.loads(line) for line in (RESULTS / "registers.jsonl").read_text().splitlines()]
-    assert {line["triton"] for line in lines} == set(re.findall(r"Triton (\d+\.\d+\.\d+)", text("docs/kernels.md")))
+    versions = re.findall(r"registers with Triton (\S+)", text("docs/kernels.md"))
+    assert {line["triton"] for line in lines} == set(versions)
     columns = [[str(line["REG"]) for line in lines if line["sm"] == sm] for sm in (80, 90, 100)]
     rows = table("docs/kernels.md", "| kernel | sm_80")
     assert [row[1:] for row in rows] == [list(row) for row in zip(*columns)]
     assert [row[0].split()[0].strip("`") for row in rows] == [line["kernel"] for line in lines if line["sm"] == 80]
     assert all(line["STACK"] == line["LOCAL"] == 0 for line in lines)
+
+
+H100 = "nvidia-h100-80gb-hbm3"
+
+
+def test_the_kernels_on_an_h100():
+    page = text("docs/kernels.md")
+    with (RESULTS / f"{H100}.csv").open(newline="") as file:
+        recorded_rows = list(csv.DictReader(file))
+    found = {(row["case"], row["tokens"], row["prompts"], row["implementation"]): row for row in recorded_rows}
+    rows = table("docs/kernels.md", "| case | triton")
+    assert len(rows) == len({row["case"] for row in recorded_rows})
+    for case, *microseconds, share in rows:
+        for name, told in zip(("triton", "extension", "reference", "eager"), microseconds):
+            row = found.get((case.strip("`"), "2025", "1", name))
+            assert told == (row["us_median"] if row else ""), (case, name)
+        of_copy = float(found[case.strip("`"), "2025", "1", "triton"]["share_of_copy"])
+        assert share == (f"{of_copy:.0%}" if of_copy > 0.5 else "")
+    for name, told in (("triton", "98% of the copy's bandwidth with Triton"), ("extension", "93% with the extension")):
+        assert f"{float(found['branch_rows', '4096', '4', name]['share_of_copy']):.0%}" == told[:3] and told in page
+    for row in recorded_rows:
+        assert f"{float(row['copy_gb_per_s']) / 1000:.2f} TB/s" in page
+    for version in ("torch", "triton", "cuda"):
+        assert {row[version].split("+")[0] for row in recorded_rows} == {recorded_rows[0][version].split("+")[0]}
+        assert recorded_rows[0][version].split("+")[0] in page
+
+
+def test_an_iteration_on_an_h100():
+    told, page = recorded("iteration-gpu.json")["flux"], text("docs/performance.md")
+    exact, compiled = told["variants"]["exact"], told["variants"]["compiled"]
+    assert f"in the same run, {told['matmul_peak'] / 1e12:.0f} TFLOP/s" in page
+    assert f"from {exact['share_of_peak']:.0%} to {compiled['share_of_peak']:.0%} of that peak" in page
+    apart = compiled["seconds"]["update"] - exact["seconds"]["update"]
+    assert f"differs by {apart:.1f} seconds" in page
+    rates = [told["flops_per_evaluation"] * row["evaluations"] / row["seconds"]["rollout"] for row in (exact, compiled)]
+    shares = [f"{rate / 1e12:.0f} TFLOP/s, {rate / cost.GPUS['H100'].flops:.0%}" for rate in rates]
+    for told in (f"ran at {shares[0]} of the data sheet's", f"at {shares[1]}, with `rollout.compile`"):
+        assert told in text("docs/cost.md")
+    milliseconds = dict(
+        re.findall(r"attention 16x24x2537x128 (\w+)_ATTENTION forward (\S+) ms", (RESULTS / f"{H100}.txt").read_text())
+    )
+    flash, cudnn, efficient = (float(milliseconds[name]) for name in ("FLASH", "CUDNN", "EFFICIENT"))
+    assert f"flash {flash:.1f} ms, cuDNN {cudnn:.1f} ms, memory-efficient {efficient:.1f} ms" in page
+    assert f"about {round(57 * (flash - cudnn), -1):.0f} ms of a 16-row call" in page
 
 
 def test_the_peak_of_a_core():
