@@ -53,7 +53,7 @@ from egrpo_fast.prompts.order import Prompt
 from egrpo_fast.rewards import make_reward
 from egrpo_fast.runs.provenance import commit
 from egrpo_fast.shapes import PIPELINE, PROMPTS
-from egrpo_fast.trainer import Trainer
+from egrpo_fast.trainer import TrainingLoop
 
 RESULTS = Path(__file__).parent / "results"
 PHASES = ("rollout", "decode", "rewards", "update")
@@ -414,7 +414,7 @@ def main():
         use_attention(backbone.transformer, config.model.attention)
         names = {reward.name: None for reward in config.rewards}
         lines = PROMPTS["held_out"].read_text().splitlines()
-        trainer = Trainer(config, world, heart, backbone, names, SimpleNamespace(signal=0), lines, lines)
+        trainer = TrainingLoop(config, world, heart, backbone, names, SimpleNamespace(signal=0), lines, lines)
         meter, prompt = Meter(trainer, reward), Prompt(0, lines[0])
         if arguments.profile:
             write_profile(trainer, meter, prompt, arguments.profile)

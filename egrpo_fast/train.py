@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from egrpo_fast.distributed.world import World
     from egrpo_fast.folder_lock import Claim
     from egrpo_fast.rewards import Reward
-    from egrpo_fast.trainer import Trainer
+    from egrpo_fast.trainer import Callbacks, TrainingLoop
 
 log = logging.getLogger(__name__)
 
@@ -145,10 +145,11 @@ def make_trainer(
     train_prompts: Sequence[str],
     held_out_prompts: Sequence[str],
     claim: "Claim | None" = None,
-) -> "Trainer":
+    callbacks: "Callbacks | None" = None,
+) -> "TrainingLoop":
     """Load everything, then record the run in its folder. ValueError: what the user must mend.
 
-    claim: of the folder; None: nobody else writes there, and its checkpoints are this run's.
+    claim: of the folder; None: nobody else writes there, and its checkpoints are this run's. callbacks: what it calls.
     """
     import torch
 
@@ -162,7 +163,7 @@ def make_trainer(
     from egrpo_fast.models.tail import TailModel, check_tail, slow_tail, with_local_tail
     from egrpo_fast.runs.inputs import of_files, of_rewards
     from egrpo_fast.runs.provenance import commit
-    from egrpo_fast.trainer import Trainer
+    from egrpo_fast.trainer import Callbacks, TrainingLoop
 
     model = config.model
     interruption = Interruption(config.guards.stop_seconds)
@@ -209,9 +210,9 @@ def make_trainer(
     tail_model = TailModel.of(local, folder, backbone, getattr(torch, model.dtype), world.device)
     if model.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
-    trainer = Trainer(
+    trainer = TrainingLoop(
         config, world, heart, backbone, rewards, interruption, train_prompts, held_out_prompts, compiled, tail_model,
-        claim,
+        claim, callbacks or Callbacks(),
     )  # fmt: skip
     problem = ""
     if world.is_main:
@@ -224,31 +225,37 @@ def make_trainer(
     return trainer
 
 
-def run(config: Config) -> int:
-    """Train. Returns the exit status."""
+def run(config: Config, callbacks: "Callbacks | None" = None) -> "tuple[TrainingLoop, int]":
+    """Train. Returns the loop, and the signal that asked it to end early; 0: none did.
+
+    ValueError: what the user must mend; of its kinds, RewardError where a reward fails, perhaps on this rank alone.
+    """
     prompts = check_inputs(config)
     from egrpo_fast.distributed.heartbeat import Heartbeat, group_store
-    from egrpo_fast.distributed.signals import EXIT_CODES
     from egrpo_fast.distributed.world import World
     from egrpo_fast.rewards import RewardError
 
     world = World(timeout=2 * max(config.guards.stall_seconds, config.deepspeed.init_timeout))
     heart = Heartbeat(world.rank, world.size, group_store(), config.guards.stall_seconds)
+    done = False
     try:
         with heart:
             config, claim, held = claim_output(config, world)
             with held or nullcontext():
-                trainer = make_trainer(config, world, heart, *prompts, claim)
+                loop = make_trainer(config, world, heart, *prompts, claim, callbacks)
                 try:
-                    asked = trainer.train()
+                    asked = loop.train()
                 except RewardError:
                     raise
                 except ValueError as error:  # not the user's any more: with where it came from
                     raise RuntimeError(f"training failed: {error}") from error
-    except RewardError as error:  # perhaps of this rank alone
-        raise SystemExit(error_lines(RewardError(f"rank {world.rank}: {error}", error.trace))) from None
-    world.close()
-    return EXIT_CODES.get(asked, 0)
+        done = True
+    except RewardError as error:
+        raise RewardError(f"rank {world.rank}: {error}", error.trace) from None
+    finally:
+        if done or world.size == 1:  # where a rank of several failed, the others may never come to close it
+            world.close()
+    return loop, asked
 
 
 def main() -> None:
@@ -262,12 +269,17 @@ def main() -> None:
     arguments = parser.parse_args()
     keep_clean(arguments.verbose)
     try:
-        status = run(load_config(arguments.recipe, arguments.overrides))
+        _, asked = run(load_config(arguments.recipe, arguments.overrides))
     except ValueError as error:
-        if os.environ.get("LOCAL_RANK", "0") != "0":
+        from egrpo_fast.rewards import RewardError
+
+        alone = isinstance(error, RewardError) and str(error).startswith("rank ")
+        if os.environ.get("LOCAL_RANK", "0") != "0" and not alone:
             raise SystemExit(1) from None  # every rank of a machine finds the same mistake; one tells
         raise SystemExit(error_lines(error)) from None
-    raise SystemExit(status)
+    from egrpo_fast.distributed.signals import EXIT_CODES
+
+    raise SystemExit(EXIT_CODES.get(asked, 0))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import math
 import uuid
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,28 @@ from egrpo_fast.runs.report import SUMMARY, HeldOut, Report
 from egrpo_fast.sampler import Experience, Sampler
 
 
-class Trainer:
+def _nothing(*_: Any) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """Functions of a Python program that a run calls, on every rank. What one raises ends the run."""
+
+    on_iteration: Callable[[int, dict[str, float]], None] = _nothing
+    """Iterations done, and the metrics of the last one, as in metrics.jsonl."""
+    on_evaluation: Callable[[int, dict[str, float]], None] = _nothing
+    """Iterations done, and the mean of every reward on the held-out prompts."""
+    on_checkpoint: Callable[[int], None] = _nothing
+    """Iterations done. The checkpoint of as many is being written."""
+
+
+class TrainingLoop:
     """Trains a backbone's transformer on rewards. `train()` runs what is left of `config.iterations`.
 
     rollout_transformer: on the meta device, what forwards without gradient use in the transformer's place. tail_model:
     what tails use; None: the policy. claim: of the run's folder; None: every checkpoint in it is taken for this run's.
+    callbacks: what it calls as it goes.
     """
 
     def __init__(
@@ -52,8 +70,9 @@ class Trainer:
         rollout_transformer: nn.Module | None = None,
         tail_model: TailModel | None = None,
         claim: Claim | None = None,
+        callbacks: Callbacks = Callbacks(),
     ) -> None:
-        self.config, self.world, self.heart, self.claim = config, world, heart, claim
+        self.config, self.world, self.heart, self.claim, self.callbacks = config, world, heart, claim, callbacks
         self.progress = Progress(world, heart, interruption)
         self.order = PromptOrder(train_prompts, config.seed, config.prompts.shuffle)
         self.held_out = list(held_out_prompts[: config.evaluation.num_prompts])
@@ -127,6 +146,7 @@ class Trainer:
                 self.history.append((self.iteration, held_out.rewards))
                 watched = verdict(config, self.history)
                 self.report.held_out(self.iteration, held_out, watched, progress.stopwatch.read())
+                self.callbacks.on_evaluation(self.iteration, dict(held_out.rewards))
             last = self.iteration >= config.iterations or self._stopped()
             due = config.checkpoint.every and self.iteration % config.checkpoint.every == 0
             if self.iteration and (last or due or self._is_best()):
@@ -230,6 +250,7 @@ class Trainer:
             notes["skipped_prompts"] = concerned
             alarms.append(f"skipped {skipped} step(s), nothing was changed: {why} not finite")
         self.report.iteration(self.iteration, values, notes, alarms)
+        self.callbacks.on_iteration(self.iteration, values)
         self.guard.skipped(skipped, why)
 
     def _evaluation_due(self) -> bool:
@@ -264,6 +285,7 @@ class Trainer:
                 self._or_warn(
                     lambda: self.checkpoints.save(self.iteration, pieces, local, state, attempt, best), needed
                 )
+            self.callbacks.on_checkpoint(self.iteration)
         if needed:
             self.checkpoints.wait()
 

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = [  # from the top, every floor from left to right; a room imports only from rooms that come after it
-    ("cli", "train", "commands"),
+    ("cli", "api", "train", "commands"),
     ("trainer", "sampler"),
     ("runs",),
     ("models", "rewards", "distributed"),

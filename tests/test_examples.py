@@ -1,6 +1,8 @@
 """The examples do what they say."""
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,24 @@ def load(name):
 def test_minimal_learns():
     before, after = load("minimal").main()
     assert before < 0.4 and after > 0.8
+
+
+RUN = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import own_reward
+result = own_reward.main(6, output_dir="own", schedule={"num_steps": 4})
+assert result.iterations == 6 and set(result.after) == {"brightness", "shapes_strict"}
+assert result.after["brightness"] > result.before["brightness"] + 0.02
+"""
+
+
+def test_own_reward_is_learned(tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-c", RUN, EXAMPLES], cwd=tmp_path, capture_output=True, text=True, timeout=1800
+    )
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+    assert "brightness of the training pictures, by iteration: " in run.stdout
 
 
 @pytest.mark.slow

@@ -85,6 +85,7 @@ DEFINITIONS = {
     "docs/methods.md": ["| form |"],
     "docs/performance.md": ["| setting | what it does"],
     "docs/prompts.md": ["| | what it holds"],
+    "docs/python.md": ["| argument | called with"],
     "docs/rewards.md": ["| name | score"],
     "docs/tails.md": ["| setting | what it does"],
 }

@@ -13,7 +13,7 @@ from egrpo_fast.folder_lock import Claim
 from egrpo_fast.runs.guards import Guard
 from egrpo_fast.runs.metrics import METRICS
 from egrpo_fast.runs.progress import Progress
-from egrpo_fast.trainer import Trainer
+from egrpo_fast.trainer import TrainingLoop
 
 ALONE = SimpleNamespace(
     is_main=True, rank=0, size=1, device=torch.device("cpu"), from_main=lambda value: value,
@@ -21,7 +21,7 @@ ALONE = SimpleNamespace(
 )  # fmt: skip
 
 
-class Resumed(Trainer):
+class Resumed(TrainingLoop):
     """What is left of a run, in a folder. `restored`: the checkpoint that it goes on from."""
 
     restored = None

@@ -40,6 +40,22 @@ PathName = Annotated[str, BeforeValidator(_path), PlainSerializer(_as_written, w
 """A path, a hub id or a name: `~` and variables in it are filled in."""
 
 
+def _prompts(given: Any) -> Any:
+    if isinstance(given, list):
+        if not given or not all(isinstance(prompt, str) for prompt in given):
+            raise ValueError("a list of prompts holds one prompt or more, each a string")
+        return given
+    return _path(given)
+
+
+PromptSource = Annotated[
+    str | list[str],
+    BeforeValidator(_prompts),
+    PlainSerializer(lambda given: given if isinstance(given, list) else _as_written(given), when_used="json"),
+]
+"""Where prompts come from: a `PathName`, or the prompts themselves."""
+
+
 class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
@@ -120,10 +136,10 @@ class Model(Section):
 
 
 class Prompts(Section):
-    train: PathName
+    train: PromptSource
     """Prompt file (.txt, .json, .jsonl, .csv, .tsv or .parquet, each also .gz), hub data set
-    (`datasets:ORG/NAME:SPLIT`), or `shapes`."""
-    held_out: PathName
+    (`datasets:ORG/NAME:SPLIT`), `shapes`, or a list of the prompts themselves."""
+    held_out: PromptSource
     """The prompts of the held-out evaluation, likewise."""
     column: str = "prompt"
     """Field of the JSON objects, or column of the tables, that holds the prompt."""

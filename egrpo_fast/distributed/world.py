@@ -1,6 +1,7 @@
 """This process among its ranks: where they meet, and what they agree on."""
 
 import contextlib
+import importlib
 import os
 import socket
 from datetime import timedelta
@@ -127,4 +128,8 @@ class World:
         return values[0]
 
     def close(self) -> None:
+        """Leave the other ranks. Another world may be opened in this process, which DeepSpeed by itself forbids."""
         dist.destroy_process_group()
+        # It keeps the groups of the first world in variables of two modules, and would take them for the second's.
+        deepspeed.comm.comm.cdb = None
+        importlib.reload(deepspeed.utils.groups)

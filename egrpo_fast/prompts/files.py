@@ -52,19 +52,19 @@ LONGEST_PROMPT, MOST_PROMPTS = 20_000, 1 << 24
 """Characters of a prompt, and prompts of a file. T5 reads 512 tokens: a longer prompt is a file of another kind."""
 
 
-def read_prompts(path: str | Path, field: str = "prompts", column: str = "prompt") -> Sequence[str]:
-    """Prompts of a file or of a hub data set, stripped, in its order; memory does not grow with their length.
+def read_prompts(path: str | Path | list[str], field: str = "prompts", column: str = "prompt") -> Sequence[str]:
+    """Prompts of a file, a hub data set or a list, stripped, in its order; memory does not grow with their length.
 
     What can be read: `prompts/formats.py`. column: the field of an object, or column of a table, that holds the prompt.
     Blank lines of text are skipped; elsewhere a blank prompt is refused. Repeated prompts are kept, and a warning
     counts them. ValueError names `field`, the file and the fault with its line.
     """
     places, digests = array("q"), array("Q")
-    unit = "line"
+    unit, told = "line", "the list" if isinstance(path, list) else str(path)
 
     def noted() -> Iterator[str]:
         nonlocal unit
-        with opened(str(path)) as (read, unit):
+        with opened(path) as (read, unit):
             for place, value in read(column):
                 prompt = _checked(value, f"{unit} {place}")
                 if len(places) == MOST_PROMPTS:
@@ -76,18 +76,19 @@ def read_prompts(path: str | Path, field: str = "prompts", column: str = "prompt
     try:
         prompts = StoredPrompts(noted())
     except ValueError as error:
-        raise ValueError(f"{field}: {path} {error}") from None
+        raise ValueError(f"{field}: {told} {error}") from None
     except OSError as error:
-        raise ValueError(f"{field}: cannot read {path}: {error.strerror or error}") from None
+        raise ValueError(f"{field}: cannot read {told}: {error.strerror or error}") from None
     if not prompts:
-        raise ValueError(f"{field}: {path} holds no prompt; one per {unit} is expected")
-    _warn_of_repeats(f"{field}: {path}", unit, np.array(places), np.array(digests))
+        raise ValueError(f"{field}: {told} holds no prompt; one per {unit} is expected")
+    _warn_of_repeats(f"{field}: {told}", unit, np.array(places), np.array(digests))
     return prompts
 
 
-def read_split(path: str, split: str, column: str = "prompt") -> Sequence[str]:
+def read_split(source: str | list[str], split: str, column: str = "prompt") -> Sequence[str]:
     """`read_prompts` of what a recipe's `prompts.SPLIT` names; `shapes`: the captions that ship with the package."""
-    return read_prompts(prompts_path(path, split), f"prompts.{split}", column)
+    named = source if isinstance(source, list) else prompts_path(source, split)
+    return read_prompts(named, f"prompts.{split}", column)
 
 
 def _checked(value: Any, where: str) -> str:

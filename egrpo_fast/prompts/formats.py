@@ -39,8 +39,12 @@ Records = Iterator[tuple[int, Any]]
 
 
 @contextmanager
-def opened(name: str) -> Iterator[tuple[Callable[[str], Records], str]]:
-    """What gives the records of a source for a column, and what a record is called."""
+def opened(source: str | Path | list[str]) -> Iterator[tuple[Callable[[str], Records], str]]:
+    """What gives the records of a source for a column, and what a record is called. A list is its own records."""
+    if isinstance(source, list):
+        yield lambda _: enumerate(source, 1), "prompt"
+        return
+    name = str(source)
     if name.startswith(DATASETS):
         yield partial(_hub_rows, name), "row"
         return

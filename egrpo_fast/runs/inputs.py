@@ -15,7 +15,7 @@ from egrpo_fast.config import RUN_FILE, Config
 from egrpo_fast.files import file_fingerprint, fingerprint
 from egrpo_fast.models.fingerprint import TRAINED, part_identity, recorded
 from egrpo_fast.models.lora import find_file
-from egrpo_fast.rewards import REGISTRY, Reward
+from egrpo_fast.rewards import GIVEN, REGISTRY, Reward
 from egrpo_fast.rewards.scorer import Scorer
 
 INPUTS = "inputs"
@@ -62,7 +62,8 @@ def of_rewards(rewards: Mapping[str, Reward]) -> dict[str, str]:
         if isinstance(reward, Scorer):
             found[f"rewards.{name}"] = reward.fingerprint()
         kind = name.partition("/")[0]
-        file = getattr(sys.modules.get(kind.partition(":")[0]), "__file__", None)
+        module = getattr(GIVEN[name], "__module__", "") if name in GIVEN else kind.partition(":")[0]
+        file = getattr(sys.modules.get(module), "__file__", None)
         if kind not in REGISTRY and file:
             try:
                 found[f"{SOURCE}rewards.{name}"] = file_fingerprint(Path(file))

@@ -28,6 +28,14 @@ FEW_REAL_PROMPTS = Path(__file__).parents[1] / "data" / "prompts.txt"
 ALL_REAL_PROMPTS = Path(__file__).parents[3] / "shared" / "data" / "hpd_test_prompts.txt"
 
 
+def test_a_list_is_its_own_prompts():
+    assert list(read_split([" a cat ", "a dog"], "train")) == ["a cat", "a dog"]
+    with pytest.warns(UserWarning, match=r"^prompts.train: the list holds 1 of its prompts again \(prompt 2 "):
+        read_split(["a cat", "a cat"], "train")
+    with pytest.raises(ValueError, match="^prompts.held_out: the list holds an empty prompt in prompt 2$"):
+        read_split(["a cat", "  "], "held_out")
+
+
 @pytest.fixture(params=[FEW_REAL_PROMPTS, ALL_REAL_PROMPTS], ids=["few", "all"])
 def prompt_file(request):
     if not request.param.exists():

@@ -20,7 +20,7 @@ from egrpo_fast.runs.progress import Asked, Progress
 from egrpo_fast.runs.report import HeldOut
 from egrpo_fast.sampler import TailCheck
 from egrpo_fast.schedule import make_schedule
-from egrpo_fast.trainer import Trainer
+from egrpo_fast.trainer import TrainingLoop
 
 ROOT = Path(__file__).parents[2]
 RULE = "evaluation.stop_when={reward: clip, drop: 0.02, patience: 2}"
@@ -121,7 +121,7 @@ class ScriptedSampler:
         return {}, {}
 
 
-class Scripted(Trainer):
+class Scripted(TrainingLoop):
     """The loop itself, around held-out means from a list and no model."""
 
     claim = None
