@@ -52,7 +52,7 @@ class Trainer:
     rewards, in place of the recipe's: name -> a function `score(images [B, 3, H, W] float32 in [0, 1], prompts)` that
     returns [B] scores, or a number, the weight of a reward of the package by that name. A pair (function, weight) gives
     a function a weight other than 1; weight 0 is only watched. prompts, held_out_prompts: the prompts themselves, in
-    place of the recipe's; they are recorded in the run's config.yaml.
+    place of the recipe's; they are recorded in the run's config.yaml. prompts may be that section of the settings too.
 
     on_iteration(iterations, metrics), on_evaluation(iterations, held-out rewards), on_checkpoint(iterations): called on
     every rank. verbose: show also what DeepSpeed, torch and others print. ValueError: a setting is wrong.
@@ -66,7 +66,7 @@ class Trainer:
         recipe: str = "shapes",
         *,
         rewards: "Mapping[str, Reward | float | tuple[Reward, float]] | None" = None,
-        prompts: Sequence[str] | None = None,
+        prompts: Sequence[str] | Mapping[str, Any] | None = None,
         held_out_prompts: Sequence[str] | None = None,
         on_iteration: Callable[[int, dict[str, float]], None] | None = None,
         on_evaluation: Callable[[int, dict[str, float]], None] | None = None,
@@ -75,9 +75,12 @@ class Trainer:
         **settings: Any,
     ) -> None:
         self._functions: dict[str, Reward] = {}
-        for name, value in (("prompts.train", prompts), ("prompts.held_out", held_out_prompts)):
-            if value is not None:
-                settings[name] = list(value)
+        if isinstance(prompts, Mapping):
+            settings["prompts"] = prompts
+        elif prompts is not None:
+            settings["prompts.train"] = list(prompts)
+        if held_out_prompts is not None:
+            settings["prompts.held_out"] = list(held_out_prompts)
         if rewards is not None:
             settings["rewards"] = [self._reward(name, value) for name, value in rewards.items()]
         self.config = load_config(recipe, [f"{name}={json.dumps(value)}" for name, value in _leaves(settings)])

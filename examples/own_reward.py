@@ -7,7 +7,7 @@ A reward is a function of pictures and prompts. It may do anything that gives a 
 rule, a call of a service.
 """
 
-import tempfile
+import os
 
 from egrpo_fast import Trainer
 
@@ -22,6 +22,7 @@ def main(iterations=8, **settings):
     trainer = Trainer(
         "shapes",
         rewards={"brightness": brightness, "shapes_strict": 0.0},  # the second has no weight: it is only watched
+        prompts={"per_iteration": int(os.environ.get("WORLD_SIZE", "1"))},  # one for each rank
         iterations=iterations,
         optimizer={"lr": 3e-4},
         evaluation={"every": 0},
@@ -37,4 +38,4 @@ def main(iterations=8, **settings):
 
 
 if __name__ == "__main__":
-    main(output_dir=tempfile.mkdtemp(prefix="own-reward-"))
+    main(output_dir="runs/own-reward")

@@ -132,6 +132,8 @@ def test_sections_are_dictionaries_and_keep_what_they_do_not_name():
     plain, changed = load_config("shapes"), Trainer("shapes", optimizer={"lr": 5e-4}, seed=3).config
     assert changed.optimizer.lr == 5e-4 and changed.optimizer.warmup_steps == plain.optimizer.warmup_steps
     assert changed.seed == 3 and changed.model == plain.model
+    several = Trainer("shapes", prompts={"per_iteration": 4}, held_out_prompts=["a cat"]).config.prompts
+    assert (several.per_iteration, several.train, several.held_out) == (4, "shapes", ["a cat"])
 
 
 def test_the_package_imports_nothing_heavy_by_itself():
