@@ -1,6 +1,7 @@
 """The examples do what they say."""
 
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,19 @@ def test_own_reward_is_learned(tmp_path):
     )
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
     assert "brightness of the training pictures, by iteration: " in run.stdout
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_top_to_bottom(tmp_path):
+    cells = json.loads((EXAMPLES / "notebook.ipynb").read_text())["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    checks = [
+        "assert result.after['redness'] > result.before['redness'] + 0.02",
+        "assert more.iterations == 12 and picture.size == (32, 32) and len(rewards_seen) == 10",
+    ]
+    program = "\n".join([*code, *checks])
+    run = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=1800)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
 
 
 @pytest.mark.slow
