@@ -34,6 +34,7 @@ assert result.after["brightness"] > result.before["brightness"] + 0.02
 """
 
 
+@pytest.mark.slow
 def test_own_reward_is_learned(tmp_path):
     run = subprocess.run(
         [sys.executable, "-c", RUN, EXAMPLES], cwd=tmp_path, capture_output=True, text=True, timeout=1800

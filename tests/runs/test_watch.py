@@ -20,7 +20,7 @@ from egrpo_fast.runs.progress import Asked, Progress
 from egrpo_fast.runs.report import HeldOut
 from egrpo_fast.sampler import TailCheck
 from egrpo_fast.schedule import make_schedule
-from egrpo_fast.trainer import TrainingLoop
+from egrpo_fast.trainer import Callbacks, TrainingLoop
 
 ROOT = Path(__file__).parents[2]
 RULE = "evaluation.stop_when={reward: clip, drop: 0.02, patience: 2}"
@@ -124,7 +124,7 @@ class ScriptedSampler:
 class Scripted(TrainingLoop):
     """The loop itself, around held-out means from a list and no model."""
 
-    claim = None
+    claim, callbacks = None, Callbacks()
 
     def __init__(self, output, clip, iteration=0, history=()):
         self.config = load_config("shapes", [RULE, f"output_dir={output}", "evaluation.every=1", "iterations=6"])
