@@ -4,7 +4,7 @@ from functools import cache
 
 import torch
 
-from egrpo_fast.methods import e_grpo
+from egrpo_fast.methods.e_grpo import e_grpo
 from egrpo_fast.schedule import make_schedule
 
 

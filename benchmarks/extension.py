@@ -15,7 +15,7 @@ import time
 
 import torch
 
-from egrpo_fast.methods import e_grpo
+from egrpo_fast.methods.e_grpo import e_grpo
 from egrpo_fast.ops import choose
 from egrpo_fast.schedule import make_schedule
 

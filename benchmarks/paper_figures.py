@@ -20,8 +20,7 @@ import torch
 from scipy import stats
 
 from egrpo_fast import ops
-from egrpo_fast.config import load_config
-from egrpo_fast.methods import plan_of
+from egrpo_fast.config import load_config, plan_of
 from egrpo_fast.models.flux.backbone import FluxBackbone
 from egrpo_fast.rewards import make_reward, score
 from egrpo_fast.rollout import NoiseKey, Wavefront

@@ -31,9 +31,9 @@ import scipy.stats
 import torch
 from tqdm import tqdm
 
-from egrpo_fast.config import Config, load_config
+from egrpo_fast.config import Config, load_config, plan_of
 from egrpo_fast.distributed.world import free_port
-from egrpo_fast.methods import group_sizes_by_spread, plan_of
+from egrpo_fast.methods.e_grpo import group_sizes_by_spread
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "comparison.md"

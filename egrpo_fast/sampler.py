@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from egrpo_fast import noise
-from egrpo_fast.config import Config
+from egrpo_fast.config import Config, plan_of
 from egrpo_fast.distributed.background import Beside
 from egrpo_fast.distributed.engine import Engine
 from egrpo_fast.distributed.world import World
 from egrpo_fast.host_to_device import on_device
-from egrpo_fast.methods import plan_of
 from egrpo_fast.models.flux.backbone import FluxBackbone
 from egrpo_fast.models.flux.text import Conditioning
 from egrpo_fast.models.tail import TailModel

@@ -13,14 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from egrpo_fast import ops
-from egrpo_fast.config import CHECKPOINTS, RUN_FILE, Config
+from egrpo_fast.config import CHECKPOINTS, RUN_FILE, Config, plan_of
 from egrpo_fast.distributed.checkpoint import CheckpointError, CheckpointReader, Checkpoints, problems
 from egrpo_fast.distributed.engine import Engine
 from egrpo_fast.distributed.heartbeat import Heartbeat
 from egrpo_fast.distributed.signals import Interruption
 from egrpo_fast.distributed.world import World
 from egrpo_fast.folder_lock import Claim
-from egrpo_fast.methods import plan_of
 from egrpo_fast.models.flux.backbone import FluxBackbone
 from egrpo_fast.models.tail import TailModel
 from egrpo_fast.objective import GroupLoss, Objective, policy_mismatch

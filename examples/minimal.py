@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from egrpo_fast import ops
-from egrpo_fast.methods import e_grpo
+from egrpo_fast.methods.e_grpo import e_grpo
 from egrpo_fast.objective import Objective
 from egrpo_fast.plan import ode_plan
 from egrpo_fast.rollout import NoiseKey, Wavefront

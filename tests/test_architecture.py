@@ -15,9 +15,9 @@ ROOMS = [  # from the top, every floor from left to right; a room imports only f
     ("trainer", "sampler"),
     ("runs",),
     ("models", "rewards", "distributed"),
-    ("objective", "rollout", "methods", "plan"),
-    ("config", "prompts", "shapes", "recipes"),
-    ("schedule", "noise", "ops", "kernels", "terminal", "files", "folder_lock", "host_to_device"),
+    ("objective", "rollout"),
+    ("config", "methods", "plan", "prompts", "shapes", "recipes"),
+    ("section", "schedule", "noise", "ops", "kernels", "terminal", "files", "folder_lock", "host_to_device"),
 ]
 PLACE = {room: place for place, room in enumerate(room for rooms in ROOMS for room in rooms)}
 KNOWN_TO = {

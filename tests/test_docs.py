@@ -13,6 +13,7 @@ from importlib import resources
 from pathlib import Path
 from string import Template
 from types import SimpleNamespace
+from unittest.mock import patch
 from urllib.parse import urlsplit
 
 import pytest
@@ -23,6 +24,7 @@ from egrpo_fast.cli import parse
 from egrpo_fast.config import Config, load_config
 from egrpo_fast.config.loading import _field_names
 from egrpo_fast.config.reference import reference
+from egrpo_fast.methods import METHODS
 from egrpo_fast.schedule import make_schedule
 
 ROOT = Path(__file__).parents[1]
@@ -131,8 +133,9 @@ def test_python_runs(page, tmp_path, monkeypatch):
         return
     monkeypatch.chdir(tmp_path)
     names = {"__name__": page.stem} | given(page, tmp_path)
-    for line, code in blocks(page, "python"):
-        exec(compile("\n" * line + code, str(page), "exec"), names)
+    with patch.dict(METHODS):  # a page's own method is known to that page alone
+        for line, code in blocks(page, "python"):
+            exec(compile("\n" * line + code, str(page), "exec"), names)
 
 
 @pytest.mark.parametrize("page", by_page(page for page in PAGES if blocks(page, "yaml")))

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from egrpo_fast.commands import cost
-from egrpo_fast.config import load_config
-from egrpo_fast.methods import plan_of
+from egrpo_fast.config import load_config, plan_of
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

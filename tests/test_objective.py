@@ -6,7 +6,7 @@ import torch
 from egrpo_fast import ops
 from egrpo_fast.kernels.reference.group_advantage_clip_loss import group_advantage_ref
 from egrpo_fast.kernels.reference.philox import philox_normal
-from egrpo_fast.methods import e_grpo
+from egrpo_fast.methods.e_grpo import e_grpo
 from egrpo_fast.objective import Objective, policy_mismatch
 from egrpo_fast.rollout import NoiseKey, Wavefront
 from egrpo_fast.schedule import make_schedule

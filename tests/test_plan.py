@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from egrpo_fast.methods import branch_grpo, e_grpo
+from egrpo_fast.methods.branch_grpo import branch_grpo
+from egrpo_fast.methods.e_grpo import e_grpo
 from egrpo_fast.noise import draw_word
 from egrpo_fast.plan import ANCHOR, Draft, Edge, Plan, PlanTooLargeError, Wave, ode_plan, tail_grid
 from egrpo_fast.schedule import AffineStep, make_schedule

@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 
 from egrpo_fast import noise, ops
 from egrpo_fast.kernels.reference.philox import philox_normal
-from egrpo_fast.methods import e_grpo, granular_grpo, mix_grpo, tempflow_grpo
+from egrpo_fast.methods.e_grpo import e_grpo
+from egrpo_fast.methods.granular_grpo import granular_grpo
+from egrpo_fast.methods.mix_grpo import mix_grpo
+from egrpo_fast.methods.tempflow_grpo import tempflow_grpo
 from egrpo_fast.objective import Objective
 from egrpo_fast.plan import ode_plan, tail_grid
 from egrpo_fast.rollout import NoiseKey, TailVelocity, Wavefront

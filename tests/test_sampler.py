@@ -17,7 +17,7 @@ from egrpo_fast import ops
 from egrpo_fast.config import FirstBlock, Tail, load_config
 from egrpo_fast.distributed.background import Beside
 from egrpo_fast.distributed.world import free_port
-from egrpo_fast.methods import e_grpo
+from egrpo_fast.methods.e_grpo import e_grpo
 from egrpo_fast.rollout import NoiseKey, Wavefront, find_micro_batch
 from egrpo_fast.runs.progress import Progress
 from egrpo_fast.sampler import Sampler

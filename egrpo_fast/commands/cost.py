@@ -11,10 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from egrpo_fast.config import Config, FirstBlock, Lora
+from egrpo_fast.config import Config, FirstBlock, Lora, plan_of
 from egrpo_fast.config.recipe_files import read_yaml
 from egrpo_fast.files import is_hub_id, read_json
-from egrpo_fast.methods import plan_of
 from egrpo_fast.models.weight_files import WeightFiles
 from egrpo_fast.plan import Plan
 from egrpo_fast.shapes import CLIP, EMBEDDED, pipeline_path

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from egrpo_fast import __version__, ops
 from egrpo_fast.kernels import extension, triton
-from egrpo_fast.methods import e_grpo
+from egrpo_fast.methods.e_grpo import e_grpo
 from egrpo_fast.noise import draw_word, streams
 from egrpo_fast.rollout import NoiseKey, Wavefront
 from egrpo_fast.runs.provenance import commit

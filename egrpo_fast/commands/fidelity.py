@@ -15,9 +15,8 @@ from tqdm import tqdm
 
 from egrpo_fast import ops
 from egrpo_fast.commands.page import Table
-from egrpo_fast.config import CONFIG_FILE, Config, EGrpo, load_config
+from egrpo_fast.config import CONFIG_FILE, Config, load_config, plan_of
 from egrpo_fast.distributed.checkpoint import CheckpointReader, check_sound
-from egrpo_fast.methods import plan_of
 from egrpo_fast.models.fingerprint import check_base
 from egrpo_fast.models.flux.backbone import FluxBackbone
 from egrpo_fast.models.flux.folder import check_folder, fill, meta_transformer, resolve
@@ -244,7 +243,7 @@ class _Search:
         """
         passing = (one for one in measured if one.comparison.correlation >= target)
         costs = {one.settings: (one.evaluations, -one.speedup) for one in passing}
-        if isinstance(self.config("").method, EGrpo):
+        if self.config("").method.uses.issuperset(("tail.stride", "schedule.active_steps")):
             by_name = {one.settings: one for one in measured}
             aims = [target + (1.0 - target) * part / MARGINS for part in range(MARGINS)]
             composed = (self._by_step(solver, by_name, aim) for solver in SOLVERS for aim in aims)

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from egrpo_fast.config import Config
-from egrpo_fast.methods import plan_of
+from egrpo_fast.config import Config, plan_of
 from egrpo_fast.plan import Plan
 
 

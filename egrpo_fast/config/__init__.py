@@ -3,7 +3,7 @@
 Every field has a type, a range and a line on what it means. A mistake is a `ConfigError` of one line per field.
 """
 
-from egrpo_fast.config.config import Config
+from egrpo_fast.config.config import Config, plan_of
 from egrpo_fast.config.loading import load_config
 from egrpo_fast.config.recipe_files import ConfigError
 from egrpo_fast.config.sections import (
@@ -12,24 +12,16 @@ from egrpo_fast.config.sections import (
     OWNED_BY_US,
     PIPELINE,
     RUN_FILE,
-    BranchGrpo,
-    DanceGrpo,
-    EGrpo,
     FirstBlock,
-    FlowGrpo,
-    GranularGrpo,
     Guards,
     Lora,
-    MixGrpo,
     Model,
     Optimizer,
     Reward,
     Rollout,
-    Section,
     Tail,
     TailCache,
     TaylorSeer,
-    TempFlowGrpo,
     takes,
 )
 
@@ -39,26 +31,19 @@ __all__ = [
     "OWNED_BY_US",
     "PIPELINE",
     "RUN_FILE",
-    "BranchGrpo",
     "Config",
     "ConfigError",
-    "DanceGrpo",
-    "EGrpo",
     "FirstBlock",
-    "FlowGrpo",
-    "GranularGrpo",
     "Guards",
     "Lora",
-    "MixGrpo",
     "Model",
     "Optimizer",
     "Reward",
     "Rollout",
-    "Section",
     "Tail",
     "TailCache",
     "TaylorSeer",
-    "TempFlowGrpo",
     "load_config",
+    "plan_of",
     "takes",
 ]

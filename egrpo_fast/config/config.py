@@ -5,40 +5,43 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, SerializeAsAny, model_validator
 
-from egrpo_fast.config.recipe_files import Tree, write_yaml
+from egrpo_fast.config.recipe_files import ConfigError, Tree, write_yaml
 from egrpo_fast.config.sections import (
-    MERGING,
-    OPTIONAL,
     OWN_ETA,
-    OWN_FORM,
     OWNED_BY_US,
-    BranchGrpo,
     Checkpoint,
     DeepSpeed,
-    EGrpo,
     Evaluation,
-    FlowGrpo,
     Guards,
     Lora,
-    Method,
-    MixGrpo,
     Model,
     Objective,
     Optimizer,
-    Positive,
     Prompts,
     Reward,
     Rollout,
     ScheduleSection,
-    Section,
     Tail,
-    TempFlowGrpo,
     _as_written,
     _path,
 )
+from egrpo_fast.methods import MERGING, METHODS, OPTIONAL, Method, Run
+from egrpo_fast.plan import Plan, PlanTooLargeError
 from egrpo_fast.schedule import Schedule, make_schedule
+from egrpo_fast.section import Positive, Section
+
+
+def _method(given: Any) -> Any:
+    """The section of the method that is named, from its settings."""
+    if not isinstance(given, dict):
+        return given
+    name = given.get("name", "e_grpo")
+    if not isinstance(name, str) or name not in METHODS:
+        told = f"{name!r} is no method; there are: {', '.join(map(repr, sorted(METHODS)))}"
+        raise ValueError(f"{told}; one of your own is known once its file is imported")
+    return METHODS[name].model_validate(given)
 
 
 class Config(Section):
@@ -58,8 +61,8 @@ class Config(Section):
     """Also log to Weights & Biases (the `wandb` extra)."""
     model: Model
     prompts: Prompts
-    method: Annotated[Method, Field(discriminator="name")] = EGrpo()
-    """The method; its name alone will do where it keeps its defaults."""
+    method: Annotated[SerializeAsAny[Method], BeforeValidator(_method)] = METHODS["e_grpo"](name="e_grpo")
+    """The method, `e_grpo` where none is given; its name alone will do where it keeps its defaults."""
     schedule: ScheduleSection = ScheduleSection()
     rollout: Rollout = Rollout()
     tail: Tail = Tail()
@@ -83,53 +86,24 @@ class Config(Section):
         if not isinstance(method, dict) or not isinstance(schedule, dict):
             return tree
         method = {"name": "e_grpo", **method}
-        form = schedule.get("sde_form", OWN_FORM.get(str(method["name"]), "flow_grpo"))
+        kind = METHODS.get(str(method["name"]), Method)
+        theirs = {field for other in METHODS.values() for field in other.model_fields}
+        if kind is not Method and (unused := sorted(theirs.intersection(method) - kind.model_fields.keys())):
+            told = ", ".join(f"method.{field}" for field in unused)
+            raise ValueError(f"{told}: not used by method {method['name']}; leave it out")
+        form = schedule.get("sde_form", kind.sde_form)
         own = {"sde_form": form, "eta": OWN_ETA.get(str(form), 0.7)}
         return tree | {"method": method, "schedule": own | schedule}
 
     @model_validator(mode="after")
     def _fits_the_method(self) -> "Config":
-        method, last = self.method, self.schedule.num_steps - 1
+        method = self.method
         if unused := self._unused():
             raise ValueError(f"{', '.join(unused)}: not used by method {method.name}; leave it out")
-        if isinstance(self.rollout.group_size, list) and "schedule.active_steps" not in method.uses:
-            raise ValueError(f"rollout.group_size: one number for all steps with method {method.name}")
-        if isinstance(self.tail.stride, list) and not isinstance(method, EGrpo):
-            raise ValueError(f"tail.stride: one number for all steps with method {method.name}")
-        if isinstance(method, FlowGrpo):
-            first, end = method.window_range or (0, self.schedule.num_steps // 2)
-            if method.window is None and method.window_range is not None:
-                raise ValueError("method.window_range: not used without method.window")
-            if method.window is not None and method.fraction != 1.0:
-                raise ValueError("method.fraction: not used with method.window, whose steps are all trained")
-            if end > last:
-                raise ValueError(f"method.window_range: {end} is past the end; allowed: to {last}")
-            if (method.window or 1) > end - first:
-                told = f"{method.window} steps pass the end of [{first}, {end}); allowed: up to {end - first}"
-                raise ValueError(f"method.window: {told}")
-        if isinstance(method, MixGrpo) and method.window > last:
-            raise ValueError(f"method.window: {method.window} steps pass the end; allowed: up to {last}")
-        if isinstance(method, BranchGrpo):
-            if max(method.splits) >= last:
-                told = f"{max(method.splits)} is the last step or past it; allowed: 0 to {last - 1}"
-                raise ValueError(f"method.splits: {told}")
-            leaves = method.branching ** min(len(method.splits), 17)  # 2^17 are too many already
-            if leaves > method.max_rows:
-                raise ValueError(f"method.max_rows: a tree of {leaves} leaves is wider than {method.max_rows}")
-            if 2 * method.extremes > leaves:
-                raise ValueError(
-                    f"method.extremes: {method.extremes} best and worst of {leaves}; at most {leaves // 2}"
-                )
-            if method.pruned_steps >= last - max(method.splits):
-                room = last - max(method.splits) - 1
-                raise ValueError(f"method.pruned_steps: {method.pruned_steps}; after the last split at most {room}")
-        if isinstance(method, TempFlowGrpo) and method.steps and max(method.steps) >= last:
-            told = f"{max(method.steps)} is the last step or past it; allowed: 0 to {last - 1}"
-            raise ValueError(f"method.steps: {told}")
-        for name in ("splits", "steps"):
-            steps = getattr(method, name, None)
-            if steps and sorted(set(steps)) != steps:
-                raise ValueError(f"method.{name}: {steps} must be increasing, without repeats")
+        for field, value in (("rollout.group_size", self.rollout.group_size), ("tail.stride", self.tail.stride)):
+            if isinstance(value, list) and "schedule.active_steps" not in method.uses:
+                raise ValueError(f"{field}: one number for all steps with method {method.name}")
+        method.check(self.schedule.num_steps)
         return self
 
     def _unused(self, given: bool = True) -> list[str]:
@@ -268,3 +242,15 @@ class Config(Section):
     def yaml(self) -> str:
         """`used` as the text of a recipe."""
         return write_yaml(self.used())
+
+
+def plan_of(config: Config, iteration: int) -> Plan:
+    """The plan of one training iteration, from 0: the same on every rank. ConfigError: it would be too large."""
+    sizes, strides = config.per_active_step(config.rollout.group_size), config.per_active_step(config.tail.stride)
+    pairs = config.objective.antithetic
+    run = Run(config.build_schedule(), sizes, strides, config.tail.solver, pairs, config.seed, iteration)
+    try:
+        return config.method.plan(run)
+    except PlanTooLargeError as error:
+        settings = ["schedule.num_steps", *sorted({"schedule.active_steps", "rollout.group_size"} & config.method.uses)]
+        raise ConfigError(f"{', '.join(settings)}: {error}; choose fewer") from None

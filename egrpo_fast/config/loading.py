@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 from egrpo_fast.config.config import Config
 from egrpo_fast.config.recipe_files import ConfigError, override, read_recipe
 from egrpo_fast.config.sections import UNIONS
+from egrpo_fast.methods import METHODS, Method
 
 
 def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -16,6 +17,8 @@ def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
     if parts := get_args(annotation):
         for part in parts:
             yield from _sections(part)
+    elif annotation is Method:
+        yield from METHODS.values()
     elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
 

@@ -4,8 +4,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import yaml
+from pydantic.json_schema import models_json_schema
 
 from egrpo_fast.config.config import Config
+from egrpo_fast.methods import METHODS
 
 Node = Mapping[str, Any]
 """A node of the configuration's JSON schema."""
@@ -86,7 +88,7 @@ def _table(path: str, section: Node, sections: Mapping[str, Node]) -> Iterator[s
         if found := [sections[place["$ref"].rpartition("/")[2]] for place in _places(node) if "$ref" in place]:
             inside.append((f"{path}{name}{'[]' if 'items' in node else ''}", node, found))
         else:
-            default = _value(node["default"]) if "default" in node else "**required**"
+            default = _value(node["default"]) if "default" in node and "const" not in node else "**required**"
             rows.append(f"| `{path}{name}` | {_cell(_allowed(node))} | {default} | {_cell(node['description'])} |")
     yield from ("| setting | allowed | default | |", "| --- | --- | --- | --- |", *rows, "")
     for place, node, found in inside:
@@ -104,4 +106,8 @@ def _table(path: str, section: Node, sections: Mapping[str, Node]) -> Iterator[s
 def reference() -> str:
     """The whole page: one table per section, one line per setting."""
     schema = Config.model_json_schema()
+    places, methods = models_json_schema([(METHODS[name], "validation") for name in sorted(METHODS)])
+    schema["$defs"] |= methods["$defs"]
+    del schema["properties"]["method"]["$ref"]
+    schema["properties"]["method"]["oneOf"] = list(places.values())
     return "\n".join((INTRODUCTION, *_table("", schema, schema["$defs"])))

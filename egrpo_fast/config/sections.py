@@ -8,19 +8,15 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, field_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, field_validator
 
 from egrpo_fast.config.recipe_files import ConfigError
 from egrpo_fast.files import expanded
 from egrpo_fast.schedule import SdeForm, Solver
+from egrpo_fast.section import Natural, Positive, Seconds, Section, Unit
 
 CONFIG_FILE, RUN_FILE, CHECKPOINTS, PIPELINE = "config.yaml", "run.json", "checkpoints", "pipeline"
 """In a run's folder: its settings, what made it, its checkpoints, the trained pipeline."""
-
-Positive = Annotated[int, Field(ge=1, lt=2**31)]
-Natural = Annotated[int, Field(ge=0, lt=2**31)]
-Seconds = Annotated[float, Field(gt=0.0, le=1e8)]
-Unit = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 def _path(path: Any) -> Any:
@@ -54,12 +50,6 @@ PromptSource = Annotated[
     PlainSerializer(lambda given: given if isinstance(given, list) else _as_written(given), when_used="json"),
 ]
 """Where prompts come from: a `PathName`, or the prompts themselves."""
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
 
 
 def takes(target: str, layer: str) -> bool:
@@ -171,116 +161,7 @@ class ScheduleSection(Section):
     """Grid indices that are trained; none given: the first half."""
 
 
-MERGING = ("schedule.entropy_threshold", "schedule.merge_lengths", "schedule.max_merge")
-OPTIONAL = {*MERGING, "schedule.active_steps", "rollout.group_size", "tail.stride", "tail.solver"}
-"""Settings outside of `method` that not every method uses."""
-OWN_FORM = {"dance_grpo": "dance_grpo", "branch_grpo": "dance_grpo"}
 OWN_ETA = {"flow_grpo": 0.7, "dance_grpo": 0.3, "cps": 0.8}
-
-
-class EGrpo(Section):
-    """`schedule` says which steps are trained and how they merge, `rollout` how many samples leave each."""
-
-    name: Literal["e_grpo"] = "e_grpo"
-    """E-GRPO."""
-
-    @property
-    def uses(self) -> set[str]:
-        """Which of OPTIONAL it uses."""
-        return OPTIONAL
-
-
-class FlowGrpo(Section):
-    name: Literal["flow_grpo"]
-    """Flow-GRPO; with a window Flow-GRPO-Fast."""
-    fraction: float = Field(1.0, gt=0.0, le=1.0)
-    """Share of the steps that is trained, drawn anew every iteration."""
-    same_noise: bool = False
-    """Whether the trajectories of a prompt share their initial noise."""
-    window: Positive | None = None
-    """Steps in a row that are stochastic and trained, the others ODE, drawn anew every iteration; none given: all."""
-    window_range: Annotated[tuple[Natural, Positive], Field(strict=False)] | None = None
-    """Grid indices [first, end) that the window lies in; none given: the first half."""
-
-    @property
-    def uses(self) -> set[str]:
-        return {"rollout.group_size", "tail.stride", "tail.solver"} if self.window else {"rollout.group_size"}
-
-
-class DanceGrpo(Section):
-    name: Literal["dance_grpo"]
-    """DanceGRPO."""
-    fraction: float = Field(0.6, gt=0.0, le=1.0)
-    """Share of the steps that is trained, drawn anew every iteration."""
-    same_noise: bool = True
-    """Whether the trajectories of a prompt share their initial noise."""
-
-    @property
-    def uses(self) -> set[str]:
-        return {"rollout.group_size"}
-
-
-class MixGrpo(Section):
-    name: Literal["mix_grpo"]
-    """MixGRPO."""
-    window: Positive = 4
-    """Steps in a row that are stochastic and trained, the others ODE."""
-    stride: Natural = 1
-    """Grid steps that the window moves on at a time."""
-    every: Positive = 25
-    """Iterations until it moves."""
-    same_noise: bool = True
-    """Whether the trajectories of a prompt share their initial noise."""
-
-    @property
-    def uses(self) -> set[str]:
-        return {"rollout.group_size", "tail.stride", "tail.solver"}
-
-
-class BranchGrpo(Section):
-    name: Literal["branch_grpo"]
-    """BranchGRPO; its tree says how many pictures there are."""
-    splits: list[Natural] = Field([0, 3, 6, 9], min_length=1)
-    """Grid indices at which every row splits."""
-    branching: Annotated[int, Field(ge=2, le=65536)] = 2
-    """Children of a split."""
-    max_rows: Annotated[int, Field(ge=2, le=65536)] = 64
-    """Most leaves of a prompt's tree."""
-    pruned_steps: Natural = 0
-    """Steps in a row that are not trained: from the end, sliding towards the last split."""
-    slide_every: Positive = 30
-    """Iterations until they slide by one."""
-    extremes: Natural = 0
-    """Only the nodes above so many best and as many worst leaves are trained; 0: all are."""
-
-    @property
-    def uses(self) -> set[str]:
-        return set()
-
-
-class GranularGrpo(Section):
-    name: Literal["granular_grpo"]
-    """Granular-GRPO."""
-    strides: list[Positive] = Field([1, 2], min_length=1)
-    """Grid steps per ODE step of each of a sample's tails."""
-
-    @property
-    def uses(self) -> set[str]:
-        return {"schedule.active_steps", "rollout.group_size", "tail.solver"}
-
-
-class TempFlowGrpo(Section):
-    name: Literal["tempflow_grpo"]
-    """TempFlow-GRPO."""
-    steps: list[Natural] | None = Field(None, min_length=1)
-    """Grid indices that are trained; none given: all but the last."""
-
-    @property
-    def uses(self) -> set[str]:
-        return {"rollout.group_size", "tail.stride", "tail.solver"}
-
-
-Method = EGrpo | FlowGrpo | DanceGrpo | MixGrpo | BranchGrpo | GranularGrpo | TempFlowGrpo
 
 
 class Rollout(Section):
@@ -390,7 +271,7 @@ class Reward(Section):
     """A reward of `egrpo_fast.rewards`, or any Python callable as `package.module:attribute`."""
     weight: float = Field(1.0, ge=-1e6, le=1e6)
     """Its weight in the mix; 0: only watched."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field({})
     """Arguments of that reward."""
 
     @field_validator("name")
@@ -442,7 +323,7 @@ class Optimizer(Section):
     """Gradient norm bound, over all parameters and ranks."""
 
 
-UNIONS = ("method",), ("tail", "cache")
+UNIONS = (("tail", "cache"),)
 """Where a section is one of several, told apart by its name."""
 OWNED_BY_US = {
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
@@ -462,7 +343,7 @@ class DeepSpeed(Section):
     """Folder on a fast local disk, for `nvme`."""
     init_timeout: Annotated[int, Field(ge=1, le=10**8)] = 1800
     """Seconds that loading may wait at one parameter before the run ends and says which rank waits for what."""
-    overrides: dict[str, Any] = {}
+    overrides: dict[str, Any] = Field({})
     """Merged into DeepSpeed's own configuration last, for what this tree does not name. A key that DeepSpeed does not
     read is refused."""
 

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from egrpo_fast.config import load_config
-from egrpo_fast.methods import plan_of
+from egrpo_fast.config import load_config, plan_of
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["schedule.num_steps=4", "rollout.group_size=2"]

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from egrpo_fast.config import load_config
-from egrpo_fast.methods import plan_of
+from egrpo_fast.config import load_config, plan_of
 
 ROOT = Path(__file__).parents[2]
 spec = importlib.util.spec_from_file_location("studies", ROOT / "benchmarks" / "studies.py")

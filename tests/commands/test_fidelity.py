@@ -13,9 +13,9 @@ from scipy.stats import spearmanr
 from egrpo_fast import ops
 from egrpo_fast.commands import fidelity as fidelity_module
 from egrpo_fast.commands.fidelity import cheapest_strides, fidelity
-from egrpo_fast.config import CHECKPOINTS, CONFIG_FILE, RUN_FILE, ConfigError, Tail, load_config
+from egrpo_fast.config import CHECKPOINTS, CONFIG_FILE, RUN_FILE, ConfigError, Tail, load_config, plan_of
 from egrpo_fast.distributed.checkpoint import Checkpoints, Piece
-from egrpo_fast.methods import e_grpo, plan_of
+from egrpo_fast.methods.e_grpo import e_grpo
 from egrpo_fast.models.fingerprint import identity
 from egrpo_fast.models.flux.folder import meta_transformer
 from egrpo_fast.models.tail_check import WINDOW, TailGuard, compare, rank_correlation

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from egrpo_fast.config import OWNED_BY_US, Config, ConfigError, Tail, load_config
+from egrpo_fast.methods import METHODS, Method
 
 SECTIONS = {  # a whole tree in which every optional section is there, so that every field can be broken
     "output_dir": "runs/fuzz",
@@ -57,7 +58,8 @@ def fields(model, path=()):
         here = (*path, name)
         kinds = [(kind, [*told, *info.metadata]) for kind, told in branches(info.annotation)]
         yield here, kinds
-        if sum(isinstance(kind, type) and issubclass(kind, BaseModel) for kind, _ in kinds) > 1:
+        sections = [kind for kind, _ in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if len(sections) > 1 or Method in sections:  # one of several: BRANCH_FIELDS
             continue
         for kind, _ in kinds:
             items = typing.get_args(kind) if typing.get_origin(kind) is list else ()
@@ -71,7 +73,7 @@ NAMES = [".".join(map(str, path)) for path, _ in FIELDS]
 BRANCH_FIELDS = [
     (path, kinds, {**SECTIONS, **tree(typing.get_args(section.model_fields["name"].annotation)[0])})
     for annotation, place, tree in (
-        (Config.model_fields["method"].annotation, ("method",), lambda name: {"method": name}),
+        (typing.Union[tuple(METHODS.values())], ("method",), lambda name: {"method": name}),  # noqa: UP007
         (Tail.model_fields["cache"].annotation, ("tail", "cache"), lambda name: {"tail": {"cache": {"name": name}}}),
     )
     for section, _ in branches(annotation)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from egrpo_fast.kernels.reference.branch_rows import branch_rows_ref
-from egrpo_fast.methods import e_grpo
+from egrpo_fast.methods.e_grpo import e_grpo
 from egrpo_fast.ops import choose
 from egrpo_fast.schedule import make_schedule
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from egrpo_fast.methods import e_grpo
+from egrpo_fast.methods.e_grpo import e_grpo
 from egrpo_fast.ops import Ops
 from egrpo_fast.schedule import make_schedule
 

@@ -1,6 +1,7 @@
 """Every method: its plan by hand, and its gradient against stored samples."""
 
-import importlib.util
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,21 +9,15 @@ import pytest
 import torch
 
 from egrpo_fast import ops
-from egrpo_fast.config import ConfigError, load_config
+from egrpo_fast.config import ConfigError, load_config, plan_of
 from egrpo_fast.kernels.reference.philox import philox_normal
-from egrpo_fast.methods import (
-    branch_grpo,
-    chosen_steps,
-    e_grpo,
-    flow_grpo,
-    granular_grpo,
-    group_sizes_by_spread,
-    mix_grpo,
-    plan_of,
-    sliding_window,
-    tempflow_grpo,
-    unpruned_steps,
-)
+from egrpo_fast.methods import Method
+from egrpo_fast.methods.branch_grpo import branch_grpo, unpruned_steps
+from egrpo_fast.methods.e_grpo import e_grpo, group_sizes_by_spread
+from egrpo_fast.methods.flow_grpo import chosen_steps, flow_grpo
+from egrpo_fast.methods.granular_grpo import granular_grpo
+from egrpo_fast.methods.mix_grpo import mix_grpo, sliding_window
+from egrpo_fast.methods.tempflow_grpo import tempflow_grpo
 from egrpo_fast.noise import draw_word, initial_noise
 from egrpo_fast.objective import Objective
 from egrpo_fast.plan import singly
@@ -457,11 +452,54 @@ def test_a_setting_that_the_method_does_not_use_is_refused_by_name(method, overr
         load_config("shapes", [f"method={method}", override])
 
 
-def test_a_method_of_ones_own_is_one_short_file():
-    path = Path(__file__).with_name("toy_method.py")
-    assert len(path.read_text().splitlines()) < 60
-    spec = importlib.util.spec_from_file_location("toy_method", path)
-    toy = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(toy)
-    means = toy.train()
-    assert sum(means[-10:]) / 10 > sum(means[:10]) / 10 + 0.5
+def test_a_method_of_ones_own_is_one_short_file(tmp_path):
+    """A file in a folder of a user: it trains, its settings are a recipe's, and a whole run trains with it."""
+    lines = Path(__file__).with_name("toy_method.py").read_text().splitlines()
+    assert len(lines) < 60
+    (tmp_path / "toy_method.py").write_text("\n".join(lines))
+    program = """
+import json
+import toy_method
+from egrpo_fast.api import Trainer
+from egrpo_fast.config import ConfigError, load_config, plan_of
+
+means = toy_method.train()
+assert sum(means[-10:]) / 10 > sum(means[:10]) / 10 + 0.5
+config = load_config("shapes", ["method.name=late_pairs", "method.first=5"])
+assert [group.index for group in plan_of(config, 0).groups] == [5, 6, 7]
+for wrong in ("method.first=13", "method.last=5", "method.window=2", "tail.stride=2"):
+    try:
+        load_config("shapes", ["method.name=late_pairs", wrong])
+    except ConfigError as error:
+        print(error)
+short = {"schedule": {"num_steps": 8}, "evaluation": {"num_prompts": 1, "num_steps": 2}}
+folder = Trainer("shapes", method={"name": "late_pairs"}, iterations=1, **short).train().folder
+lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+assert [list(line["spread_by_step"]["shapes_soft"]) for line in lines if "spread_by_step" in line] == [["3", "4", "5"]]
+"""
+    run = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=1800)
+    assert run.returncode == 0, run.stderr[-3000:]
+    refused = ["method.first: 13; allowed: 0 to 12", "method.last: unknown key"]
+    refused += ["method.window: not used by method late_pairs", "tail.stride: not used by method late_pairs"]
+    assert all(told in run.stdout for told in refused), run.stdout
+
+
+def test_a_method_that_nobody_imported_is_refused_by_name():
+    with pytest.raises(ConfigError, match="^method: 'late_pairs' is no method; .*once its file is imported$"):
+        load_config("shapes", ["method=late_pairs"])
+
+
+def test_a_method_is_checked_where_the_schedule_is_none_too():
+    with pytest.raises(ConfigError, match="schedule: 5: "):
+        load_config("shapes", ["schedule=5", "method={antithetic: 1}"])
+    with pytest.raises(ConfigError, match="method: 5: "):
+        load_config("shapes", ["method=5"])
+    with pytest.raises(ConfigError, match="method: 5 is no method"):
+        load_config("shapes", ["method={name: 5}"])
+
+
+def test_the_name_of_a_method_is_taken_once():
+    with pytest.raises(TypeError, match="has a method e_grpo already"):
+        type("Other", (Method,), {"name": "e_grpo", "__annotations__": {"name": str}, "__module__": "other"})
+    with pytest.raises(TypeError, match="a method needs a default for `name`"):
+        type("Nameless", (Method,), {})

@@ -1,8 +1,11 @@
 """A method of one's own, whole, as a test trains with it: pairs that part late, the later the heavier."""
 
+from typing import Literal
+
 import torch
 
 from egrpo_fast import ops
+from egrpo_fast.methods import Method, Run
 from egrpo_fast.objective import Objective
 from egrpo_fast.plan import Draft, Plan, singly
 from egrpo_fast.rollout import NoiseKey, Wavefront
@@ -19,6 +22,20 @@ def late_pairs(schedule: Schedule, steps: range) -> Plan:
         draft.ode(pair.rows, index + 1, end, stride=end)
         draft.train(pair, singly(pair.rows), weight=index / steps.stop)
     return draft.plan()
+
+
+class LatePairs(Method):
+    name: Literal["late_pairs"] = "late_pairs"
+    """Late pairs."""
+    first: int = 3
+    """First grid index that is trained; the two after it are trained too."""
+
+    def check(self, num_steps: int) -> None:
+        if not 0 <= self.first < num_steps - 3:
+            raise ValueError(f"method.first: {self.first}; allowed: 0 to {num_steps - 4}")
+
+    def plan(self, run: Run) -> Plan:
+        return late_pairs(run.schedule, range(self.first, self.first + 3))
 
 
 def train(iterations: int = 60) -> list[float]:

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from egrpo_fast import ops
 from egrpo_fast.commands.cost import Cluster, Cost
 from egrpo_fast.config import FirstBlock, Lora, Rollout, Tail, TaylorSeer, load_config
-from egrpo_fast.methods import e_grpo
+from egrpo_fast.methods.e_grpo import e_grpo
 from egrpo_fast.models import tail as tail_models
 from egrpo_fast.models.flux import folder as flux_folder
 from egrpo_fast.models.flux.backbone import FluxBackbone

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from egrpo_fast import noise, ops
 from egrpo_fast.config import Lora, TaylorSeer
-from egrpo_fast.methods import e_grpo
+from egrpo_fast.methods.e_grpo import e_grpo
 from egrpo_fast.models.flux import folder as flux_folder
 from egrpo_fast.models.flux.backbone import FluxBackbone
 from egrpo_fast.models.flux.folder import check_folder, fetch_card, load_vae, meta_transformer, resolve
