@@ -10,10 +10,9 @@ sum is the CRC-32 of a row's bytes, T5 before pooled, and is checked whenever th
 their place and renamed; a shard counts once the index names it, so whatever interrupts a writer, the rest is whole.
 """
 
-import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -27,12 +26,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from egrpo_fast.files import read_bytes, sync
+from egrpo_fast.files import read_bytes, write_whole
 from egrpo_fast.folder_lock import lock
 
 INDEX_FILE = "index.json"
 LOCK_FILE = "lock"
-PARTIAL = ".partial"
 KEY_BYTES = 16
 DTYPES = {"float32": "F32", "bfloat16": "BF16"}
 """What rows may be of, by torch's name and safetensors'."""
@@ -254,7 +252,7 @@ class EmbeddingWriter:
                 self._flush()
 
     def _open(self) -> None:
-        others = {file.name for file in self.folder.iterdir()} - {LOCK_FILE, INDEX_FILE + PARTIAL}
+        others = {file.name for file in self.folder.iterdir()} - {LOCK_FILE, f"{INDEX_FILE}.tmp"}
         held: list[np.ndarray] = []
         kept = []
         if others:
@@ -325,7 +323,7 @@ class EmbeddingWriter:
         shards = self.index.shards
         number = 1 + max((int(shard.file[6:-12]) for shard in shards), default=-1)
         path = self.folder / f"shard-{number:05d}.safetensors"
-        self._write(path, lambda partial: partial.write_bytes(save(tensors)))
+        self._write(path, save(tensors))
         checksum = _checksum(tensors["keys"], tensors["sums"])
         self._keep([*shards, Shard(file=path.name, prompts=len(keys), size=path.stat().st_size, checksum=checksum)])
         self._held = np.concatenate([self._held, keys])
@@ -333,19 +331,12 @@ class EmbeddingWriter:
 
     def _keep(self, shards: Sequence[Shard]) -> None:
         self.index = self.index.model_copy(update={"shards": tuple(shards)})
-        text = self.index.model_dump_json(indent=1)
-        self._write(self.folder / INDEX_FILE, lambda partial: partial.write_text(text))
+        self._write(self.folder / INDEX_FILE, self.index.model_dump_json(indent=1))
 
-    def _write(self, path: Path, write: Callable[[Path], object]) -> None:
-        """Whole or not at all, also where the power fails."""
-        partial = path.with_name(path.name + PARTIAL)
+    def _write(self, path: Path, content: bytes | str) -> None:
         try:
-            write(partial)
-            sync(partial)
-            os.replace(partial, path)
-            sync(self.folder)
+            write_whole(path, content)
         except OSError as error:
-            partial.unlink(missing_ok=True)
             raise ValueError(
                 f"embeddings: cannot write {path}: {error.strerror}; make room, and the same command goes on after "
                 f"the {sum(shard.prompts for shard in self.index.shards)} prompts that are kept"

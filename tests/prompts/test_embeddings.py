@@ -78,8 +78,6 @@ class Killed(BaseException):
 @pytest.mark.parametrize("killed_at", range(0, 40, 3))
 def test_an_interrupted_writer_goes_on_and_ends_where_an_uninterrupted_one_does(tmp_path, monkeypatch, killed_at):
     """Stopped at any system call that makes a file last: before it, and after it."""
-    from egrpo_fast.prompts import embeddings
-
     calls = 0
 
     def counted(call):
@@ -93,8 +91,8 @@ def test_an_interrupted_writer_goes_on_and_ends_where_an_uninterrupted_one_does(
         return replacement
 
     with monkeypatch.context() as patch:
-        patch.setattr(embeddings.os, "replace", counted(embeddings.os.replace))
-        patch.setattr(embeddings.os, "fsync", counted(embeddings.os.fsync))
+        patch.setattr(os, "replace", counted(os.replace))
+        patch.setattr(os, "fsync", counted(os.fsync))
         try:
             make(tmp_path)
         except Killed:
