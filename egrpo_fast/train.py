@@ -155,6 +155,7 @@ def make_trainer(
 
     from egrpo_fast.distributed.loading import materialize
     from egrpo_fast.distributed.signals import Interruption
+    from egrpo_fast.files import is_hub_id
     from egrpo_fast.models.flux.backbone import FluxBackbone
     from egrpo_fast.models.flux.folder import check_folder, meta_transformer, resolve
     from egrpo_fast.models.flux.forward import CompiledFlux, use_arithmetic, use_attention
@@ -172,11 +173,13 @@ def make_trainer(
     rewards = open_rewards(config, world, heart, train_prompts[0])
     heart.at("finding", config.model.path, limit=DOWNLOAD_LIMIT)
     folder = resolve(pipeline_path(model.path))
-    check_folder(str(folder), model.height, model.width)
     if config.tail.path is not None:
         heart.at("finding", config.tail.path, limit=DOWNLOAD_LIMIT)
     local = with_local_tail(config)
-    check_tail(local, str(folder))
+    if is_hub_id(model.path):  # a folder has been looked at by `check_inputs`
+        check_folder(str(folder), model.height, model.width)
+    if is_hub_id(model.path) or is_hub_id(config.tail.path or ""):
+        check_tail(local, str(folder))
     if world.is_main and (advice := slow_tail(config)):
         warnings.warn(advice, stacklevel=2)
     base = identify(config, folder, world)

@@ -15,8 +15,14 @@ import json, sys
 from pathlib import Path
 import torch
 from egrpo_fast import Trainer
+from egrpo_fast.models.flux import folder as flux
 
-folder, calls = Path(sys.argv[1]), []
+folder, calls, built = Path(sys.argv[1]), [], []
+meta_transformer = flux.meta_transformer
+def counted(*arguments):
+    built.append(len(calls))
+    return meta_transformer(*arguments)
+flux.meta_transformer = counted  # before others import it by name
 def dark(images, prompts):
     assert images.dtype == torch.float32 and 0 <= images.min() and images.max() <= 1 and len(prompts) == len(images)
     return -images.mean((1, 2, 3))
@@ -38,13 +44,16 @@ try:
     train("broken", 2, broken)
 except ValueError as error:
     failed = [type(error).__name__, str(error)]
+built.clear()
 one = train("one", 2)
+begun = built.count(0)
 first, calls = calls, []
 two = train("two", 2)
 second, calls = calls, []
 three = train("two", 3, resume=True)
 print("TOLD", json.dumps({
-    "failed": failed, "first": first, "second": second, "resumed": calls, "iterations": three.iterations,
+    "failed": failed, "built": begun, "first": first, "second": second, "resumed": calls,
+    "iterations": three.iterations,
     "histories": [one.history, two.history, three.history], "before": one.before, "after": one.after,
     "files": [(one.pipeline / "model_index.json").is_file(), (one.folder / "before_after.png").is_file()],
 }))
@@ -71,6 +80,10 @@ def test_callbacks_are_called_in_the_order_of_the_run(told):
         ["evaluation", 0], ["iteration", 1], ["evaluation", 1], ["checkpoint", 1], ["iteration", 2], ["evaluation", 2],
         ["checkpoint", 2],
     ]  # fmt: skip
+
+
+def test_a_run_builds_its_transformer_once_to_check_it_and_once_to_fill_it(told):
+    assert told[1]["built"] == 2
 
 
 def test_a_second_run_in_a_process_is_the_first_to_the_last_bit_and_can_be_resumed(told):

@@ -189,8 +189,10 @@ class Heartbeat:
     def failed(self, error: BaseException) -> None:
         """This rank is about to die of `error`: tell the others, and say where they are. Blocks for a few beats.
 
-        It then has FAREWELL seconds to end by itself.
+        It then has FAREWELL seconds to end by itself. Where there is one rank, the program may go on: nobody waits.
         """
+        if not self._keys:
+            return self.close()
         self._failure = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])[:300]
         where = self._mine().place
         self.at("failed in", where, FAREWELL)

@@ -42,21 +42,25 @@ def check_tail(config: Config, policy: str) -> None:
         except ValueError as error:
             raise ValueError(f"tail.path: {str(error).partition(': ')[2]}") from None
     folder = tail.path or policy
-    if not is_hub_id(folder):
+    if is_hub_id(folder):
+        return
+    if tail.path is not None or tail.lora is not None or tail.cache is not None:
         transformer, weights = meta_transformer(Path(folder))
         weights.files.close()
         if tail.lora is not None:
             read_lora("tail.lora", tail.lora, transformer.config)
         if tail.cache is not None:
             check_cache(tail.cache, transformer)
-        if not is_hub_id(policy):
-            theirs, ours = transformer.config, meta_transformer(Path(policy))[0].config
+        if tail.path is not None and not is_hub_id(policy):
+            other, weights = meta_transformer(Path(policy))
+            weights.files.close()
+            theirs, ours = transformer.config, other.config
             for name in ("in_channels", "joint_attention_dim", "pooled_projection_dim"):
                 if theirs[name] != ours[name]:
                     told = f"its {name} is {theirs[name]}, that of model.path {ours[name]}"
                     raise ValueError(f"tail.path: {folder} is another kind of model: {told}")
-            if tail.decoder is not None:
-                check_decoder(tail.decoder, Path(policy))
+    if tail.decoder is not None and not is_hub_id(policy):
+        check_decoder(tail.decoder, Path(policy))
 
 
 def with_local_tail(config: Config) -> Config:

@@ -161,3 +161,9 @@ def test_times_that_make_no_sense_are_refused(name, value):
 def test_several_ranks_need_a_store():
     with pytest.raises(ValueError, match="store: None for 2 ranks"):
         Heartbeat(0, 2, None, 1.0)
+
+
+def test_a_program_of_one_rank_goes_on_after_a_failure():
+    with pytest.raises(KeyError), Heartbeat(0, 1, None, 300.0, beat=0.01) as heart:
+        raise KeyError("no such picture")
+    assert not heart._thread.is_alive()

@@ -77,7 +77,6 @@ class FluxBackbone:
 
         lora: a LoRA file or its folder, whose adapters are added to the transformer's weights.
         """
-        check_folder(path, height, width)
         folder = resolve(path)
         check_folder(str(folder), height, width)
         text = FluxTextEncoder.from_pretrained(str(folder), max_sequence_length, dtype, device)
