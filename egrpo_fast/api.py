@@ -16,6 +16,7 @@ from egrpo_fast.terminal import keep_clean
 from egrpo_fast.train import run
 
 if TYPE_CHECKING:
+    from egrpo_fast.config import Config
     from egrpo_fast.rewards import Reward
 
 
@@ -44,26 +45,29 @@ class Result:
 
 
 class Trainer:
-    """One run of a recipe, in this process or, under `deepspeed` or torchrun, in every rank's.
+    """One run of a recipe, in this process. Under `deepspeed` or torchrun every rank's process makes one.
 
-    recipe: a recipe's name or a YAML file. Settings are keyword arguments with the recipe's names, sections as
-    dictionaries: `iterations=20, optimizer={"lr": 1e-4}`. Every setting is in docs/configuration.md.
+    recipe: a recipe's name, a YAML file, or what `load_config` returned. Its settings are the other keyword arguments;
+    a section is a dictionary, as in `iterations=20, optimizer={"lr": 1e-4}` (docs/configuration.md).
 
-    rewards, in place of the recipe's: name -> a function `score(images [B, 3, H, W] float32 in [0, 1], prompts)` that
-    returns [B] scores, or a number, the weight of a reward of the package by that name. A pair (function, weight) gives
-    a function a weight other than 1; weight 0 is only watched. prompts, held_out_prompts: the prompts themselves, in
-    place of the recipe's; they are recorded in the run's config.yaml. prompts may be that section of the settings too.
+    rewards: replaces the recipe's rewards; name -> function, number or pair. A function `score(images, prompts)` gets
+    images [B, 3, H, W], float32 in [0, 1], and B prompts, and returns [B] scores. A number is the weight of a reward
+    of the package with that name. A pair (function, weight) gives a function another weight than 1. A reward of weight
+    0 is watched and not trained on.
+
+    prompts, held_out_prompts: the prompts themselves. The run's config.yaml records them. prompts may also be that
+    section of the settings.
 
     on_iteration(iterations, metrics), on_evaluation(iterations, held-out rewards), on_checkpoint(iterations): called on
-    every rank. verbose: show also what DeepSpeed, torch and others print. ValueError: a setting is wrong.
+    every rank. verbose: show also what DeepSpeed, torch and others print.
 
-    A run with a reward of this program can be resumed by this program alone: the command line does not find it, and
-    says so. `egrpo evaluate` takes its own list of rewards.
+    ConfigError, a ValueError: a setting is wrong. Only this program can resume a run whose reward is a function of it:
+    the command line cannot find the function, and says so.
     """
 
     def __init__(
         self,
-        recipe: str = "shapes",
+        recipe: "str | Config" = "shapes",
         *,
         rewards: "Mapping[str, Reward | float | tuple[Reward, float]] | None" = None,
         prompts: Sequence[str] | Mapping[str, Any] | None = None,

@@ -128,6 +128,12 @@ def test_a_wrong_setting_is_refused_when_the_trainer_is_made(given, message):
         Trainer("shapes", **given)
 
 
+def test_settings_may_be_loaded_before():
+    before = load_config("shapes", ["seed=3", "output_dir=runs/$$x", "prompts.train=[a, b]"])
+    config = Trainer(before, iterations=7).config
+    assert config.iterations == 7 and config == before.model_copy(update={"iterations": 7})
+
+
 def test_a_function_may_not_take_the_name_of_a_reward_of_the_package(tmp_path):
     with pytest.raises(ValueError, match="^rewards.clip: a reward of the package has this name; give yours another"):
         Trainer("shapes", rewards={"clip": lambda images, prompts: images}, output_dir=tmp_path / "run").train()

@@ -85,12 +85,12 @@ def _explain(error: ValidationError) -> str:
     return "\n".join(lines.values())
 
 
-def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
+def load_config(recipe: str | Config, overrides: Sequence[str] = ()) -> Config:
     """A named recipe or a YAML file, and what it extends, with `key.path=value` overrides (YAML values), checked.
 
-    Raises ConfigError.
+    recipe: or settings that were loaded already. Raises ConfigError.
     """
-    tree = read_recipe(recipe)
+    tree = recipe.used() if isinstance(recipe, Config) else read_recipe(recipe)
     for assignment in overrides:
         override(tree, assignment)
     try:
