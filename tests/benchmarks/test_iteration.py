@@ -23,6 +23,7 @@ def run(*arguments):
     return result.stdout
 
 
+@pytest.mark.slow
 def test_its_variants_are_one_iteration(tmp_path):
     told = run(
         "--rounds", "1", "--leave-out", "compiled", "--leave-out", "fast", "--together", "--results", str(tmp_path)

@@ -458,9 +458,10 @@ def test_a_model_that_is_not_there_is_not_planned_for(path):
             "schedule.num_steps=1000 rollout.group_size=65536",
             "schedule.num_steps, rollout.group_size, schedule.active_",
         ),
-        (
+        pytest.param(
             "method=flow_grpo schedule.num_steps=1000 rollout.group_size=65536",
             "schedule.num_steps, rollout.group_size: ",
+            marks=pytest.mark.slow,
         ),
     ],
 )
