@@ -30,8 +30,8 @@ from safetensors.torch import load_file, save_file
 from egrpo_fast import noise, ops
 from egrpo_fast.config import CONFIG_FILE, load_config
 from egrpo_fast.models.flux.backbone import FluxBackbone
-from egrpo_fast.models.flux.folder import meta_transformer
 from egrpo_fast.models.flux.text import FluxTextEncoder
+from egrpo_fast.models.transformer import meta_transformer
 from egrpo_fast.plan import ode_plan
 from egrpo_fast.rollout import NoiseKey, Wavefront
 from egrpo_fast.runs.provenance import commit

@@ -40,15 +40,17 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from egrpo_fast import noise
 from egrpo_fast.commands.cost import Transformer
-from egrpo_fast.config import load_config
+from egrpo_fast.config import Model, load_config
 from egrpo_fast.distributed.heartbeat import Heartbeat
 from egrpo_fast.distributed.world import World
 from egrpo_fast.kernels.reference.group_advantage_clip_loss import group_advantage_ref
 from egrpo_fast.kernels.reference.philox import philox_normal
+from egrpo_fast.models.attention import use_arithmetic, use_attention
 from egrpo_fast.models.flux.backbone import FluxBackbone
-from egrpo_fast.models.flux.forward import CompiledFlux, use_arithmetic, use_attention
+from egrpo_fast.models.flux.compiled import CompiledFlux
 from egrpo_fast.models.flux.random import make_pipeline
 from egrpo_fast.models.flux.text import Conditioning
+from egrpo_fast.policy import Policy
 from egrpo_fast.prompts.order import Prompt
 from egrpo_fast.rewards import make_reward
 from egrpo_fast.runs.provenance import commit
@@ -89,15 +91,27 @@ class RandomScore:
         return self.network(small.bfloat16())[:, 0].float()
 
 
+SMALL = Model(path=str(PIPELINE), height=32, width=32, max_sequence_length=24, dtype="float32")
+
+
+class Loaded(Policy):
+    """A policy around a backbone that is there already, whose weights may come from no folder."""
+
+    def __init__(self, backbone, model):
+        self.model, self.backbone, self.transformer = model, backbone, backbone.transformer
+        self.compiled = self.tail = None
+
+
 def shapes(device, folder):
-    backbone = FluxBackbone.from_pretrained(str(PIPELINE), 32, 32, max_sequence_length=24, device=device)
+    backbone = Policy(SMALL, PIPELINE).load(device).backbone
     return backbone, make_reward("shapes_soft", {}), ["model.path=shapes"]
 
 
 def flux_30m(device, folder):
     make_pipeline("30m").save_pretrained(folder)
     # 960 tokens of the picture and 64 of the prompt.
-    backbone = FluxBackbone.from_pretrained(str(folder), 512, 480, max_sequence_length=64, device=device)
+    model = SMALL.model_copy(update={"height": 512, "width": 480, "max_sequence_length": 64})
+    backbone = Policy(model, folder).load(device).backbone
     plan = ["schedule.num_steps=4", "rollout.group_size=4", "model.height=512", "model.width=480"]
     return backbone, make_reward("jpeg", {}), plan
 
@@ -138,8 +152,8 @@ class Meter:
         self.trainer, self.reward = trainer, reward
         self.cuda = trainer.world.device.type == "cuda"
         self.own_time = not self.cuda and torch.get_num_threads() == 1
-        self.velocity, self.decoder = trainer.sampler.backbone.velocity, trainer.sampler.backbone.decode
-        trainer.sampler.backbone.velocity, trainer.sampler.backbone.decode = self.evaluate, self.decode
+        self.velocity, self.decoder = trainer.sampler.policy.backbone.velocity, trainer.sampler.policy.backbone.decode
+        trainer.sampler.policy.backbone.velocity, trainer.sampler.policy.backbone.decode = self.evaluate, self.decode
         trainer.sampler.rewards = dict.fromkeys(trainer.sampler.rewards, self.score)
         self.clear()
 
@@ -212,7 +226,7 @@ class PeakMemory:
 
 def unshared(trainer, meter, prompt, size):
     """An iteration in which nothing is shared, `size` samples of a group at a time. Returns what `shared` does."""
-    backbone, plan, device = trainer.sampler.backbone, trainer.sampler.wavefront.plan, trainer.world.device
+    backbone, plan, device = trainer.sampler.policy.backbone, trainer.sampler.wavefront.plan, trainer.world.device
     dtype, schedule = trainer.sampler.wavefront._model_dtype, plan.schedule
     conditioning = backbone.encode([prompt.text])
     number = torch.tensor([prompt.number], device=device)
@@ -414,7 +428,8 @@ def main():
         use_attention(backbone.transformer, config.model.attention)
         names = {reward.name: None for reward in config.rewards}
         lines = PROMPTS["held_out"].read_text().splitlines()
-        trainer = TrainingLoop(config, world, heart, backbone, names, SimpleNamespace(signal=0), lines, lines)
+        policy = Loaded(backbone, config.model)
+        trainer = TrainingLoop(config, world, heart, policy, names, SimpleNamespace(signal=0), lines, lines)
         meter, prompt = Meter(trainer, reward), Prompt(0, lines[0])
         if arguments.profile:
             write_profile(trainer, meter, prompt, arguments.profile)

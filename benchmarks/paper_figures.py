@@ -20,8 +20,8 @@ import torch
 from scipy import stats
 
 from egrpo_fast import ops
-from egrpo_fast.config import load_config, plan_of
-from egrpo_fast.models.flux.backbone import FluxBackbone
+from egrpo_fast.config import Model, load_config, plan_of
+from egrpo_fast.policy import Policy
 from egrpo_fast.rewards import make_reward, score
 from egrpo_fast.rollout import NoiseKey, Wavefront
 from egrpo_fast.runs.plots import entropy_plot
@@ -39,7 +39,11 @@ THRESHOLDS = (2.2, 0.0)
 def measure(num_prompts):
     """Reward spread of every (threshold, reward, prompt, active step)."""
     captions = PROMPTS["train"].read_text().splitlines()[:num_prompts]
-    backbone = FluxBackbone.from_pretrained(str(PIPELINE), 32, 32, max_sequence_length=24)
+    backbone = (
+        Policy(Model(path=str(PIPELINE), height=32, width=32, max_sequence_length=24, dtype="float32"), PIPELINE)
+        .load(torch.device("cpu"))
+        .backbone
+    )
     rewards = {name: make_reward(name, options) for name, options in REWARDS.items()}
     told = {"steps": {}, "prompts": num_prompts, "thresholds": {}}
     for threshold in THRESHOLDS:

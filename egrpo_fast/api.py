@@ -27,7 +27,7 @@ class Result:
     folder: Path
     """The run's folder: metrics.jsonl, pictures, checkpoints, curve.png, before_after.png."""
     pipeline: Path | None
-    """The trained pipeline, which `FluxPipeline.from_pretrained` loads; None: a signal ended the run before."""
+    """The trained pipeline, which `DiffusionPipeline.from_pretrained` loads; None: a signal ended the run before."""
     iterations: int
     """Iterations done, those before a resume included."""
     history: list[tuple[int, dict[str, float]]]

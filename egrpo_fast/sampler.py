@@ -17,12 +17,10 @@ from egrpo_fast.distributed.background import Beside
 from egrpo_fast.distributed.engine import Engine
 from egrpo_fast.distributed.world import World
 from egrpo_fast.host_to_device import on_device
-from egrpo_fast.models.flux.backbone import FluxBackbone
-from egrpo_fast.models.flux.text import Conditioning
-from egrpo_fast.models.tail import TailModel
 from egrpo_fast.models.tail_check import TailGuard, compare
 from egrpo_fast.objective import Objective
 from egrpo_fast.plan import ode_plan
+from egrpo_fast.policy import Policy
 from egrpo_fast.prompts.order import Prompt
 from egrpo_fast.rewards import Reward, RewardError, fill_dropped, score, score_or_nan
 from egrpo_fast.rollout import NoiseKey, Rollout, TailVelocity, Velocity, Wavefront, find_micro_batch
@@ -41,7 +39,7 @@ class Experience:
 
     prompts: tuple[str, ...]
     rollout: Rollout
-    conditioning: Conditioning
+    conditioning: Any
     rewards: Tensor
     dropped: Tensor
     finite: Tensor
@@ -56,10 +54,7 @@ class TailCheck:
 
 
 class Sampler:
-    """Samples with the engine's weights, on all ranks together. Its `state`, what it knows of its tail, is kept.
-
-    tail_model: what tails use; None: the policy.
-    """
+    """Samples with the engine's weights, on all ranks together. Its `state`, what it knows of its tail, is kept."""
 
     def __init__(
         self,
@@ -67,20 +62,19 @@ class Sampler:
         world: World,
         progress: Progress,
         engine: Engine,
-        backbone: FluxBackbone,
+        policy: Policy,
         rewards: dict[str, Reward],
         objective: Objective,
-        tail_model: TailModel | None = None,
     ) -> None:
         self.config, self._world, self._progress, self._engine = config, world, progress, engine
-        self.backbone, self.rewards, self._objective, self._tail_model = backbone, rewards, objective, tail_model
+        self.policy, self.rewards, self._objective = policy, rewards, objective
+        policy.before_call = progress.at_model_call
         self._trained = [reward.name for reward in config.rewards if reward.weight]
-        self._dtype = torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
         self._buffers: dict[str, Any] = {
-            "shape": backbone.latent_shape,
+            "shape": policy.latent_shape,
             "ops": objective.ops,
             "device": world.device,
-            "model_dtype": self._dtype,
+            "model_dtype": policy.dtype,
             "micro_batch": config.rollout.most_rows,
         }
         self.wavefront = Wavefront(plan_of(config, 0), config.rollout.prompts_per_call, **self._buffers)
@@ -96,36 +90,27 @@ class Sampler:
     def state(self, state: Mapping[str, Any]) -> None:
         self._tail_guard.state = state
 
-    def velocity(self, module: nn.Module, conditioning: Conditioning) -> Velocity:
-        """The policy's velocity, by `module`, for the prompts of `conditioning`."""
-
-        def velocity(latents: Tensor, t: float, rows: Tensor) -> Tensor:
-            self._progress.at_model_call(t)
-            return self.backbone.velocity(module, latents, t, conditioning, rows)
-
-        return velocity
-
     def sample(self, prompts: Sequence[Prompt]) -> list[Experience]:
         """Roll out and score this rank's prompts of the iteration under way."""
         if exact := self._tail_guard.fallen:
-            self._tail_model = None
+            self.policy.tail = None
         self.wavefront.use(plan_of(self.config.with_tail() if exact else self.config, self._progress.iteration))
         size = self.config.rollout.prompts_per_call
         chunks = list(_chunks([prompt.text for prompt in prompts], size))
         numbers = on_device([prompt.number for prompt in prompts], self._world.device)
         with self._progress.phase("rollout"):
-            conditionings = [self.backbone.encode(chunk) for chunk in chunks]
+            conditionings = [self.policy.encode(chunk) for chunk in chunks]
             rollouts: list[Rollout] = []
             scored: list[Callable[[], tuple[Tensor, Tensor]]] = []
             with (
-                self._policy() as module,
-                self._tail_model.following(module) if self._tail_model else contextlib.nullcontext(),
+                self._weights() as module,
+                self.policy.tail_follows(module),
             ):
                 for chunk, conditioning, some in zip(chunks, conditionings, numbers.split(size)):
                     if self.config.rollout.micro_batch == "auto" and self.wavefront.micro_batch is None:
                         self.wavefront.micro_batch = self._find_micro_batch(module, conditioning)
                     key = NoiseKey(self.config.seed, self._progress.iteration, some)
-                    velocity, tail = self.velocity(module, conditioning), self._tail(conditioning)
+                    velocity, tail = self.policy.velocity(conditioning, module), self.policy.tail_velocity(conditioning)
                     rollout = self._roll_out(self.wavefront, velocity, key, tail=tail)
                     rollouts.append(rollout)
                     scoring = partial(self._score, rollout, chunk, tiny=not exact)
@@ -149,8 +134,8 @@ class Sampler:
         with self._progress.phase("tail check"):
             plan = plan_of(self.config.with_tail(), self._progress.iteration)
             self.wavefront.use(plan)
-            with self._policy() as module:
-                velocity = self.velocity(module, experience.conditioning)
+            with self._weights() as module:
+                velocity = self.policy.velocity(experience.conditioning, module)
                 rollout = self._roll_out(self.wavefront, velocity, experience.rollout.key)
             exact, _ = self._score(rollout, experience.prompts)
             if self._world.agree(not exact.isfinite().all()):
@@ -183,15 +168,15 @@ class Sampler:
         shown: list[tuple[int, Tensor]] = []
         with self._progress.phase("evaluation"):
             latents = []
-            with self._policy() as module:
+            with self._weights() as module:
                 for chunk in mine:
                     places = [place % len(prompts) for place in chunk]
-                    velocity = self.velocity(module, self.backbone.encode([prompts[place] for place in places]))
+                    velocity = self.policy.velocity(self.policy.encode([prompts[place] for place in places]), module)
                     key = NoiseKey(self.config.seed, 0, on_device(places, self._world.device))
                     latents.append(self._roll_out(self._held_out, velocity, key, noise.EVALUATION).final_latents[:, 0])
             # As in `sample`, the pictures get the memory of the gathered weights.
             for chunk, some in zip(mine, latents):
-                pictures, texts = self.backbone.decode(some), [prompts[place % len(prompts)] for place in chunk]
+                pictures, texts = self.policy.decode(some), [prompts[place % len(prompts)] for place in chunk]
                 scores = torch.stack([self._call(name, pictures, texts, drop=True) for name in names], dim=1)
                 for place, row, picture in zip(chunk, scores.tolist(), pictures):
                     if place < len(prompts):
@@ -231,19 +216,8 @@ class Sampler:
             for name, column in zip(self._trained, zip(*of_steps))
         }
 
-    def _policy(self) -> contextlib.AbstractContextManager[nn.Module]:
+    def _weights(self) -> contextlib.AbstractContextManager[nn.Module]:
         return self._engine.inference(self.config.rollout.weights == "gathered")
-
-    def _tail(self, conditioning: Conditioning) -> TailVelocity | None:
-        """The model of the tail for the prompts of `conditioning`; None: the policy's own."""
-        if (model := self._tail_model) is None:
-            return None
-
-        def velocity(latents: Tensor, t: float, rows: Tensor) -> Tensor:
-            self._progress.at_model_call(t)
-            return model.velocity(latents, t, conditioning, rows)
-
-        return TailVelocity(velocity, model.cache)
 
     def _roll_out(
         self,
@@ -278,23 +252,24 @@ class Sampler:
                 told = f"out of memory with {rows} rows per model call; goes on with {rows // 2}"
                 warnings.warn(f"rollout.micro_batch: {told}", stacklevel=2)
 
-    def _find_micro_batch(self, module: nn.Module, conditioning: Conditioning) -> int:
+    def _find_micro_batch(self, module: nn.Module, conditioning: Any) -> int:
         """What `rollout.micro_batch: auto` is, on the rank that can take least."""
         self._progress.at("finding rollout.micro_batch")
         shape, device = self.wavefront.shape, self._world.device
+        tail = self.policy.tail_velocity(conditioning)
 
         def seconds(rows: int) -> float:
-            latents = torch.zeros(rows, *shape, dtype=self._dtype, device=device)
+            latents = torch.zeros(rows, *shape, dtype=self.policy.dtype, device=device)
             timed: list[float] = []
             for _ in range(3):  # the first may compile
                 watch = Stopwatch(device)
                 with torch.no_grad(), watch.phase("call"):
                     slots = torch.zeros(rows, dtype=torch.int64, device=device)
-                    self.backbone.velocity(module, latents, 0.5, conditioning, slots)
+                    self.policy.backbone.velocity(module, latents, 0.5, conditioning, slots)
                 timed += watch.read().values()
             return min(timed[1:])
 
-        found = -self._world.agree(-find_micro_batch(seconds, self.wavefront.rows_per_call(self._tail(conditioning))))
+        found = -self._world.agree(-find_micro_batch(seconds, self.wavefront.rows_per_call(tail)))
         if self._world.is_main:
             print(f"rollout.micro_batch: auto, found {found}")
         return found
@@ -310,7 +285,7 @@ class Sampler:
         size, scores = self.config.model.decode_batch, []
         for some, of_prompts in zip(latents.flatten(0, 1).split(size), _chunks(repeated, size)):
             try:
-                images = self.backbone.decode(some, tiny)
+                images = self.policy.decode(some, tiny)
             except torch.OutOfMemoryError as error:
                 beside = " and rollout.overlap=false" if self.beside else ""
                 told = (

@@ -11,21 +11,26 @@ import argparse
 import importlib.util
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from egrpo_fast import __version__
 from egrpo_fast.config import Config, ConfigError, load_config
 from egrpo_fast.config.recipe_files import recipe_names
+from egrpo_fast.files import is_hub_id
 from egrpo_fast.runs.folder import check_adapters, check_output, claim_output, identify, keep_inputs, record
 from egrpo_fast.shapes import PROMPTS, pipeline_path
 from egrpo_fast.terminal import error_lines, keep_clean, printable, steady_streams
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from egrpo_fast.distributed.heartbeat import Heartbeat
     from egrpo_fast.distributed.world import World
     from egrpo_fast.folder_lock import Claim
+    from egrpo_fast.policy import Policy
     from egrpo_fast.rewards import Reward
     from egrpo_fast.trainer import Callbacks, TrainingLoop
 
@@ -57,10 +62,10 @@ def check_launcher() -> None:
         raise ConfigError(f"{started}: {os.environ[started]} processes were started without ranks; {told}")
 
 
-def check_inputs(config: Config) -> tuple[Sequence[str], Sequence[str]]:
+def check_inputs(config: Config) -> "tuple[Sequence[str], Sequence[str], Policy | None]":
     """Everything that can be checked without weights and other ranks: ValueError names what the user must mend.
 
-    Returns the training and the held-out prompts.
+    Returns the training and the held-out prompts, and the policy on the meta device; None: it has to be downloaded.
     """
     # DeepSpeed, diffusers and the rewards take seconds to import: a mistake in the settings is told before.
     from egrpo_fast.prompts.files import read_split
@@ -89,24 +94,19 @@ def check_inputs(config: Config) -> tuple[Sequence[str], Sequence[str]]:
     import torch
 
     from egrpo_fast import ops
-    from egrpo_fast.models.flux.folder import check_folder, check_lora
-    from egrpo_fast.models.flux.forward import check_attention
-    from egrpo_fast.models.tail import check_tail
+    from egrpo_fast.policy import Policy
     from egrpo_fast.rewards import check_reward
 
     try:
         ops.choose(config.rollout.backend, "cuda" if torch.cuda.is_available() else "cpu")
     except ValueError as error:
         raise ConfigError(f"rollout.{error}") from None
-    check_attention(config.model.attention)
     model, path = config.model, pipeline_path(config.model.path)
-    check_folder(path, model.height, model.width)
-    check_lora(model.lora, path)
-    check_tail(config, path)
+    policy = None if is_hub_id(path) else Policy.of(config, Path(path))
     for reward in config.rewards:
         for prompts in (train_prompts, held_out_prompts):
             check_reward(reward.name, reward.options, prompts, model.height, model.width)
-    return train_prompts, held_out_prompts
+    return train_prompts, held_out_prompts, policy
 
 
 def open_rewards(config: Config, world: "World", heart: "Heartbeat", prompt: str) -> "dict[str, Reward]":
@@ -144,78 +144,65 @@ def make_trainer(
     heart: "Heartbeat",
     train_prompts: Sequence[str],
     held_out_prompts: Sequence[str],
+    policy: "Policy | None",
     claim: "Claim | None" = None,
     callbacks: "Callbacks | None" = None,
 ) -> "TrainingLoop":
     """Load everything, then record the run in its folder. ValueError: what the user must mend.
 
-    claim: of the folder; None: nobody else writes there, and its checkpoints are this run's. callbacks: what it calls.
+    policy: from `check_inputs`. claim: of the folder; None: nobody else writes there, and its checkpoints are this
+    run's. callbacks: what it calls.
     """
     import torch
 
     from egrpo_fast.distributed.loading import materialize
     from egrpo_fast.distributed.signals import Interruption
-    from egrpo_fast.files import is_hub_id
-    from egrpo_fast.models.flux.backbone import FluxBackbone
-    from egrpo_fast.models.flux.folder import check_folder, meta_transformer, resolve
-    from egrpo_fast.models.flux.forward import CompiledFlux, use_arithmetic, use_attention
-    from egrpo_fast.models.flux.text import CachedText, open_text, tell_truncated
+    from egrpo_fast.models.folder import resolve
     from egrpo_fast.models.lora import describe, linear_layers
-    from egrpo_fast.models.tail import TailModel, check_tail, slow_tail, with_local_tail
+    from egrpo_fast.models.tail import slow_tail, with_local_tail
+    from egrpo_fast.policy import Policy
     from egrpo_fast.runs.inputs import of_files, of_rewards
     from egrpo_fast.runs.provenance import commit
     from egrpo_fast.trainer import Callbacks, TrainingLoop
 
-    model = config.model
     interruption = Interruption(config.guards.stop_seconds)
     torch.manual_seed(config.seed)  # nothing here draws from it; a user's reward may
-    use_arithmetic(model)
     rewards = open_rewards(config, world, heart, train_prompts[0])
     heart.at("finding", config.model.path, limit=DOWNLOAD_LIMIT)
-    folder = resolve(pipeline_path(model.path))
+    policy = policy or Policy.of(config, resolve(pipeline_path(config.model.path)))
     if config.tail.path is not None:
         heart.at("finding", config.tail.path, limit=DOWNLOAD_LIMIT)
     local = with_local_tail(config)
-    if is_hub_id(model.path):  # a folder has been looked at by `check_inputs`
-        check_folder(str(folder), model.height, model.width)
-    if is_hub_id(model.path) or is_hub_id(config.tail.path or ""):
-        check_tail(local, str(folder))
+    if is_hub_id(config.tail.path or ""):
+        policy.use_tail(local.tail)
     if world.is_main and (advice := slow_tail(config)):
         warnings.warn(advice, stacklevel=2)
-    base = identify(config, folder, world)
+    base = identify(config, policy.folder, world)
     package = f"{__version__} {commit()}"
     inputs = keep_inputs(
         config, lambda: of_files(local, train_prompts, held_out_prompts, package) | of_rewards(rewards), world
     )
-    transformer, weights = meta_transformer(folder, model.lora, config.seed)
-    if weights.lora is not None:
-        config = config.with_lora(weights.lora)
+    if policy.lora is not None:
+        config = config.with_lora(policy.lora)
         if config.resume:
-            check_adapters(config, linear_layers(transformer))
+            check_adapters(config, linear_layers(policy.transformer))
         if world.is_main:
-            print(describe(weights.lora, transformer))
-    use_attention(transformer, model.attention)
-    compiled = CompiledFlux.of(transformer) if config.rollout.compile else None
-    text = open_text(config, folder, world.device)
-    for split, prompts in (("train", train_prompts), ("held_out", held_out_prompts)):
-        if isinstance(text, CachedText):
-            text.require(prompts, f"prompts.{split}")
-        elif world.is_main:
-            tell_truncated(text, prompts, f"prompts.{split}")
-    loaded = materialize(transformer, weights, config, world, heart)
-    weights.files.close()
-    if world.is_main:
-        print(f"rank 0: {loaded}")
-    else:
-        log.info("rank %d: %s", world.rank, loaded)  # shown by --verbose
-    backbone = FluxBackbone.of(config, folder, transformer, text, world.device)
+            print(describe(policy.lora, policy.transformer))
+
+    def fill(transformer: "nn.Module", read: "Callable[[str], Tensor]") -> None:
+        loaded = materialize(transformer, read, config, world, heart)
+        if world.is_main:
+            print(f"rank 0: {loaded}")
+        else:
+            log.info("rank %d: %s", world.rank, loaded)  # shown by --verbose
+
+    prompts = {"prompts.train": train_prompts, "prompts.held_out": held_out_prompts}
+    policy.load(world.device, fill, prompts, tell=world.is_main)
     heart.at("loading", "the tail's model")
-    tail_model = TailModel.of(local, folder, backbone, getattr(torch, model.dtype), world.device)
-    if model.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
+    policy.load_tail(world.device)
     trainer = TrainingLoop(
-        config, world, heart, backbone, rewards, interruption, train_prompts, held_out_prompts, compiled, tail_model,
-        claim, callbacks or Callbacks(),
+        config, world, heart, policy, rewards, interruption, train_prompts, held_out_prompts, claim,
+        callbacks or Callbacks(),
     )  # fmt: skip
     problem = ""
     if world.is_main:
@@ -233,7 +220,7 @@ def run(config: Config, callbacks: "Callbacks | None" = None) -> "tuple[Training
 
     ValueError: what the user must mend; of its kinds, RewardError where a reward fails, perhaps on this rank alone.
     """
-    prompts = check_inputs(config)
+    checked = check_inputs(config)
     from egrpo_fast.distributed.heartbeat import Heartbeat, group_store
     from egrpo_fast.distributed.world import World
     from egrpo_fast.rewards import RewardError
@@ -245,7 +232,7 @@ def run(config: Config, callbacks: "Callbacks | None" = None) -> "tuple[Training
         with heart:
             config, claim, held = claim_output(config, world)
             with held or nullcontext():
-                loop = make_trainer(config, world, heart, *prompts, claim, callbacks)
+                loop = make_trainer(config, world, heart, *checked, claim, callbacks)
                 try:
                     asked = loop.train()
                 except RewardError:

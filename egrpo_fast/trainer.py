@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from egrpo_fast import ops
 from egrpo_fast.config import CHECKPOINTS, RUN_FILE, Config, plan_of
@@ -20,9 +20,8 @@ from egrpo_fast.distributed.heartbeat import Heartbeat
 from egrpo_fast.distributed.signals import Interruption
 from egrpo_fast.distributed.world import World
 from egrpo_fast.folder_lock import Claim
-from egrpo_fast.models.flux.backbone import FluxBackbone
-from egrpo_fast.models.tail import TailModel
 from egrpo_fast.objective import GroupLoss, Objective, policy_mismatch
+from egrpo_fast.policy import Policy
 from egrpo_fast.prompts.order import PromptOrder
 from egrpo_fast.rewards import Reward
 from egrpo_fast.runs.guards import BadSteps, Guard, verdict
@@ -49,11 +48,10 @@ class Callbacks:
 
 
 class TrainingLoop:
-    """Trains a backbone's transformer on rewards. `train()` runs what is left of `config.iterations`.
+    """Trains a policy on rewards. `train()` runs what is left of `config.iterations`.
 
-    rollout_transformer: on the meta device, what forwards without gradient use in the transformer's place. tail_model:
-    what tails use; None: the policy. claim: of the run's folder; None: every checkpoint in it is taken for this run's.
-    callbacks: what it calls as it goes.
+    claim: of the run's folder; None: every checkpoint in it is taken for this run's. callbacks: what it calls as it
+    goes.
     """
 
     def __init__(
@@ -61,25 +59,24 @@ class TrainingLoop:
         config: Config,
         world: World,
         heart: Heartbeat,
-        backbone: FluxBackbone,
+        policy: Policy,
         rewards: dict[str, Reward],
         interruption: Interruption,
         train_prompts: Sequence[str],
         held_out_prompts: Sequence[str],
-        rollout_transformer: nn.Module | None = None,
-        tail_model: TailModel | None = None,
         claim: Claim | None = None,
         callbacks: Callbacks = Callbacks(),
     ) -> None:
-        self.config, self.world, self.heart, self.claim, self.callbacks = config, world, heart, claim, callbacks
+        self.config, self.world, self.heart, self.policy = config, world, heart, policy
+        self.claim, self.callbacks = claim, callbacks
         self.progress = Progress(world, heart, interruption)
         self.order = PromptOrder(train_prompts, config.seed, config.prompts.shuffle)
         self.held_out = list(held_out_prompts[: config.evaluation.num_prompts])
         steps = len(plan_of(config, 0).groups) if config.objective.optimizer_step == "active_step" else 1
-        self.engine = Engine(backbone.transformer, config, config.iterations * steps, rollout_transformer)
+        self.engine = Engine(policy.transformer, config, config.iterations * steps, policy.compiled)
         self.objective = Objective.of(config, ops.choose(config.rollout.backend, world.device))
         self.sampler = Sampler(
-            config, world, self.progress, self.engine, backbone, rewards, self.objective, tail_model
+            config, world, self.progress, self.engine, policy, rewards, self.objective
         )  # fmt: skip
         self.guard = Guard(config.guards)
         self.checkpoints = Checkpoints(
@@ -226,7 +223,7 @@ class TrainingLoop:
         state, group = rollout.states[n], rollout.plan.groups[n]
         rows = torch.arange(len(state), device=state.device) // len(group.sources)
         with torch.set_grad_enabled(gradient):
-            return self.sampler.velocity(self.engine.module, experience.conditioning)(state, group.time, rows)
+            return self.policy.velocity(experience.conditioning, self.engine.module)(state, group.time, rows)
 
     def evaluate(self) -> HeldOut:
         """Every reward on the held-out prompts."""

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = [  # from the top, every floor from left to right; a room imports only from rooms that come after it
     ("cli", "api", "train", "commands"),
     ("trainer", "sampler"),
-    ("runs",),
+    ("runs", "policy"),
     ("models", "rewards", "distributed"),
     ("objective", "rollout"),
     ("config", "methods", "plan", "prompts", "shapes", "recipes"),
@@ -30,9 +30,10 @@ KNOWN_TO = {
     # The scripts that make pipelines build them from its parts; no module imports them.
     "diffusers": {
         "egrpo_fast.models.flux.backbone",
-        "egrpo_fast.models.flux.folder",
-        "egrpo_fast.models.flux.forward",
-        "egrpo_fast.models.lora",
+        "egrpo_fast.models.flux.compiled",
+        "egrpo_fast.models.attention",
+        "egrpo_fast.models.vae",
+        "egrpo_fast.models.tail",
         "egrpo_fast.models.flux.random",
         "egrpo_fast.shapes.pretrain",
     },

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from egrpo_fast import ops
-from egrpo_fast.config import FirstBlock, Tail, load_config
+from egrpo_fast.config import Tail, TaylorSeer, load_config
 from egrpo_fast.distributed.background import Beside
 from egrpo_fast.distributed.world import free_port
 from egrpo_fast.methods.e_grpo import e_grpo
@@ -22,7 +22,6 @@ from egrpo_fast.rollout import NoiseKey, Wavefront, find_micro_batch
 from egrpo_fast.runs.progress import Progress
 from egrpo_fast.sampler import Sampler
 from egrpo_fast.schedule import make_schedule
-from egrpo_fast.shapes import PIPELINE
 from egrpo_fast.train import check_inputs
 
 ROOT = Path(__file__).parents[1]
@@ -42,7 +41,7 @@ def assert_alike(ours, theirs, exactly):
 
 def out_of_memory_at(trainer, rank, fails):
     """Model calls of one rank fail where `fails(number of the call, rows)` says so. Returns what they were before."""
-    plain, calls = trainer.sampler.backbone.velocity, 0
+    plain, calls = trainer.sampler.policy.backbone.velocity, 0
 
     def velocity(module, latents, *rest):
         nonlocal calls
@@ -51,7 +50,7 @@ def out_of_memory_at(trainer, rank, fails):
             raise torch.OutOfMemoryError("injected")
         return plain(module, latents, *rest)
 
-    trainer.sampler.backbone.velocity = velocity
+    trainer.sampler.policy.backbone.velocity = velocity
     return plain
 
 
@@ -68,7 +67,7 @@ def check_memory(trainer, prompts, plain):
         said = [str(one.message) for one in told if "out of memory with" in str(one.message)]
         assert len(said) == trainer.world.is_main, told
         assert trainer.sampler.wavefront.micro_batch == live // 2, "on all ranks"
-        trainer.sampler.wavefront.micro_batch, trainer.sampler.backbone.velocity = None, velocity
+        trainer.sampler.wavefront.micro_batch, trainer.sampler.policy.backbone.velocity = None, velocity
 
     before = trainer.sampler.config
     trainer.sampler.config = before.model_copy(
@@ -78,7 +77,7 @@ def check_memory(trainer, prompts, plain):
     assert_alike(trainer.sampler.sample(prompts), plain, exactly=False)
     assert len(set(trainer.world.gather(trainer.sampler.wavefront.micro_batch))) == 1
     assert trainer.sampler.wavefront.micro_batch <= 2, "what the rank that has least memory can take"
-    trainer.sampler.config, trainer.sampler.wavefront.micro_batch, trainer.sampler.backbone.velocity = (
+    trainer.sampler.config, trainer.sampler.wavefront.micro_batch, trainer.sampler.policy.backbone.velocity = (
         before,
         None,
         velocity,
@@ -97,28 +96,26 @@ def check_overlap(trainer, prompts, plain):
 
 def check_cached_tail(trainer, prompts, plain):
     """Lent the gathered weights for as long as they are there; a rank without memory has all ask for fewer rows."""
-    from egrpo_fast.models.tail import TailModel
-
-    sampler = trainer.sampler
+    sampler, policy = trainer.sampler, trainer.policy
     velocity = out_of_memory_at(trainer, 1, lambda call, rows: call == 7)
-    settings = Tail(cache=FirstBlock(name="first_block", threshold=1e-9))
-    model = TailModel(settings, PIPELINE, sampler.backbone, torch.float32, trainer.world.device)
-    sampler._tail_model = model
+    policy.use_tail(Tail(cache=TaylorSeer(name="taylor_seer", warm_up=100)))  # every step is computed
+    policy.load_tail(trainer.world.device)
+    model = policy.tail
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert_alike(sampler.sample(prompts), plain, exactly=False)
     assert sampler.wavefront.micro_batch == 1, "half of a family of 3"
     assert model.cache.computed == model.cache.asked > 0
-    assert all(parameter.is_meta for parameter in model._backbone.transformer.parameters())
-    sampler._tail_model, sampler.wavefront.micro_batch, sampler.backbone.velocity = None, None, velocity
+    assert all(parameter.is_meta for parameter in model.transformer.parameters())
+    policy.tail, sampler.wavefront.micro_batch, policy.backbone.velocity = None, None, velocity
 
 
 def check_compiled(trainer, prompts, plain):
-    from egrpo_fast.models.flux.forward import CompiledFlux
+    from egrpo_fast.models.flux.compiled import CompiledFlux
 
     graphs, before = torch._dynamo.utils.counters["stats"], trainer.engine._stand_in
     assert before is None
-    trainer.engine._stand_in = CompiledFlux.of(trainer.sampler.backbone.transformer, backend="aot_eager")
+    trainer.engine._stand_in = CompiledFlux.of(trainer.sampler.policy.backbone.transformer, backend="aot_eager")
     batch = trainer.sampler.sample(prompts)
     assert_alike(batch, plain, exactly=False)
     made = graphs["unique_graphs"]
@@ -261,7 +258,7 @@ def test_no_memory_to_decode_names_what_to_change():
     def decode(latents, tiny):
         raise torch.OutOfMemoryError("injected")
 
-    sampler.backbone = SimpleNamespace(decode=decode)
+    sampler.policy = SimpleNamespace(decode=decode)
     rollout = SimpleNamespace(final_latents=torch.zeros(1, 5, 4, 4))
     with pytest.raises(torch.OutOfMemoryError, match=r"model.decode_batch: .* 3 pictures; .*rollout.overlap=false"):
         sampler._score(rollout, ["a"])

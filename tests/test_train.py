@@ -100,7 +100,7 @@ def test_the_ratio_is_one_before_the_first_update(tmp_path):
     ZeRO-3 and with rollouts at another batch size. Later steps of the iteration see a policy that has moved."""
     run = launch(
         tmp_path / "steps", "objective.optimizer_step=active_step", "rollout.micro_batch=5", "iterations=2",
-        "rollout.group_size=6", "tail.stride=1", "tail.cache.name=first_block", "tail.cache.threshold=1000",
+        "rollout.group_size=6", "tail.stride=1", "tail.cache.name=taylor_seer", "tail.cache.interval=8",
         "tail.check_every=1", "tail.target=0.999",
     )  # fmt: skip
     approximated, exact = metrics(run)[0]

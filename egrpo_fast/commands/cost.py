@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from egrpo_fast.config import Config, FirstBlock, Lora, plan_of
+from egrpo_fast.config import Config, Lora, plan_of
 from egrpo_fast.config.recipe_files import read_yaml
 from egrpo_fast.files import is_hub_id, read_json
 from egrpo_fast.models.weight_files import WeightFiles
@@ -341,14 +341,19 @@ class Memory:
         return max(self.totals.values())
 
 
-def _followed(config: Config, transformer: Transformer) -> Config:
+def _followed(config: Config, architecture: Mapping[str, Any]) -> Config:
     """The same with what `model.lora` leaves to its file."""
     lora = config.model.lora
     if lora is None or not lora.follows:
         return config
-    from egrpo_fast.models.lora import follow_lora  # and with it diffusers, which no other plan needs
+    import torch
 
-    found, _ = follow_lora(lora, transformer.config)
+    from egrpo_fast.models.flux.backbone import FluxBackbone  # and with it diffusers, which no other plan needs
+    from egrpo_fast.models.lora import follow_lora
+
+    with torch.device("meta"):
+        transformer = FluxBackbone.transformer_class.from_config(dict(architecture))
+    found, _ = follow_lora(lora, transformer, FluxBackbone.pipeline)
     return config.with_lora(found)
 
 
@@ -357,7 +362,7 @@ class Cost:
 
     def __init__(self, config: Config, cluster: Cluster, pipeline: Pipeline | None = None) -> None:
         self.pipeline = pipeline or Pipeline.read(config.model.path)
-        self.config, self.cluster = _followed(config, self.pipeline.transformer), cluster
+        self.config, self.cluster = _followed(config, self.pipeline.transformer.config), cluster
         per_iteration = config.prompts.per_iteration
         if per_iteration % cluster.gpus:
             raise ValueError(f"prompts.per_iteration: {per_iteration} is not a multiple of {cluster.gpus} GPUs")
@@ -515,10 +520,7 @@ class Cost:
         if cache is None:
             return 0.0
         rows = self._per_call * sum(map(len, self.plan.families))
-        if isinstance(cache, FirstBlock):  # what the first block made and added, and what all others added to that
-            kept = (2 * self.tokens + self.image_tokens) * transformer.width
-        else:
-            kept = (cache.order + 1) * self.image_tokens * transformer.config["in_channels"]
+        kept = (cache.order + 1) * self.image_tokens * transformer.config["in_channels"]
         return float(rows * kept * self.itemsize)
 
     def _text_encoders(self) -> float:

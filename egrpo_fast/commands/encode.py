@@ -12,7 +12,6 @@ import torch
 from tqdm import tqdm
 
 from egrpo_fast.config import load_config
-from egrpo_fast.models.flux.folder import resolve
 from egrpo_fast.models.flux.text import (
     ENCODERS,
     TOKENIZERS,
@@ -21,6 +20,7 @@ from egrpo_fast.models.flux.text import (
     tell_truncated,
     text_widths,
 )
+from egrpo_fast.models.folder import resolve
 from egrpo_fast.prompts.embeddings import EmbeddingWriter, Index
 from egrpo_fast.prompts.files import read_prompts
 from egrpo_fast.shapes import EMBEDDED, PROMPTS, pipeline_path

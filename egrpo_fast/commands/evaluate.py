@@ -34,14 +34,15 @@ from tqdm import tqdm
 from egrpo_fast import noise, ops
 from egrpo_fast.commands.page import Shown, Table, write_page
 from egrpo_fast.config import CONFIG_FILE, Reward, load_config
+from egrpo_fast.config import Model as ModelConfig
 from egrpo_fast.config.recipe_files import read_yaml
 from egrpo_fast.files import expanded, fingerprint, read_json, read_text
 from egrpo_fast.models.fingerprint import TRAINED, base_of, check_base, differing, identity
-from egrpo_fast.models.flux.backbone import FluxBackbone
-from egrpo_fast.models.flux.folder import check_folder, meta_transformer, resolve
+from egrpo_fast.models.folder import INDEX as WHOLE
+from egrpo_fast.models.folder import resolve
 from egrpo_fast.models.lora import FILE as ADAPTERS
-from egrpo_fast.models.lora import read_lora
 from egrpo_fast.plan import ode_plan
+from egrpo_fast.policy import Policy
 from egrpo_fast.rewards import Reward as LoadedReward
 from egrpo_fast.rewards import check_reward, make_reward, require_trust, score, try_reward
 from egrpo_fast.rollout import NoiseKey, Wavefront
@@ -57,8 +58,6 @@ PAPER_REWARDS = (
 )
 """The four that the paper reports, with the options that give its table's scales: our reading of it."""
 RESAMPLES = 10_000
-WHOLE = "model_index.json"
-"""What a folder has that holds a pipeline."""
 
 
 @dataclass(frozen=True)
@@ -119,15 +118,15 @@ class Model:
             found[TRAINED] = fingerprint([found[TRAINED].encode(), (Path(self.lora) / ADAPTERS).read_bytes()])
         return found
 
-    def check(self, height: int, width: int) -> None:
-        """ValueError, before any weight is read: it is no FLUX pipeline, or not the base of its adapters."""
-        check_folder(self.path, height, width)
+    def open(self, settings: Settings, batch: int) -> Policy:
+        """What draws its pictures, not loaded yet. ValueError: it is no pipeline, or not the base of its adapters."""
+        base = resolve(self.path)
         if self.lora is not None and self.run is not None:
-            base = resolve(self.path)
             check_base(self.run, base)
-            transformer, weights = meta_transformer(base)
-            weights.files.close()
-            read_lora("models", self.lora, transformer.config)
+        names = ("height", "width", "guidance", "max_sequence_length", "dtype")
+        given = {name: getattr(settings, name) for name in names}
+        model = ModelConfig.model_validate({"path": self.path, "decode_batch": batch, **given})
+        return Policy(model, base, fuse=self.lora)
 
 
 def find_model(given: str) -> Model:
@@ -327,6 +326,7 @@ def _progress(what: str, total: int, todo: int) -> "tqdm[Any]":
 def draw(
     folder: Folder,
     model: Model,
+    policy: Policy,
     settings: Settings,
     batch: int,
     device: torch.device,
@@ -334,6 +334,7 @@ def draw(
 ) -> None:
     """Pictures of those prompts (`places`; None: all) that have none yet, each from its own noise, whatever the batch.
 
+    policy: the model's, not loaded yet.
     x_1 of prompt n is the stream (iteration 0, prompt n, EVALUATION, 0) of the seed: the trainer's held-out pictures of
     the same file, seed and settings start from it as well.
     """
@@ -341,27 +342,20 @@ def draw(
     todo = [place for place in places if not folder.picture(model, place).exists()]
     if not todo:
         return
-    backbone = FluxBackbone.from_pretrained(
-        model.path, settings.height, settings.width, settings.guidance, settings.max_sequence_length, batch,
-        getattr(torch, settings.dtype), device, model.lora,
-    )  # fmt: skip
-    transformer = backbone.transformer.requires_grad_(False)
+    policy.load(device, tell=False)
     plan = ode_plan(make_schedule(settings.num_steps, settings.shift))
     wavefronts: dict[int, Wavefront] = {}
     with _progress(f"{model.label}: drawing", len(places), len(todo)) as bar:
         for chunk in _batches(todo, batch):
             if len(chunk) not in wavefronts:  # the last batch may be smaller
                 wavefronts[len(chunk)] = Wavefront(
-                    plan, len(chunk), backbone.latent_shape, ops.choose("auto", device), device,
-                    model_dtype=getattr(torch, settings.dtype),
+                    plan, len(chunk), policy.latent_shape, ops.choose("auto", device), device,
+                    model_dtype=policy.dtype,
                 )  # fmt: skip
-            text = backbone.encode([settings.prompts[place] for place in chunk])
-            rollout = wavefronts[len(chunk)].run(
-                lambda latents, t, rows, text=text: backbone.velocity(transformer, latents, t, text, rows),  # type: ignore[misc]
-                NoiseKey(settings.seed, 0, torch.tensor(chunk, device=device)),
-                noise.EVALUATION,
-            )
-            pictures = backbone.decode(rollout.final_latents[:, 0])
+            velocity = policy.velocity(policy.encode([settings.prompts[place] for place in chunk]))
+            key = NoiseKey(settings.seed, 0, torch.tensor(chunk, device=device))
+            rollout = wavefronts[len(chunk)].run(velocity, key, noise.EVALUATION)
+            pictures = policy.decode(rollout.final_latents[:, 0])
             for place, picture in zip(chunk, pictures):
                 if not torch.isfinite(picture).all():
                     raise ValueError(f"models: {model.label} drew a picture that is not finite for prompt {place}")
@@ -547,9 +541,10 @@ def evaluate(
     """
     device = torch.device(device)
     batch = batch or (64 if models[0].is_shapes else 4)
+    policies: dict[str, Policy] = {}
     for model in models:
         try:
-            model.check(settings.height, settings.width)
+            policies[model.label] = model.open(settings, batch)
         except ValueError as error:
             raise ValueError(f"{model.label}: {error}") from None
     for reward in rewards:
@@ -570,7 +565,7 @@ def evaluate(
             _free(device)
     for model in models:
         first, stride = part or (0, 1)
-        draw(folder, model, settings, batch, device, everything[first::stride])
+        draw(folder, model, policies.pop(model.label), settings, batch, device, everything[first::stride])
         _free(device)
     if part:
         return f"part {part[0]} of {part[1]} is drawn; when all are, run without --part\n"

@@ -2,8 +2,8 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -18,18 +18,17 @@ from egrpo_fast.commands.page import Table
 from egrpo_fast.config import CONFIG_FILE, Config, load_config, plan_of
 from egrpo_fast.distributed.checkpoint import CheckpointReader, check_sound
 from egrpo_fast.models.fingerprint import check_base
-from egrpo_fast.models.flux.backbone import FluxBackbone
-from egrpo_fast.models.flux.folder import check_folder, fill, meta_transformer, resolve
-from egrpo_fast.models.flux.forward import CompiledFlux, check_attention, use_arithmetic, use_attention
-from egrpo_fast.models.flux.text import Conditioning, open_text
-from egrpo_fast.models.tail import TailModel, check_tail, with_local_tail
+from egrpo_fast.models.folder import resolve
+from egrpo_fast.models.tail import with_local_tail
 from egrpo_fast.models.tail_check import Comparison, compare
+from egrpo_fast.models.transformer import fill_whole
 from egrpo_fast.objective import Objective
 from egrpo_fast.plan import tail_grid
+from egrpo_fast.policy import Policy
 from egrpo_fast.prompts.files import read_split
 from egrpo_fast.prompts.order import Prompt, PromptOrder
 from egrpo_fast.rewards import check_reward, make_reward, require_trust, score, try_reward
-from egrpo_fast.rollout import NoiseKey, TailVelocity, Wavefront
+from egrpo_fast.rollout import NoiseKey, Wavefront
 from egrpo_fast.runs.export import open_checkpoint
 from egrpo_fast.runs.metrics import Stopwatch
 from egrpo_fast.shapes import pipeline_path
@@ -90,64 +89,53 @@ class _Sampled:
 class _Sampler:
     """The policy, ready to draw and score an iteration's samples with any tail."""
 
-    def __init__(self, config: Config, reader: CheckpointReader | None, prompt: str, device: torch.device) -> None:
-        model, self._dtype, self.device = config.model, getattr(torch, config.model.dtype), device
+    def __init__(
+        self, config: Config, policy: Policy, reader: CheckpointReader | None, prompt: str, device: torch.device
+    ) -> None:
+        """policy: not loaded yet. reader: of the checkpoint whose weights it is to have; None: its folder's own."""
+        model, self._policy, self._device = config.model, policy, device
         self._trained = [reward for reward in config.rewards if reward.weight]
         self._judges = {reward.name: make_reward(reward.name, reward.options, device) for reward in self._trained}
         for name, judge in self._judges.items():  # a mistake in one is told before the model is loaded
             try_reward(name, judge, prompt, model.height, model.width, device)
-        self._folder = resolve(pipeline_path(model.path))
-        use_arithmetic(model)
-        transformer, weights = meta_transformer(self._folder, model.lora, config.seed)
-        use_attention(transformer, model.attention)
         trained = set(reader.names()) if reader else set()
 
-        def read(name: str) -> Tensor:
-            return reader.tensor(name) if reader and name in trained else weights(name)
+        def fill(transformer: nn.Module, weights: Callable[[str], Tensor]) -> None:
+            def read(name: str) -> Tensor:
+                return reader.tensor(name) if reader and name in trained else weights(name)
 
-        fill(transformer.requires_grad_(False), read, self._dtype, device)
-        weights.files.close()
-        text = open_text(config, self._folder, device)
-        self.backbone = FluxBackbone.of(config, self._folder, transformer.eval(), text, device)
-        self._module: nn.Module = transformer
-        if config.rollout.compile:
-            self._module = CompiledFlux.of(transformer)
-            self._module.load_state_dict(dict(transformer.named_parameters()), assign=True)
+            fill_whole(transformer.requires_grad_(False).eval(), read, policy.dtype, device)
+
+        policy.load(device, fill, tell=False)
+        if policy.compiled:
+            policy.compiled.load_state_dict(dict(policy.transformer.named_parameters()), assign=True)
         self._ops = ops.choose(config.rollout.backend, device)
         self.objective = Objective.of(config, self._ops)
 
     def __call__(self, config: Config, prompts: Sequence[Prompt], told: str) -> _Sampled:
         """Iteration 0's samples of the prompts."""
         plan = plan_of(config, 0)
+        policy = self._policy
         wavefront = Wavefront(
-            plan, 1, self.backbone.latent_shape, self._ops, self.device, model_dtype=self._dtype,
+            plan, 1, policy.latent_shape, self._ops, self._device, model_dtype=policy.dtype,
             micro_batch=config.rollout.most_rows,
         )  # fmt: skip
-        model = TailModel.of(with_local_tail(config), self._folder, self.backbone, self._dtype, self.device)
-        if config.tail.decoder is not None:
-            self.backbone.use_tiny_decoder(config.tail.decoder)
-        watch, rewards = Stopwatch(self.device), []
-        cache = model.cache if model else None
+        policy.use_tail(with_local_tail(config).tail)
+        policy.load_tail(self._device)
+        watch, rewards = Stopwatch(self._device), []
+        cache = policy.tail.cache if policy.tail else None
 
-        def latents_of(prompt: Prompt, text: Conditioning) -> Tensor:
+        def latents_of(prompt: Prompt, text: Any) -> Tensor:
             """[pictures, L, C]."""
+            key = NoiseKey(config.seed, 0, torch.tensor([prompt.number], device=self._device))
+            velocity, tail = policy.velocity(text, policy.compiled), policy.tail_velocity(text)
+            return wavefront.run(velocity, key, tail=tail).final_latents[0]
 
-            def velocity(latents: Tensor, t: float, rows: Tensor) -> Tensor:
-                return self.backbone.velocity(self._module, latents, t, text, rows)
-
-            def tail_velocity(latents: Tensor, t: float, rows: Tensor) -> Tensor:
-                assert model is not None
-                return model.velocity(latents, t, text, rows)
-
-            key = NoiseKey(config.seed, 0, torch.tensor([prompt.number], device=self.device))
-            rollout = wavefront.run(velocity, key, tail=TailVelocity(tail_velocity, cache) if model else None)
-            return rollout.final_latents[0]
-
-        with model.following(self.backbone.transformer) if model else nullcontext():
+        with policy.tail_follows(policy.transformer):
             if config.rollout.compile:  # that takes its time at the first calls
-                latents_of(prompts[0], self.backbone.encode([prompts[0].text]))
+                latents_of(prompts[0], policy.encode([prompts[0].text]))
             for prompt in tqdm(prompts, desc=told, unit=" prompts", leave=False, dynamic_ncols=True):
-                text = self.backbone.encode([prompt.text])
+                text = policy.encode([prompt.text])
                 with watch.phase("rollout"):
                     latents = latents_of(prompt, text)
                 rewards.append(self._score(latents, prompt.text, tiny=config.tail.decoder is not None))
@@ -157,8 +145,8 @@ class _Sampler:
     def _score(self, latents: Tensor, prompt: str, tiny: bool) -> Tensor:
         """[pictures, L, C] -> [K, pictures]."""
         scores = []
-        for some in latents.split(self.backbone.decode_batch):
-            images = self.backbone.decode(some, tiny)
+        for some in latents.split(self._policy.model.decode_batch):
+            images = self._policy.decode(some, tiny)
             scores.append(
                 torch.stack([score(name, judge, images, [prompt] * len(some)) for name, judge in self._judges.items()])
             )
@@ -305,17 +293,18 @@ def fidelity(
         for settings, one in zip(candidates, configs):
             if one.model_copy(update={"tail": config.tail}) != config:
                 raise ValueError(f"tails: {settings!r} changes more than tail.*")
-            check_tail(with_local_tail(one), pipeline_path(one.model.path))
         model = config.model
+        folder = resolve(pipeline_path(model.path))
+        policy = Policy.of(config, folder)
+        for one in configs:
+            policy.use_tail(with_local_tail(one).tail)
         lines = read_split(config.prompts.train, "train", config.prompts.column)
-        check_attention(model.attention)
-        check_folder(pipeline_path(model.path), model.height, model.width)
         if reader:
-            check_base(run, resolve(pipeline_path(model.path)))
+            check_base(run, folder)
         for reward in filter(attrgetter("weight"), config.rewards):
             check_reward(reward.name, reward.options, lines, model.height, model.width)
         order = PromptOrder(lines, config.seed, config.prompts.shuffle)
-        sampler = _Sampler(config, reader, lines[0], torch.device(device))
+        sampler = _Sampler(config, policy, reader, lines[0], torch.device(device))
     search = _Search(recipe, overrides, sampler, order, num_prompts)
     measured = [search.measure(settings) for settings in candidates]
     chosen = search.suggest(measured, target)

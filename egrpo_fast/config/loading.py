@@ -8,7 +8,6 @@ from pydantic import BaseModel, ValidationError
 
 from egrpo_fast.config.config import Config
 from egrpo_fast.config.recipe_files import ConfigError, override, read_recipe
-from egrpo_fast.config.sections import UNIONS
 from egrpo_fast.methods import METHODS, Method
 
 
@@ -63,18 +62,13 @@ def _explain(error: ValidationError) -> str:
     for item in error.errors():
         # Branches of a union add their own tags to the location; the reader knows the field alone.
         unknown = item["type"] == "extra_forbidden"
-        tag = next((len(union) for union in UNIONS if item["loc"][: len(union)] == union), None)
-        parts = [part for place, part in enumerate(item["loc"]) if place != tag]
-        location = [str(part) for part in parts if unknown or isinstance(part, int) or str(part).isidentifier()]
+        location = [str(part) for part in item["loc"] if unknown or isinstance(part, int) or str(part).isidentifier()]
         location = [part for part in location if unknown or part not in ("int", "list")]
-        location += ["name"] if item["type"] == "union_tag_not_found" else []
         where, message = _shown(".".join(location)), item["msg"]
         if unknown:
             near = _nearest(where, item["input"])
             message = "unknown key" + (f"; did you mean {near}?" if near else "")
-            if tag is not None and where in _field_names(Config):  # of another branch of its section
-                message = f"not used by {item['loc'][tag - 1]} {item['loc'][tag]}; leave it out"
-        elif item["type"] in ("missing", "union_tag_not_found"):
+        elif item["type"] == "missing":
             message = "missing, and has no default"
         elif item["type"] == "value_error":
             message = str(item["ctx"]["error"])

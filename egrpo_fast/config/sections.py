@@ -95,7 +95,7 @@ class Lora(Section):
 
 class Model(Section):
     path: PathName
-    """Folder or hub id of a FLUX pipeline in diffusers' layout, or `shapes` for the embedded one."""
+    """Folder or hub id of a pipeline in diffusers' layout, or `shapes` for the embedded one."""
     height: Positive = 720
     """Picture height in pixels, a multiple of twice the VAE's factor (16 for FLUX)."""
     width: Positive = 720
@@ -187,16 +187,6 @@ class Rollout(Section):
         return self.micro_batch if isinstance(self.micro_batch, int) else None
 
 
-class FirstBlock(Section):
-    """Where the first block changes a family's rows as it did at the last step that was computed, all other blocks are
-    taken to change them as they did then. The host waits for one number per call."""
-
-    name: Literal["first_block"]
-    """First-block cache."""
-    threshold: float = Field(0.05, gt=0.0)
-    """Largest relative change, in absolute mean over the rows, of what the first block adds that counts as none."""
-
-
 class TaylorSeer(Section):
     """Between computed steps the last layer's output is extrapolated from those before: a Taylor series in steps."""
 
@@ -210,8 +200,6 @@ class TaylorSeer(Section):
     """Highest order of the series."""
 
 
-TailCache = FirstBlock | TaylorSeer
-
 APPROXIMATIONS = ("stride", "solver", "path", "lora", "weights", "cache", "decoder")
 """Settings of `tail` that change its pictures."""
 
@@ -224,13 +212,14 @@ class Tail(Section):
     solver: Solver = "euler"
     """How its steps follow each other: one at a time, or with the velocity before (`ab2`, `dpm2m`)."""
     path: PathName | None = None
-    """Folder or hub id of another FLUX pipeline whose transformer makes its calls; none given: the policy's."""
+    """Folder or hub id of another pipeline of the same family whose transformer makes its calls; none given: the
+    policy's."""
     lora: PathName | None = None
     """LoRA file or folder, in a layout that diffusers reads, on that transformer for its calls alone."""
     weights: Literal["exact", "int8", "float8"] = "exact"
     """What its calls compute in: as the policy, or weights and activations in 8 bits (torchao); float8 wants a GPU of
     compute capability 8.9."""
-    cache: Annotated[TailCache, Field(discriminator="name")] | None = None
+    cache: TaylorSeer | None = None
     """What its calls reuse of the call before, by diffusers' caching hooks; the name alone will do where it keeps its
     defaults; none given: nothing."""
     decoder: PathName | None = None
@@ -323,8 +312,6 @@ class Optimizer(Section):
     """Gradient norm bound, over all parameters and ranks."""
 
 
-UNIONS = (("tail", "cache"),)
-"""Where a section is one of several, told apart by its name."""
 OWNED_BY_US = {
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
     "optimizer", "scheduler", "bf16", "fp16", "steps_per_print",

@@ -7,7 +7,7 @@ from typing import Any
 
 from egrpo_fast.config import CONFIG_FILE, RUN_FILE
 from egrpo_fast.files import fingerprint, read_json
-from egrpo_fast.models.flux.text import encoder_fingerprint
+from egrpo_fast.models.folder import family_of
 from egrpo_fast.models.weight_files import WeightFiles
 
 TRAINED = "transformer"
@@ -15,16 +15,16 @@ TRAINED = "transformer"
 
 
 def identity(folder: Path) -> dict[str, str]:
-    """Fingerprints of what training uses of a pipeline folder, by part: transformer, VAE, text encoders.
+    """Fingerprints of what training uses of a pipeline folder, by part: the transformer, and what the family names.
 
-    Of the transformer and the VAE: `config.json`, but for keys that begin with `_`, which say who wrote it, and
-    `WeightFiles.samples`; of the text encoders: `encoder_fingerprint`. Neither where the folder lies nor how weights
-    are split into files matters. At most 64 KiB of a weight are read, by estimate 60 MB of FLUX.1-dev: a changed part
-    is seen where training or merging touched whole tensors, a few numbers edited between the samples may pass. The
-    scheduler is not looked at. ValueError names what is missing.
+    Of the transformer: `config.json`, but for keys that begin with `_`, which say who wrote it, and
+    `WeightFiles.samples`. Neither where the folder lies nor how weights are split into files matters. At most 64 KiB
+    of a weight are read, by estimate 60 MB of FLUX.1-dev: a changed part is seen where training or merging touched
+    whole tensors, a few numbers edited between the samples may pass. The scheduler is not looked at. ValueError names
+    what is missing.
     """
-    found = {part: part_identity("model.path", folder / part) for part in (TRAINED, "vae")}
-    return {**found, "text encoders": encoder_fingerprint(folder)}
+    transformer = {TRAINED: part_identity("model.path", folder / TRAINED)}
+    return transformer | family_of(folder).fingerprints(folder)
 
 
 def part_identity(field: str, folder: Path) -> str:

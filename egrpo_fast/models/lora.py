@@ -1,5 +1,6 @@
 """LoRA files: read with the scale that diffusers gives them, written so that every reader gives them the run's."""
 
+import copy
 import math
 import re
 import warnings
@@ -8,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
 
 from egrpo_fast.config import Lora, takes
@@ -36,22 +36,23 @@ class Adapter(NamedTuple):
     scale: float
 
 
-def read_lora(field: str, path: str, architecture: Mapping[str, Any]) -> dict[str, Adapter]:
+def read_lora(field: str, path: str, transformer: Any, pipeline: Any) -> dict[str, Adapter]:
     """The adapters in a LoRA file, or in a folder's, by layer; of any layout that diffusers reads.
 
-    architecture: the transformer's `config.json`. diffusers' own loader puts the file onto an empty transformer, so
-    the scale is the one with which it would run the file. ValueError, which begins with `field`: the file cannot be
-    read, is of another kind or architecture, or holds a tensor that the loader would leave out.
+    transformer: without adapters, on the meta device; stays as it is. pipeline: diffusers' class, whose own loader
+    puts the file onto a copy of the transformer, so the scale is the one with which it would run the file. ValueError,
+    which begins with `field`: the file cannot be read, is of another kind or architecture, or holds a tensor that the
+    loader would leave out.
     """
     file = find_file(field, path)
     try:
         _check_names(file, tensors_in(file))
     except ValueError as error:
         raise ValueError(f"{field}: {error}") from None
-    transformer = _empty(architecture)
+    transformer = copy.deepcopy(transformer)
     shapes = {name: tuple(parameter.shape) for name, parameter in transformer.named_parameters()}
     try:
-        given, alphas, metadata = FluxPipeline.lora_state_dict(
+        given, alphas, metadata = pipeline.lora_state_dict(
             str(file), local_files_only=True, use_safetensors=True, return_alphas=True, return_lora_metadata=True
         )
         layers = {name.partition(".lora_")[0].removeprefix("transformer."): name for name in given}
@@ -65,7 +66,7 @@ def read_lora(field: str, path: str, architecture: Mapping[str, Any]) -> dict[st
                 raise ValueError(f"it is for another architecture ({layer})")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what they tell of is checked below
-            FluxPipeline.load_lora_into_transformer(
+            pipeline.load_lora_into_transformer(
                 dict(given), alphas, transformer, adapter_name="default", metadata=metadata, low_cpu_mem_usage=True
             )
     except Exception as error:  # a converter fails in every way there is on a layout that it does not expect
@@ -116,15 +117,15 @@ def _check_names(file: Path, names: Collection[str]) -> None:
         raise ValueError(f"{file} mixes layouts: its tensors' names begin with {' and '.join(sorted(layouts))}")
 
 
-def follow_lora(lora: Lora, architecture: Mapping[str, Any]) -> tuple[Lora, dict[str, Adapter]]:
+def follow_lora(lora: Lora, transformer: Any, pipeline: Any) -> tuple[Lora, dict[str, Adapter]]:
     """The settings with those of `lora.path`'s file in place of what the user did not give, and its adapters by layer.
 
-    Without a path: the settings as they are, and no adapters. ValueError where the file cannot be read, has adapters of
-    several ranks or scales, or is another LoRA than the settings say.
+    transformer, pipeline: as for `read_lora`. Without a path: the settings as they are, no adapters. ValueError where
+    the file cannot be read, has adapters of several ranks or scales, or is another LoRA than the settings say.
     """
     if lora.path is None:
         return lora, {}
-    adapters = read_lora("model.lora.path", lora.path, architecture)
+    adapters = read_lora("model.lora.path", lora.path, transformer, pipeline)
     for what, values in (
         ("rank", {len(adapter.down) for adapter in adapters.values()}),
         ("scale", {adapter.scale for adapter in adapters.values()}),
@@ -134,7 +135,7 @@ def follow_lora(lora: Lora, architecture: Mapping[str, Any]) -> tuple[Lora, dict
             raise ValueError(f"model.lora.path: {lora.path} has adapters of {told}")
     adapter = next(iter(adapters.values()))
     rank, alpha = len(adapter.down), adapter.scale * len(adapter.down)
-    transformer, given = _empty(architecture), lora.model_fields_set
+    given = lora.model_fields_set
     if "rank" in given and lora.rank != rank:
         told = f"{lora.rank}, but {lora.path} is of rank {rank}"
         raise ValueError(f"model.lora.rank: {told}; leave it out to take the file's")
@@ -173,12 +174,14 @@ def adapter_name(parameter: str) -> str:
     return parameter.replace(".default.", ".")
 
 
-def save_lora(folder: Path, adapters: Mapping[str, Tensor], lora: Lora, dtype: torch.dtype = torch.float32) -> None:
-    """`pytorch_lora_weights.safetensors`, for `FluxPipeline.load_lora_weights(folder)` and any other reader.
+def save_lora(
+    folder: Path, adapters: Mapping[str, Tensor], lora: Lora, pipeline: Any, dtype: torch.dtype = torch.float32
+) -> None:
+    """`pytorch_lora_weights.safetensors`, for the pipeline's `load_lora_weights(folder)` and any other reader.
 
-    adapters: by parameter name. The scale alpha / rank is multiplied into B, and alpha is written as the rank: a reader
-    that takes alpha from the header, one that looks for `.alpha` tensors and one that knows no alpha run the file at
-    the same strength. dtype: of the tensors, rounded to after that.
+    adapters: by parameter name. pipeline: diffusers' class. The scale alpha / rank is multiplied into B, and alpha is
+    written as the rank: a reader that takes alpha from the header, one that looks for `.alpha` tensors and one that
+    knows no alpha run the file at the same strength. dtype: of the tensors, rounded to after that.
     """
     scale = lora.alpha / lora.rank
     layers = {
@@ -186,13 +189,7 @@ def save_lora(folder: Path, adapters: Mapping[str, Tensor], lora: Lora, dtype: t
         for name, value in adapters.items()
     }
     metadata = {"r": lora.rank, "lora_alpha": lora.rank, "target_modules": lora.target_modules}
-    FluxPipeline.save_lora_weights(folder, transformer_lora_layers=layers, transformer_lora_adapter_metadata=metadata)
-
-
-def _empty(architecture: Mapping[str, Any]) -> FluxTransformer2DModel:
-    """A transformer without weights (on the meta device)."""
-    with torch.device("meta"):
-        return FluxTransformer2DModel.from_config(dict(architecture))
+    pipeline.save_lora_weights(folder, transformer_lora_layers=layers, transformer_lora_adapter_metadata=metadata)
 
 
 def linear_layers(transformer: nn.Module) -> list[str]:

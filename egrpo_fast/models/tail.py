@@ -2,33 +2,34 @@
 
 import copy
 import importlib.util
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.hooks import TaylorSeerCacheConfig
 from torch import Tensor, nn
 
-from egrpo_fast.config import Config, Tail
-from egrpo_fast.models.flux.backbone import FluxBackbone
-from egrpo_fast.models.flux.folder import check_decoder, check_folder, is_hub_id, meta_transformer, resolve
-from egrpo_fast.models.flux.forward import CompiledFlux, FluxCache, check_cache, use_same_attention
-from egrpo_fast.models.flux.text import Conditioning
+from egrpo_fast.config import Config, Tail, TaylorSeer
+from egrpo_fast.models.attention import use_same_attention
+from egrpo_fast.models.folder import family_of, resolve
 from egrpo_fast.models.lora import read_lora
+from egrpo_fast.models.protocol import Backbone
+from egrpo_fast.models.transformer import meta_transformer
+from egrpo_fast.models.vae import check_tiny_decoder
 from egrpo_fast.models.weight_files import fused
 
 FLOAT8_CAPABILITY = (8, 9)
 """CUDA compute capability from which on a GPU multiplies float8."""
 
 
-def check_tail(config: Config, policy: str) -> None:
-    """ValueError, before any weight is read, where `tail` names what is not there or cannot be used here.
+def check_tail(tail: Tail, pipeline: Path) -> None:
+    """ValueError, before any weight is read, where `tail` asks for what cannot be had here.
 
-    policy: the pipeline folder whose transformer is trained. Hub ids are looked at once they are downloaded.
+    pipeline: the folder whose transformer is trained. The model of the tail is checked where it is made.
     """
-    tail, model = config.tail, config.model
     if tail.weights != "exact" and importlib.util.find_spec("torchao") is None:
         raise ValueError(f"tail.weights: {tail.weights} needs torchao; pip install 'egrpo_fast[quantized]'")
     if tail.weights == "float8":
@@ -36,31 +37,8 @@ def check_tail(config: Config, policy: str) -> None:
         if found is None or found < FLOAT8_CAPABILITY:
             told = f"this GPU's is {found[0]}.{found[1]}" if found else "there is no GPU"
             raise ValueError(f"tail.weights: float8 needs a GPU of compute capability 8.9 (Ada, Hopper); {told}")
-    if tail.path is not None:
-        try:
-            check_folder(tail.path, model.height, model.width)
-        except ValueError as error:
-            raise ValueError(f"tail.path: {str(error).partition(': ')[2]}") from None
-    folder = tail.path or policy
-    if is_hub_id(folder):
-        return
-    if tail.path is not None or tail.lora is not None or tail.cache is not None:
-        transformer, weights = meta_transformer(Path(folder))
-        weights.files.close()
-        if tail.lora is not None:
-            read_lora("tail.lora", tail.lora, transformer.config)
-        if tail.cache is not None:
-            check_cache(tail.cache, transformer)
-        if tail.path is not None and not is_hub_id(policy):
-            other, weights = meta_transformer(Path(policy))
-            weights.files.close()
-            theirs, ours = transformer.config, other.config
-            for name in ("in_channels", "joint_attention_dim", "pooled_projection_dim"):
-                if theirs[name] != ours[name]:
-                    told = f"its {name} is {theirs[name]}, that of model.path {ours[name]}"
-                    raise ValueError(f"tail.path: {folder} is another kind of model: {told}")
-    if tail.decoder is not None and not is_hub_id(policy):
-        check_decoder(tail.decoder, Path(policy))
+    if tail.decoder is not None:
+        check_tiny_decoder(tail.decoder, pipeline)
 
 
 def with_local_tail(config: Config) -> Config:
@@ -82,6 +60,40 @@ def slow_tail(config: Config) -> str | None:
     return None
 
 
+class TailCache:
+    """diffusers' caching hooks on a transformer, with a state for every sequence of calls (`rollout.Cache`).
+
+    asked, computed: evaluations of a block for a row since it was made, wanted and really done.
+    """
+
+    def __init__(self, settings: TaylorSeer, transformer: Any, blocks: Sequence[nn.Module], dtype: torch.dtype) -> None:
+        """dtype: of what is kept."""
+        self._transformer, self.asked, self.computed = transformer, 0, 0
+        # Lite: full mode keeps what every attention layer gave, 1.8 GB for a row of FLUX.1-dev at 720x720.
+        transformer.enable_cache(
+            TaylorSeerCacheConfig(
+                cache_interval=settings.interval, disable_cache_before_step=settings.warm_up,
+                max_order=settings.order, taylor_factors_dtype=dtype, use_lite_mode=True,
+            )
+        )  # fmt: skip
+        for block in blocks:
+            block.register_forward_pre_hook(self._ask, with_kwargs=True)
+            next(block.children()).register_forward_pre_hook(self._compute)
+
+    def sequence(self, family: int, chunk: int) -> AbstractContextManager[None]:
+        return self._transformer.cache_context(f"{family}.{chunk}")
+
+    def forget(self) -> None:
+        self._transformer._reset_stateful_cache()
+
+    def _ask(self, block: nn.Module, inputs: tuple[()], named: Mapping[str, Tensor]) -> None:
+        self.asked += len(named["hidden_states"])
+
+    def _compute(self, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """The first thing inside a block, so it runs where the block is not skipped."""
+        self.computed += len(inputs[0])
+
+
 class TailModel:
     """A transformer for the tail alone, whole on the device, without gradient.
 
@@ -89,42 +101,36 @@ class TailModel:
     precision that `tail` asks for, and otherwise none. The Linear layers of the blocks are quantised (torchao), but
     those of modulation. Memory: 2 bytes a weight in bfloat16, 1 in 8 bits; nothing for a weight that is the policy's.
 
-    compiled: its blocks are, unless hooks skip some of them. cache: of those hooks; None: there are none.
+    A new one has looked at its files and read no weight; `load` makes it ready. cache: of its calls, or None.
     """
 
-    def __init__(
-        self,
-        settings: Tail,
-        policy: Path,
-        backbone: FluxBackbone,
-        dtype: torch.dtype,
-        device: torch.device,
-        compiled: bool = False,
-    ) -> None:
-        transformer, weights = meta_transformer(Path(settings.path) if settings.path else policy)
-        use_same_attention(transformer, backbone.transformer)
-        if compiled and settings.cache is None:
-            transformer = CompiledFlux.of(transformer)
-        self._backbone = copy.copy(backbone)
-        self._backbone.transformer = transformer.requires_grad_(False).eval()
-        self._dtype, self._device = dtype, device
-        self._hollow = dict(transformer.named_parameters())
-        self._lora = read_lora("tail.lora", settings.lora, transformer.config) if settings.lora else {}
-        self._quantization = _quantization(settings.weights)
+    def __init__(self, settings: Tail, policy: Any, pipeline: Path, dtype: torch.dtype, compiled: bool = False) -> None:
+        """policy: the transformer that is trained. pipeline: its folder. compiled: the blocks are, where no hooks skip
+        some of them. ValueError names the setting that cannot be used."""
         self._follows = settings.path is None
+        folder, field = (pipeline, "model.path") if settings.path is None else (Path(settings.path), "tail.path")
+        transformer, self._weights = meta_transformer(folder, field=field)
+        family = family_of(folder, field)
         if not self._follows:
-            self._fill(weights)
-        weights.files.close()
-        self.cache = FluxCache(settings.cache, transformer, dtype) if settings.cache else None
+            _check_like(transformer, policy, str(folder), family is family_of(pipeline))
+        self._lora = read_lora("tail.lora", settings.lora, transformer, family.pipeline) if settings.lora else {}
+        use_same_attention(transformer, policy)
+        if compiled and settings.cache is None:
+            transformer = family.compiled(transformer)
+        self.transformer = transformer.requires_grad_(False).eval()
+        self._dtype = dtype
+        self._quantization = _quantization(settings.weights)
+        self._hollow = dict(self.transformer.named_parameters())
+        cache = settings.cache
+        self.cache = TailCache(cache, transformer, family.blocks(transformer), dtype) if cache else None
 
-    @classmethod
-    def of(
-        cls, config: Config, policy: Path, backbone: FluxBackbone, dtype: torch.dtype, device: torch.device
-    ) -> "TailModel | None":
-        """A run's own; None where the tail's model is the policy."""
-        if not config.tail.has_model:
-            return None
-        return cls(config.tail, policy, backbone, dtype, device, config.rollout.compile)
+    def load(self, backbone: Backbone, device: torch.device) -> None:
+        """Read a checkpoint of its own. backbone: the policy's, by which it is called."""
+        self._backbone, self._device = copy.copy(backbone), device
+        self._backbone.transformer = self.transformer
+        if not self._follows:
+            self._fill(self._weights)
+        self._weights.files.close()
 
     @contextmanager
     def following(self, policy: nn.Module) -> Iterator[None]:
@@ -141,9 +147,9 @@ class TailModel:
                 for name, hollow in self._hollow.items():
                     self._put(name, hollow)
 
-    def velocity(self, latents: Tensor, t: float, conditioning: Conditioning, rows: Tensor) -> Tensor:
-        """As `FluxBackbone.velocity`."""
-        return self._backbone.velocity(self._backbone.transformer, latents, t, conditioning, rows)
+    def velocity(self, latents: Tensor, t: float, conditioning: Any, rows: Tensor) -> Tensor:
+        """As `Backbone.velocity`."""
+        return self._backbone.velocity(self.transformer, latents, t, conditioning, rows)
 
     @torch.no_grad()
     def _fill(self, read: Callable[[str], Tensor]) -> None:
@@ -162,9 +168,19 @@ class TailModel:
     def _put(self, name: str, parameter: nn.Parameter) -> nn.Module:
         """Returns the layer whose parameter it now is."""
         owner, _, leaf = name.rpartition(".")
-        layer = self._backbone.transformer.get_submodule(owner)
+        layer = self.transformer.get_submodule(owner)
         setattr(layer, leaf, parameter)
         return layer
+
+
+def _check_like(transformer: Any, policy: Any, folder: str, same_family: bool) -> None:
+    """ValueError where a tail's checkpoint does not read the same latents and text as the policy's."""
+    if not same_family:
+        raise ValueError(f"tail.path: {folder} is of another model family than model.path")
+    for name in ("in_channels", "joint_attention_dim", "pooled_projection_dim"):
+        if (theirs := transformer.config.get(name)) != (ours := policy.config.get(name)):
+            told = f"its {name} is {theirs}, that of model.path {ours}"
+            raise ValueError(f"tail.path: {folder} is another kind of model: {told}")
 
 
 def _weight(policy: nn.Module, name: str) -> Tensor:

@@ -22,9 +22,10 @@ from tqdm import tqdm
 
 from egrpo_fast.config import CHECKPOINTS, CONFIG_FILE, RUN_FILE, Config, Lora, load_config
 from egrpo_fast.distributed.checkpoint import INDEX, CheckpointReader, Checkpoints, check_sound, held, is_best
-from egrpo_fast.files import follow_umask, read_json
+from egrpo_fast.files import follow_umask, is_hub_id, read_json
 from egrpo_fast.models.fingerprint import check_base, recorded, run_name
-from egrpo_fast.models.flux.folder import PARTS, fetch_card, is_hub_id, resolve
+from egrpo_fast.models.folder import INDEX as PIPELINE_INDEX
+from egrpo_fast.models.folder import family_of, fetch_card, resolve
 from egrpo_fast.models.lora import save_lora
 from egrpo_fast.models.weight_files import WeightFiles, fused
 from egrpo_fast.runs.metrics import RunLog
@@ -41,7 +42,7 @@ def export(
     run: Path, out: Path, weights: Literal["model", "ema"] = "model", checkpoint: str = "newest", *, fuse: bool = False,
     shard_bytes: int = SHARD_BYTES, replace: bool = False, verify: bool = True,
 ) -> tuple[Path, bool]:  # fmt: skip
-    """Write what `FluxPipeline.from_pretrained(out)` loads, or `load_lora_weights(out)` of a LoRA run, and its card.
+    """Write what the pipeline's `from_pretrained(out)` loads, or `load_lora_weights(out)` of a LoRA run, and its card.
 
     weights: as trained, or their moving average. checkpoint: as for `find_checkpoint`. fuse: write a LoRA run as a
     whole pipeline, `W + alpha / rank B A` in the dtype of the base's file. replace: an earlier export in `out`, once
@@ -110,7 +111,8 @@ def _write(
         return reader.tensor(name, kind).to(dtype)
 
     if lora is not None and not fuse:
-        save_lora(out, {name: reader.tensor(name, kind) for name in reader.names(kind)}, lora, dtype)
+        adapters = {name: reader.tensor(name, kind) for name in reader.names(kind)}
+        save_lora(out, adapters, lora, family_of(base).pipeline, dtype)
     else:
         files = WeightFiles(base / "transformer")
         if lora is None:
@@ -283,8 +285,13 @@ def open_checkpoint(run: Path, which: str = "newest") -> Iterator[CheckpointRead
         yield reader
 
 
+def _rest(base: Path) -> list[Path]:
+    """The folders of the parts that did not change."""
+    return [base / part for part in family_of(base).parts if part != "transformer"]
+
+
 def _check_room(where: Path, base: Path, like: Mapping[str, Tensor]) -> None:
-    rest = sum(f.stat().st_size for part in PARTS if part != "transformer" for f in (base / part).rglob("*"))
+    rest = sum(file.stat().st_size for part in _rest(base) for file in part.rglob("*"))
     needed = rest + sum(value.nbytes for value in like.values())
     if needed > (free := shutil.disk_usage(where).free):
         raise ValueError(f"export: {needed / 2**30:.1f} GiB are needed in {where.parent}, {free / 2**30:.1f} are free")
@@ -292,12 +299,11 @@ def _check_room(where: Path, base: Path, like: Mapping[str, Tensor]) -> None:
 
 def _copy_rest(base: Path, out: Path) -> None:
     """Everything of the base but the transformer's weights: those did not change."""
-    for part in PARTS:
-        if part != "transformer":
-            shutil.copytree(base / part, out / part)
+    for part in _rest(base):
+        shutil.copytree(part, out / part.name)
     (out / "transformer").mkdir()
     shutil.copy(base / "transformer" / "config.json", out / "transformer")
-    shutil.copy(base / "model_index.json", out)
+    shutil.copy(base / PIPELINE_INDEX, out)
 
 
 def _write_transformer(
@@ -331,7 +337,7 @@ def _licence(base: Path) -> dict[str, Any]:
 def _write_card(
     run: Path, out: Path, base: Path, config: Config, reader: CheckpointReader, weights: str, fuse: bool
 ) -> None:
-    licence = _licence(base)
+    licence, pipeline = _licence(base), family_of(base).pipeline.__name__
     lora = config.model.lora is not None and not fuse
     method = "E-GRPO (arXiv 2601.00423)" if config.method.name == "e_grpo" else f"`{config.method.name}`"
     front = {
@@ -340,7 +346,12 @@ def _write_card(
         "base_model_relation": "adapter" if lora else "finetune",
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
-        "tags": ["flux", "reinforcement-learning", config.method.name.replace("_", "-"), *(["lora"] if lora else [])],
+        "tags": [
+            pipeline.removesuffix("Pipeline").lower(),
+            "reinforcement-learning",
+            config.method.name.replace("_", "-"),
+            *(["lora"] if lora else []),
+        ],
     }
     licence_name = licence.get("license_name") or licence.get("license")
     told = f"its licence ({licence_name})" if licence_name else "its own licence"
@@ -353,8 +364,8 @@ def _write_card(
     table = ["| iteration | " + " | ".join(key.removeprefix("held_out/") for key in names) + " |",
              "| --- " * (len(names) + 1) + "|", *rows] if rows else ["No evaluation was recorded."]  # fmt: skip
     load = (
-        f'pipe = FluxPipeline.from_pretrained("{config.model.path}")\npipe.load_lora_weights("this folder")'
-        if lora else 'pipe = FluxPipeline.from_pretrained("this folder")'
+        f'pipe = {pipeline}.from_pretrained("{config.model.path}")\npipe.load_lora_weights("this folder")'
+        if lora else f'pipe = {pipeline}.from_pretrained("this folder")'
     )  # fmt: skip
     curve = run / "curve.png"
     if curve.is_file():
@@ -368,7 +379,7 @@ def _write_card(
         f"{recorded(run, 'commit') or 'unknown'}, for {reader.iteration} iterations on {rewards}. "
         f"Weights: {'as trained' if weights == 'model' else 'their moving average'}"
         f"{adapters}. It derives from `{config.model.path}` and is under {told}.\n\n"
-        f"```python\nfrom diffusers import FluxPipeline\n\n{load}\n```\n\n"
+        f"```python\nfrom diffusers import {pipeline}\n\n{load}\n```\n\n"
         f"## Rewards on held-out prompts\n\n" + "\n".join(table) + "\n\n"
         + ("![Rewards by iteration](curve.png)\n\n" if curve.is_file() else "")
         + f"## Settings\n\n```yaml\n{config.yaml()}```\n"

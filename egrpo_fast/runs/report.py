@@ -159,5 +159,5 @@ class Report:
         print(f"\n{'held-out reward':<18}{'before':>10}{'after':>10}")
         for name, value in held_out.items():
             print(f"{name:<18}{value['before']:>10.4f}{value['after']:>10.4f}")
-        loader = "load_lora_weights" if self._config.model.lora else "from_pretrained"
-        print(f"\n{self._folder}: curve.png, before_after.png, {PIPELINE}/ (FluxPipeline.{loader} loads it)")
+        loader = "load_lora_weights" if self._config.model.lora else "DiffusionPipeline.from_pretrained"
+        print(f"\n{self._folder}: curve.png, before_after.png, {PIPELINE}/ ({loader} loads it)")

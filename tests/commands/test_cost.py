@@ -131,7 +131,7 @@ def test_a_plan_follows_the_lora_that_a_run_would_start_from(tmp_path):
         f"transformer_blocks.{block}.attn.to_q.lora_{which}.default.weight" for block in range(19) for which in "AB"
     ]
     adapters = {name: torch.zeros((5, 3072) if "_A." in name else (3072, 5)) for name in layers}
-    save_lora(tmp_path, adapters, Lora(rank=5, target_modules=["to_q"]))
+    save_lora(tmp_path, adapters, Lora(rank=5, target_modules=["to_q"]), random_flux.FluxPipeline)
     config = load_config("flux-dev-lora-8x24gb", [f"model.lora.path={tmp_path}"])
     assert Cost(config, Cluster(8)).adapters == 19 * 5 * 2 * 3072
     with pytest.raises(ValueError, match="model.lora.path: no file or folder /nowhere"):

@@ -20,7 +20,7 @@ from egrpo_fast.commands.page import Shown, Table, write_page
 from egrpo_fast.config import CHECKPOINTS, Reward, load_config
 from egrpo_fast.distributed.checkpoint import Checkpoints, Piece
 from egrpo_fast.models.fingerprint import identity
-from egrpo_fast.models.flux.folder import meta_transformer
+from egrpo_fast.models.transformer import meta_transformer
 from egrpo_fast.prompts.files import read_prompts
 from egrpo_fast.runs.export import export
 from egrpo_fast.shapes import CLIP, PIPELINE, PROMPTS
@@ -100,12 +100,17 @@ def test_scores_know_nothing_of_batches_and_parts(evaluated, trained, tmp_path, 
 def test_the_base_draws_what_the_trainer_shows(evaluated):
     """Prompt n's noise is the trainer's held-out noise: an independent rollout of prompt 3 alone gives its picture."""
     from egrpo_fast import noise, ops
-    from egrpo_fast.models.flux.backbone import FluxBackbone
+    from egrpo_fast.config import Model
     from egrpo_fast.plan import ode_plan
+    from egrpo_fast.policy import Policy
     from egrpo_fast.rollout import NoiseKey, Wavefront
     from egrpo_fast.schedule import make_schedule
 
-    backbone = FluxBackbone.from_pretrained(str(PIPELINE), 32, 32, max_sequence_length=24)
+    backbone = (
+        Policy(Model(path=str(PIPELINE), height=32, width=32, max_sequence_length=24, dtype="float32"), PIPELINE)
+        .load(torch.device("cpu"))
+        .backbone
+    )
     text = backbone.encode(read_prompts(PROMPTS["held_out"])[3:4])
     wavefront = Wavefront(ode_plan(make_schedule(4, 3.0)), 1, backbone.latent_shape, ops.choose("auto", "cpu"))
     latents = wavefront.run(
@@ -134,8 +139,8 @@ def test_an_interrupted_evaluation_continues(evaluated, trained, tmp_path, monke
 
 
 def test_nothing_is_loaded_when_all_is_there(evaluated, trained, monkeypatch):
-    for name in ("FluxBackbone", "make_reward"):
-        monkeypatch.delattr(evaluate, name)
+    monkeypatch.delattr(evaluate.Policy, "load")
+    monkeypatch.delattr(evaluate, "make_reward")
     run(monkeypatch, *command(trained, evaluated))
 
 

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from egrpo_fast.config import OWNED_BY_US, Config, ConfigError, Tail, load_config
+from egrpo_fast.config import OWNED_BY_US, Config, ConfigError, Tail, TaylorSeer, load_config
 from egrpo_fast.methods import METHODS, Method
 
 SECTIONS = {  # a whole tree in which every optional section is there, so that every field can be broken
@@ -52,14 +52,14 @@ def constraints(metadata):
 def fields(model, path=()):
     """(path, alternatives) of every field of the tree; lists of sections by their first entry.
 
-    Of several sections that may stand in one place (`method`, `tail.cache`) none is entered: see BRANCH_FIELDS.
+    A section that is chosen by its name (`method`, `tail.cache`) is not entered: see BRANCH_FIELDS.
     """
     for name, info in model.model_fields.items():
         here = (*path, name)
         kinds = [(kind, [*told, *info.metadata]) for kind, told in branches(info.annotation)]
         yield here, kinds
         sections = [kind for kind, _ in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
-        if len(sections) > 1 or Method in sections:  # one of several: BRANCH_FIELDS
+        if Method in sections or any(kind is TaylorSeer for kind in sections):  # chosen by a name: BRANCH_FIELDS
             continue
         for kind, _ in kinds:
             items = typing.get_args(kind) if typing.get_origin(kind) is list else ()

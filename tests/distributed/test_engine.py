@@ -55,7 +55,7 @@ def plain_iteration(trainer, transformer, batch):
     for n, group in enumerate(trainer.sampler.wavefront.plan.groups):
         for experience in batch:
             rows = torch.arange(len(experience.rollout.states[n])) // len(group.sources)
-            v = trainer.sampler.backbone.velocity(
+            v = trainer.sampler.policy.backbone.velocity(
                 transformer, experience.rollout.states[n], group.time, experience.conditioning, rows
             )
             rewards = trainer.sampler.wavefront.plan.by_group(experience.rewards)[n]
@@ -71,7 +71,7 @@ def plain_iteration(trainer, transformer, batch):
 
 def check(world, heart, folder, overrides, saved):
     """One iteration, ours and by plain PyTorch on all ranks' experience. saved: where the trained weights go."""
-    from egrpo_fast.models.flux.folder import meta_transformer
+    from egrpo_fast.models.transformer import meta_transformer
     from egrpo_fast.rollout import NoiseKey
     from egrpo_fast.shapes import PIPELINE
     from egrpo_fast.train import check_inputs, make_trainer
@@ -88,12 +88,12 @@ def check(world, heart, folder, overrides, saved):
 
     # However the rollout finds its weights, its latents are the same bits.
     prompts = trainer.order.iteration(0, 4, world.rank, world.size)
-    conditioning = trainer.sampler.backbone.encode([prompts[0].text])
+    conditioning = trainer.sampler.policy.backbone.encode([prompts[0].text])
     key = NoiseKey(config.seed, 0, torch.tensor([prompts[0].number]))
 
     def latents(gathered):
         with trainer.engine.inference(gathered) as module:
-            return trainer.sampler.wavefront.run(trainer.sampler.velocity(module, conditioning), key).final_latents
+            return trainer.sampler.wavefront.run(trainer.policy.velocity(conditioning, module), key).final_latents
 
     assert torch.equal(latents(gathered=True), latents(gathered=False))
 
@@ -165,7 +165,7 @@ def stall():
     from egrpo_fast.distributed.heartbeat import Heartbeat, group_store
     from egrpo_fast.distributed.loading import materialize
     from egrpo_fast.distributed.world import World
-    from egrpo_fast.models.flux.folder import meta_transformer
+    from egrpo_fast.models.transformer import meta_transformer
     from egrpo_fast.shapes import PIPELINE
 
     config = load_config("shapes", ["deepspeed.init_timeout=2"])

@@ -5,11 +5,10 @@ import re
 import shutil
 import sys
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import AutoencoderTiny, FluxTransformer2DModel
+from diffusers import AutoencoderTiny, FluxPipeline, FluxTransformer2DModel
 from diffusers.models.attention_dispatch import AttentionBackendName
 from peft import LoraConfig
 from safetensors.torch import save_file
@@ -17,26 +16,31 @@ from torch.utils._pytree import tree_leaves
 
 from egrpo_fast import ops
 from egrpo_fast.commands.cost import Cluster, Cost
-from egrpo_fast.config import FirstBlock, Lora, Rollout, Tail, TaylorSeer, load_config
+from egrpo_fast.config import Lora, Model, Tail, TaylorSeer, load_config
 from egrpo_fast.methods.e_grpo import e_grpo
+from egrpo_fast.models import folder as folders
 from egrpo_fast.models import tail as tail_models
-from egrpo_fast.models.flux import folder as flux_folder
 from egrpo_fast.models.flux.backbone import FluxBackbone
-from egrpo_fast.models.flux.folder import meta_transformer
-from egrpo_fast.models.flux.forward import CompiledFlux, check_cache
+from egrpo_fast.models.flux.compiled import CompiledFlux
 from egrpo_fast.models.lora import save_lora
-from egrpo_fast.models.tail import TailModel, check_tail, slow_tail, with_local_tail
+from egrpo_fast.models.tail import TailModel, slow_tail, with_local_tail
+from egrpo_fast.models.transformer import meta_transformer
+from egrpo_fast.policy import Policy
 from egrpo_fast.rollout import NoiseKey, TailVelocity, Wavefront
 from egrpo_fast.schedule import make_schedule
 from egrpo_fast.shapes import PIPELINE
 
 CPU, TIME = torch.device("cpu"), 0.5
 ROWS = torch.zeros(2, dtype=torch.int64)
+SMALL = Model(path=str(PIPELINE), height=32, width=32, max_sequence_length=24, dtype="float32")
+
+
+CACHE = TaylorSeer(name="taylor_seer", warm_up=1)
 
 
 @pytest.fixture(scope="module")
 def backbone():
-    return FluxBackbone.from_pretrained(str(PIPELINE), 32, 32, max_sequence_length=24)
+    return Policy(SMALL, PIPELINE).load(torch.device("cpu")).backbone
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +72,13 @@ def another(backbone, scale=1.1):
 
 
 def model_of(backbone, **settings):
-    return TailModel.of(
-        SimpleNamespace(tail=Tail(**settings), rollout=Rollout()), PIPELINE, backbone, torch.float32, CPU
-    )
+    return loaded(Tail(**settings), backbone)
+
+
+def loaded(settings, backbone, compiled=False):
+    model = TailModel(settings, backbone.transformer, PIPELINE, torch.float32, compiled)
+    model.load(backbone, CPU)
+    return model
 
 
 def velocity(backbone, module, latents, conditioning):
@@ -78,8 +86,12 @@ def velocity(backbone, module, latents, conditioning):
         return backbone.velocity(module, latents, TIME, conditioning, ROWS)
 
 
-def test_without_a_model_of_its_own_there_is_none(backbone):
-    assert model_of(backbone, stride=4, solver="ab2", decoder="anywhere") is None
+def test_without_a_model_of_its_own_there_is_none():
+    policy = Policy(SMALL, PIPELINE)
+    policy.use_tail(Tail(cache=CACHE))
+    assert policy.tail is not None
+    policy.use_tail(Tail(stride=4, solver="ab2"))
+    assert policy.tail is None and policy.tail_velocity(None) is None
 
 
 def test_attention_is_computed_as_the_policys(backbone):
@@ -88,7 +100,7 @@ def test_attention_is_computed_as_the_policys(backbone):
         processor._attention_backend = AttentionBackendName._NATIVE_MATH
     chosen = copy.copy(backbone)
     chosen.transformer = policy
-    processors = model_of(chosen, cache="first_block")._backbone.transformer.attn_processors.values()
+    processors = model_of(chosen, cache=CACHE).transformer.attn_processors.values()
     assert {processor._attention_backend.value for processor in processors} == {"_native_math"}
 
 
@@ -113,7 +125,7 @@ def adapted(policy, adapters):
 
 
 def test_a_lora_is_added_to_the_policy_of_each_rollout(backbone, conditioning, latents, adapters, tmp_path):
-    save_lora(tmp_path, adapters, ADAPTERS)
+    save_lora(tmp_path, adapters, ADAPTERS, FluxPipeline)
     model = model_of(backbone, lora=str(tmp_path))
     for policy in (another(backbone, 1.0), another(backbone)):
         with model.following(policy):
@@ -125,7 +137,7 @@ def test_a_lora_is_added_to_the_policy_of_each_rollout(backbone, conditioning, l
 
 def test_a_copy_of_a_policy_that_trains_adapters_has_them_merged(backbone, conditioning, latents, adapters):
     policy = adapted(another(backbone, 1.0), adapters)
-    model = TailModel(Tail(), PIPELINE, backbone, torch.float32, CPU)
+    model = loaded(Tail(), backbone)
     expected = velocity(backbone, policy, latents, conditioning)
     with model.following(policy):
         assert torch.allclose(model.velocity(latents, TIME, conditioning, ROWS), expected, atol=1e-4)
@@ -145,10 +157,9 @@ def test_eight_bits_follow_the_policy(backbone, conditioning, latents):
 def test_compiled_it_is_the_same_and_compiled_once(weights, backbone, conditioning, latents, monkeypatch):
     """Whatever the policy's weights, and for any number of rows; in 8 bits too."""
     pytest.importorskip("torchao")
-    compiled = SimpleNamespace(of=partial(CompiledFlux.of, backend="aot_eager"))
-    monkeypatch.setattr(tail_models, "CompiledFlux", compiled)
-    settings = Tail(weights=weights), PIPELINE, backbone, torch.float32, CPU
-    model, eager = TailModel(*settings, compiled=True), TailModel(*settings)
+    monkeypatch.setattr(FluxBackbone, "compiled", partial(CompiledFlux.of, backend="aot_eager"))
+    settings = Tail(weights=weights), backbone
+    model, eager = loaded(*settings, compiled=True), loaded(*settings)
     graphs, made = torch._dynamo.utils.counters["stats"], []
     for policy in (backbone.transformer, another(backbone)):
         for rows in (2, 1):
@@ -157,7 +168,7 @@ def test_compiled_it_is_the_same_and_compiled_once(weights, backbone, conditioni
                 assert torch.allclose(model.velocity(*arguments), eager.velocity(*arguments), atol=1e-4)
             made.append(graphs["unique_graphs"])
     assert len(set(made)) == 1 and made[0] > 0
-    assert not isinstance(TailModel(*settings)._backbone.transformer, CompiledFlux)
+    assert isinstance(model.transformer, CompiledFlux) and not isinstance(eager.transformer, CompiledFlux)
 
 
 def addresses(module):
@@ -166,20 +177,19 @@ def addresses(module):
 
 def test_a_weight_that_stays_as_it_is_is_the_policys_own(backbone, adapters, tmp_path):
     """For the length of a rollout, be it one that fails; then there is none. A LoRA copies the layers it changes."""
-    save_lora(tmp_path, adapters, ADAPTERS)
+    save_lora(tmp_path, adapters, ADAPTERS, FluxPipeline)
     policy, changed = backbone.transformer, {name.partition(".lora_")[0] + ".weight" for name in adapters}
-    for settings, own in (({"cache": "first_block"}, set()), ({"lora": str(tmp_path)}, changed)):
+    for settings, own in (({"cache": CACHE}, set()), ({"lora": str(tmp_path)}, changed)):
         model = model_of(backbone, **settings)
         with pytest.raises(torch.OutOfMemoryError), model.following(policy):
-            theirs, ours = addresses(policy), addresses(model._backbone.transformer)
+            theirs, ours = addresses(policy), addresses(model.transformer)
             assert {name for name in theirs if ours[name] != theirs[name]} == own
             raise torch.OutOfMemoryError
-        assert all(parameter.is_meta for parameter in model._backbone.transformer.parameters())
+        assert all(parameter.is_meta for parameter in model.transformer.parameters())
 
 
 PLAN = e_grpo(make_schedule(6, merge_lengths=1, active_steps=[0, 2]), [2, 2], [1, 1])
 BLOCKS = 6
-CACHES = [FirstBlock(name="first_block", threshold=0.3), TaylorSeer(name="taylor_seer", warm_up=1)]
 
 
 def roll_out(backbone, model, prompts=("a red circle",), micro_batch=None, cache=None, plan=PLAN):
@@ -198,32 +208,20 @@ def roll_out(backbone, model, prompts=("a red circle",), micro_batch=None, cache
         return made.run(policy, key, tail=tail).final_latents
 
 
-def first_block(backbone, threshold):
-    return model_of(backbone, cache=FirstBlock(name="first_block", threshold=threshold))
-
-
-def test_a_first_block_that_always_changes_skips_nothing(backbone):
-    model = first_block(backbone, 1e-9)
+def test_a_cache_that_warms_up_for_all_steps_skips_nothing(backbone):
+    model = model_of(backbone, cache=CACHE.model_copy(update={"warm_up": 100}))
     assert torch.allclose(roll_out(backbone, model), roll_out(backbone, None), rtol=0, atol=1e-4)
     assert model.cache.computed == model.cache.asked == BLOCKS * PLAN.tail_evaluations
-
-
-def test_a_first_block_that_never_changes_is_all_that_is_computed(backbone):
-    """After the first step of each of the families of 2 rows."""
-    model = first_block(backbone, 1e9)
-    assert not torch.allclose(roll_out(backbone, model), roll_out(backbone, None), rtol=0, atol=1e-2)
-    assert model.cache.asked == BLOCKS * PLAN.tail_evaluations
-    assert model.cache.computed == PLAN.tail_evaluations + (BLOCKS - 1) * 2 * len(PLAN.families)
 
 
 @pytest.mark.parametrize("other", ["lora", "weights"])
 def test_a_cache_combines_with_what_else_is_the_tails(backbone, adapters, other, tmp_path):
     if other == "weights":
         pytest.importorskip("torchao")
-    save_lora(tmp_path, adapters, ADAPTERS)
+    save_lora(tmp_path, adapters, ADAPTERS, FluxPipeline)
     settings = {other: {"lora": str(tmp_path), "weights": "int8"}[other]}
-    plain, skipping = model_of(backbone, **settings), model_of(backbone, **settings, cache=CACHES[1])
-    nothing = model_of(backbone, **settings, cache=FirstBlock(name="first_block", threshold=1e-9))
+    plain, skipping = model_of(backbone, **settings), model_of(backbone, **settings, cache=CACHE)
+    nothing = model_of(backbone, **settings, cache=CACHE.model_copy(update={"warm_up": 100}))
     exact, fast, slow = (roll_out(backbone, model) for model in (plain, skipping, nothing))
     assert torch.allclose(slow, exact, rtol=0, atol=1e-4) and not torch.allclose(slow, fast, rtol=0, atol=1e-3)
     assert skipping.cache.computed < skipping.cache.asked
@@ -240,11 +238,10 @@ class OneForAll:
         return self.cache.sequence(0, 0)
 
 
-@pytest.mark.parametrize("settings", CACHES, ids=lambda settings: settings.name)
-def test_every_family_of_every_prompt_keeps_its_own(backbone, settings):
+def test_every_family_of_every_prompt_keeps_its_own(backbone):
     """Two prompts in a wavefront are as they are alone, whose rows are as they are in a plan of one family; a state
     that all share gives something else, and no rollout finds what another left."""
-    prompts, model = ("a red circle", "two blue squares"), model_of(backbone, cache=settings)
+    prompts, model = ("a red circle", "two blue squares"), model_of(backbone, cache=CACHE)
     both, again = roll_out(backbone, model, prompts), roll_out(backbone, model, prompts)
     assert 0.2 < model.cache.computed / model.cache.asked < 0.9
     assert torch.equal(both, again)
@@ -259,17 +256,16 @@ def test_every_family_of_every_prompt_keeps_its_own(backbone, settings):
 
 def kept(model):
     """Bytes that the hooks hold."""
-    registries = [getattr(module, "_diffusers_hook", None) for module in model._backbone.transformer.modules()]
+    registries = [getattr(module, "_diffusers_hook", None) for module in model.transformer.modules()]
     managers = {hook.state_manager for one in registries if one for hook in one.hooks.values()}
     assert managers
     leaves = tree_leaves([vars(state) for manager in managers for state in manager._state_cache.values()])
     return sum(leaf.numel() * leaf.itemsize for leaf in leaves if isinstance(leaf, torch.Tensor))
 
 
-@pytest.mark.parametrize("settings", CACHES, ids=lambda settings: settings.name)
-def test_a_rollout_out_of_memory_begins_again_with_nothing(backbone, settings):
+def test_a_rollout_out_of_memory_begins_again_with_nothing(backbone):
     """As if it had been asked to split the families' rows at once."""
-    model = model_of(backbone, cache=settings)
+    model = model_of(backbone, cache=CACHE)
     expected, plain, seen = roll_out(backbone, model, micro_batch=1), model.velocity, []
 
     def fails(latents, *rest):
@@ -285,14 +281,13 @@ def test_a_rollout_out_of_memory_begins_again_with_nothing(backbone, settings):
     assert torch.equal(roll_out(backbone, model, micro_batch=1), expected) and kept(model) == 0
 
 
-@pytest.mark.parametrize("settings", CACHES, ids=lambda settings: settings.name)
-def test_the_cost_knows_what_a_cache_keeps(backbone, settings):
-    model, held = model_of(backbone, cache=settings), []
+def test_the_cost_knows_what_a_cache_keeps(backbone):
+    model, held = model_of(backbone, cache=CACHE), []
     forget = model.cache.forget
     model.cache.forget = lambda: (held.append(kept(model)), forget())
     roll_out(backbone, model)
     plan = ["schedule.num_steps=6", "schedule.merge_lengths=1", "schedule.active_steps=[0,2]", "rollout.group_size=2"]
-    config = load_config("shapes", [*plan, f"tail.cache={settings.model_dump_json()}"])
+    config = load_config("shapes", [*plan, f"tail.cache={CACHE.model_dump_json()}"])
     assert held == [Cost(config, Cluster(1, 1, "cpu")).memory.phases["rollout"]["the tail's cache"]]
 
 
@@ -346,7 +341,7 @@ def test_the_tiny_decoder_serves_whom_it_is_asked_by(backbone, latents, tmp_path
 
 def refused(*overrides):
     with pytest.raises(ValueError) as error:
-        check_tail(load_config("shapes", overrides), str(PIPELINE))
+        Policy.of(load_config("shapes", overrides), PIPELINE)
     return str(error.value)
 
 
@@ -368,28 +363,17 @@ def test_what_is_not_there_is_refused_by_name(tmp_path, monkeypatch):
     assert refused("tail.weights=float8").endswith("this GPU's is 8.0")
 
 
-def test_a_first_block_needs_others():
-    for double, single, blocks in ((1, 0, 1), (0, 1, 1)):
-        transformer = FluxTransformer2DModel(
-            in_channels=4, num_layers=double, num_single_layers=single, attention_head_dim=8, num_attention_heads=2,
-            joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(2, 2, 4),
-        )  # fmt: skip
-        with pytest.raises(ValueError, match=f"tail.cache: first_block needs a .* two blocks or more, .* has {blocks}"):
-            check_cache(FirstBlock(name="first_block"), transformer)
-        check_cache(TaylorSeer(name="taylor_seer"), transformer)
-
-
 def test_a_hub_id_is_found_before_it_is_looked_at(monkeypatch):
     """By its own setting's name where it is not; a folder is left as it is."""
     config = load_config("shapes", ["tail.path=owner/name"])
-    monkeypatch.setattr(flux_folder, "snapshot_download", lambda path, **options: str(PIPELINE))
+    monkeypatch.setattr(folders, "snapshot_download", lambda path, **options: str(PIPELINE))
     assert with_local_tail(config).tail.path == str(PIPELINE)
     assert config.tail.path == "owner/name" and with_local_tail(load_config("shapes")).tail.path is None
 
     def absent(path, **options):
         raise OSError("no network")
 
-    monkeypatch.setattr(flux_folder, "snapshot_download", absent)
+    monkeypatch.setattr(folders, "snapshot_download", absent)
     with pytest.raises(ValueError, match=r"^tail.path: owner/name is no folder here and could not be downloaded"):
         with_local_tail(config)
 
@@ -403,7 +387,7 @@ def test_a_hub_id_is_found_before_it_is_looked_at(monkeypatch):
         (["tail.weights=int8", "rollout.compile=true"], None),
         (["tail.weights=int8"], "tail.weights: int8 .* compiled: with rollout.compile$"),
         (["tail.weights=int8", "rollout.compile=true", "tail.cache=taylor_seer"], "compiled: without tail.cache$"),
-        (["rollout.compile=true", "tail.cache=first_block"], "^rollout.compile: .* because of tail.cache$"),
+        (["rollout.compile=true", "tail.cache=taylor_seer"], "^rollout.compile: .* because of tail.cache$"),
     ],
 )
 def test_what_is_slower_than_it_seems_is_said(overrides, told):
@@ -414,7 +398,9 @@ def test_what_is_slower_than_it_seems_is_said(overrides, told):
 def test_a_lora_of_another_model_is_refused(tmp_path):
     settings = Lora(rank=2, alpha=2, target_modules=["to_q"])
     name = "transformer_blocks.0.attn.to_q.lora_{}.default.weight"
-    save_lora(tmp_path, {name.format("A"): torch.zeros(2, 7), name.format("B"): torch.zeros(7, 2)}, settings)
+    save_lora(
+        tmp_path, {name.format("A"): torch.zeros(2, 7), name.format("B"): torch.zeros(7, 2)}, settings, FluxPipeline
+    )
     assert "is for another architecture (transformer_blocks.0.attn.to_q)" in refused(f"tail.lora={tmp_path}")
     save_file({"x": torch.zeros(1)}, tmp_path / "pytorch_lora_weights.safetensors")
     assert "tail.lora: " in refused(f"tail.lora={tmp_path}")

@@ -21,9 +21,9 @@ from egrpo_fast.config import CHECKPOINTS, CONFIG_FILE, RUN_FILE, Lora, load_con
 from egrpo_fast.distributed.checkpoint import INDEX, CheckpointReader, Checkpoints, Piece, _read_sealed, _write_sealed
 from egrpo_fast.models.fingerprint import identity
 from egrpo_fast.models.flux.backbone import FluxBackbone
-from egrpo_fast.models.flux.folder import meta_transformer
 from egrpo_fast.models.flux.random import make_pipeline
 from egrpo_fast.models.flux.text import FluxTextEncoder
+from egrpo_fast.models.transformer import meta_transformer
 from egrpo_fast.plan import ode_plan
 from egrpo_fast.rollout import NoiseKey, Wavefront
 from egrpo_fast.runs import export as module

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import BitsAndBytesConfig, CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 from transformers.utils import logging
 
-from egrpo_fast.config import Config
+from egrpo_fast.config import Model
 from egrpo_fast.files import fingerprint, read_bytes, read_json
 from egrpo_fast.host_to_device import to_device
 from egrpo_fast.models.weight_files import WeightFiles
@@ -283,10 +283,11 @@ class CachedText:
         return Conditioning(to_device(t5, self._device), to_device(pooled, self._device))
 
 
-def open_text(config: Config, folder: Path, device: torch.device) -> FluxTextEncoder | CachedText:
-    """A run's text encoders, of the pipeline folder, or the cache of what they gave (`prompts.embeddings`)."""
-    model = config.model
+def open_text(
+    model: Model, embeddings: str | None, folder: Path, device: torch.device
+) -> FluxTextEncoder | CachedText:  # fmt: skip
+    """The text encoders of a pipeline folder, or the cache of what they gave (`prompts.embeddings`)."""
     which = folder, model.max_sequence_length, getattr(torch, model.dtype), device, model.text_encoder_quantization
-    if config.prompts.embeddings is None:
+    if embeddings is None:
         return FluxTextEncoder.from_pretrained(*which)
-    return CachedText.open(config.prompts.embeddings, *which)
+    return CachedText.open(embeddings, *which)

@@ -19,28 +19,33 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from egrpo_fast import noise, ops
-from egrpo_fast.config import Lora, TaylorSeer
+from egrpo_fast.config import Lora, Model, TaylorSeer
 from egrpo_fast.methods.e_grpo import e_grpo
-from egrpo_fast.models.flux import folder as flux_folder
+from egrpo_fast.models import folder as folders
 from egrpo_fast.models.flux.backbone import FluxBackbone
-from egrpo_fast.models.flux.folder import check_folder, fetch_card, load_vae, meta_transformer, resolve
-from egrpo_fast.models.flux.forward import CompiledFlux, FluxCache
+from egrpo_fast.models.flux.compiled import CompiledFlux
 from egrpo_fast.models.flux.random import make_pipeline
 from egrpo_fast.models.flux.text import Conditioning, FluxTextEncoder
+from egrpo_fast.models.folder import check_folder, fetch_card, resolve
 from egrpo_fast.models.lora import save_lora
+from egrpo_fast.models.tail import TailCache
+from egrpo_fast.models.transformer import meta_transformer
+from egrpo_fast.models.vae import load_vae
 from egrpo_fast.objective import Objective, policy_mismatch
 from egrpo_fast.plan import ode_plan
+from egrpo_fast.policy import Policy
 from egrpo_fast.rollout import NoiseKey, TailVelocity, Wavefront
 from egrpo_fast.schedule import make_schedule
 from egrpo_fast.shapes import PIPELINE, PROMPTS
 
 CAPTIONS = PROMPTS["held_out"].read_text().splitlines()[:3]
 KEY = NoiseKey(5, 0, torch.arange(3))
+SMALL = Model(path=str(PIPELINE), height=32, width=32, max_sequence_length=24, dtype="float32")
 
 
 @pytest.fixture(scope="module")
 def backbone():
-    return FluxBackbone.from_pretrained(str(PIPELINE), 32, 32, max_sequence_length=24)
+    return Policy(SMALL, PIPELINE).load(torch.device("cpu")).backbone
 
 
 def sample(backbone, num_steps=16, micro_batch=None):
@@ -104,9 +109,9 @@ def test_flux_layouts_are_sampled_as_the_pipeline_samples_them(guided, scheduler
     pipeline = FluxPipeline.from_pretrained(tmp_path / "pipeline")
     if shift is None:
         shift = math.exp(calculate_shift(height * width // 256))
-    backbone = FluxBackbone.from_pretrained(
-        str(tmp_path / "pipeline"), height, width, guidance=2.0, max_sequence_length=40
-    )
+    changes = {"height": height, "width": width, "guidance": 2.0, "max_sequence_length": 40}
+    model = SMALL.model_copy(update=changes)
+    backbone = Policy(model, tmp_path / "pipeline").load(torch.device("cpu")).backbone
     prompts = CAPTIONS[:2] if height < 720 else CAPTIONS[:1]
     schedule = make_schedule(4 if height < 720 else 2, shift)
     assert_step_for_step(backbone, pipeline, prompts, schedule, guidance_scale=2.0, max_sequence_length=40)
@@ -137,6 +142,7 @@ def test_micro_batches_agree(backbone):
     assert torch.allclose(sample(backbone, 4, micro_batch=1), sample(backbone, 4), rtol=0, atol=1e-4)
 
 
+STEMS = {part: stem for part in FluxBackbone.parts if (stem := folders.weights_stem(part))}
 LORA = Lora(rank=4, alpha=16, target_modules=["to_q", "proj_out"])
 
 
@@ -202,7 +208,7 @@ def without_a_weight(part):
         pytest.param(lambda f: (f / "model_index.json").write_text('{"_class_name": "X"}'), "holds a X", id="class"),
         *(
             pytest.param(lambda f, part=part: shutil.rmtree(f / part), f"lacks {part}$", id=f"no {part}")
-            for part in flux_folder.PARTS
+            for part in FluxBackbone.parts
         ),
         pytest.param(cut("transformer"), "transformer/diff.* its header asks for", id="truncated transformer"),
         pytest.param(
@@ -223,7 +229,7 @@ def without_a_weight(part):
         ),
         pytest.param(cut("vae"), "vae could not be loaded: .*its header asks for", id="truncated VAE"),
         pytest.param(without_a_weight("vae"), "vae could not be loaded: it lacks 1 weights", id="VAE, a weight less"),
-        pytest.param(config("vae", block_out_channels=3), "cannot be read as a FLUX pipeline", id="VAE's config"),
+        pytest.param(config("vae", block_out_channels=3), "cannot be read as a FluxPipeline", id="VAE's config"),
         pytest.param(cut("text_encoder_2"), "text_encoder_2/model.safetensors.* its header asks", id="truncated T5"),
         pytest.param(config("text_encoder", model_type="bert"), "text_encoder holds a bert", id="another encoder"),
         *(
@@ -231,7 +237,7 @@ def without_a_weight(part):
                 index_outside(part), f"{part}/.*index.json names '../../elsewhere.safetensors'; a file in its own",
                 id=f"index outside of {part}",
             )
-            for part in flux_folder.STEMS
+            for part in STEMS
         ),
         *(
             pytest.param(
@@ -256,7 +262,7 @@ def test_a_damaged_folder_is_refused_by_name(damage, told, tmp_path):
     shutil.copytree(PIPELINE, folder)
     damage(folder)
     with pytest.raises(ValueError, match=f"model.path: .*{told}"):
-        FluxBackbone.from_pretrained(str(folder), 32, 32)
+        Policy(SMALL, folder).load(torch.device("cpu"))
 
 
 def test_a_tokenizer_that_gives_no_length_has_its_encoders(tmp_path, backbone):
@@ -277,9 +283,9 @@ def test_a_tokenizer_that_gives_no_length_has_its_encoders(tmp_path, backbone):
 
 def test_bad_sizes_and_paths_are_refused_before_loading(tmp_path):
     with pytest.raises(ValueError, match="model.width: 30 is not a multiple of 4"):
-        check_folder(str(PIPELINE), 32, 30)
+        check_folder(PIPELINE, 32, 30)
     with pytest.raises(ValueError, match="model.path: no folder"):
-        check_folder(str(tmp_path / "absent"), 32, 32)
+        check_folder(tmp_path / "absent", 32, 32)
 
 
 RESPONSE = SimpleNamespace(headers={}, request=None)
@@ -301,8 +307,7 @@ def test_a_hub_id_that_cannot_be_had_is_refused_by_name(error, told, monkeypatch
     def download(*_, **__):
         raise error
 
-    monkeypatch.setattr(flux_folder, "snapshot_download", download)
-    check_folder("someone/FLUX", 720, 720)  # nothing is fetched to check the settings
+    monkeypatch.setattr(folders, "snapshot_download", download)
     with pytest.raises(ValueError, match=f"model.path: .*{told.replace('ID', 'someone/FLUX')}"):
         resolve("someone/FLUX")
 
@@ -339,7 +344,7 @@ def test_a_cache_as_diffusers_leaves_it_is_enough_without_a_network(hub_cache):
         huggingface_hub.snapshot_download("someone/FLUX", allow_patterns=["model_index.json", "README.md", "LICENSE*"])
     fetch_card("someone/FLUX")  # nothing comes of it, and nothing is said
     assert resolve("someone/FLUX") == hub_cache
-    check_folder(str(resolve("someone/FLUX")), 32, 32)
+    check_folder(resolve("someone/FLUX"), 32, 32)
     shutil.rmtree(hub_cache / "transformer")
     with pytest.raises(ValueError, match="model.path: someone/FLUX is no folder here.*transformer/"):
         resolve("someone/FLUX")
@@ -348,11 +353,11 @@ def test_a_cache_as_diffusers_leaves_it_is_enough_without_a_network(hub_cache):
 
 def test_of_a_hub_id_every_file_that_is_read_is_asked_for():
     """Shards and their index too; nothing that is left out."""
-    shards = [f"{part}/{stem}-00002-of-00003.safetensors" for part, stem in flux_folder.STEMS.items()]
-    indexes = [f"{part}/{stem}.safetensors.index.json" for part, stem in flux_folder.STEMS.items()]
+    shards = [f"{part}/{stem}-00002-of-00003.safetensors" for part, stem in STEMS.items()]
+    indexes = [f"{part}/{stem}.safetensors.index.json" for part, stem in STEMS.items()]
     whole = [str(file.relative_to(PIPELINE)) for file in PIPELINE.rglob("*") if file.is_file()]
     wanted = [*whole, *shards, *indexes, "tokenizer_2/spiece.model"]
-    asked = filter_repo_objects(wanted + LEFT_OUT, allow_patterns=flux_folder.hub_files())
+    asked = filter_repo_objects(wanted + LEFT_OUT, allow_patterns=folders.hub_files(FluxBackbone.parts))
     assert sorted(asked) == sorted(wanted)
 
 
@@ -366,7 +371,7 @@ def adapters(lora=LORA, seed=0):
 def test_a_lora_file_is_taken_up_where_it_was_left(tmp_path):
     """With alpha as the rank: the scale is in B since it was written."""
     saved = adapters()
-    save_lora(tmp_path, saved, LORA)
+    save_lora(tmp_path, saved, LORA, FluxPipeline)
     transformer, weights = meta_transformer(PIPELINE, Lora(path=str(tmp_path)))
     trained = {name for name, value in transformer.named_parameters() if value.requires_grad}
     assert trained == saved.keys() and weights.lora.rank == weights.lora.alpha == 4
@@ -429,7 +434,7 @@ def test_a_wavefront_never_waits_for_its_device(backbone, monkeypatch):
     made = Wavefront(plan, 2, meta.latent_shape, chosen, "meta", micro_batch=5)
     key = NoiseKey(5, 0, torch.empty(2, dtype=torch.int64, device="meta"))
     other, _ = meta_transformer(PIPELINE)
-    cache = FluxCache(TaylorSeer(name="taylor_seer"), other, torch.float32)
+    cache = TailCache(TaylorSeer(name="taylor_seer"), other, FluxBackbone.blocks(other), torch.float32)
     policy, tail = (
         lambda x, t, rows, module=module: meta.velocity(module, x, t, conditioning, rows)
         for module in (transformer, other)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from egrpo_fast.config import load_config
-from egrpo_fast.models.flux.forward import use_arithmetic
+from egrpo_fast.models.attention import use_arithmetic
 
 
 @pytest.mark.parametrize(("attention", "cudnn"), [("native", False), ("efficient", False), ("cudnn", True)])

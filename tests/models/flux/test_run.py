@@ -20,8 +20,8 @@ from egrpo_fast.commands.encode import encode
 from egrpo_fast.config import CHECKPOINTS, CONFIG_FILE, load_config
 from egrpo_fast.distributed.checkpoint import CheckpointReader, problems
 from egrpo_fast.distributed.world import free_port
-from egrpo_fast.models.flux.folder import meta_transformer
 from egrpo_fast.models.flux.random import make_pipeline
+from egrpo_fast.models.transformer import meta_transformer
 from egrpo_fast.runs.export import export, find_checkpoint
 
 ROOT = Path(__file__).parents[3]

@@ -1,0 +1,47 @@
+"""Who computes a transformer's attention, by diffusers' dispatcher, and what float32 products may round to."""
+
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, _check_attention_backend_requirements
+
+from egrpo_fast.config import Model
+
+ATTENTION = {"cudnn": "_native_cudnn", "efficient": "_native_efficient", "flash_3_hub": "_flash_3_hub"}
+"""Names of `model.attention` that diffusers spells otherwise."""
+
+
+def check_attention(name: str) -> None:
+    """ValueError where that `model.attention` cannot run here, by what is installed."""
+    if name == "native":
+        return
+    try:
+        _check_attention_backend_requirements(AttentionBackendName(ATTENTION.get(name, name)))
+    except RuntimeError as error:
+        raise ValueError(f"model.attention: {name} is not installed: {' '.join(str(error).split())}") from None
+    if not torch.cuda.is_available():
+        raise ValueError(f"model.attention: {name} needs a CUDA device; allowed here: native")
+
+
+def use_arithmetic(model: Model) -> None:
+    """For this process: what float32 products may round to (`model.tf32`), and whether attention may be cuDNN's.
+
+    That is so only where it is asked for. PyTorch would choose it by itself on an H100. There cuDNN 9.19 gave NaN
+    gradients and illegal memory accesses, in bfloat16 with heads of 24; memory-efficient attention gave neither.
+    """
+    torch.set_float32_matmul_precision("high" if model.tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = model.tf32
+    torch.backends.cuda.enable_cudnn_sdp(model.attention == "cudnn")
+
+
+def use_attention(transformer: Any, name: str) -> None:
+    """Have every attention layer computed by that `model.attention`."""
+    if name != "native":
+        transformer.set_attention_backend(ATTENTION.get(name, name))
+
+
+def use_same_attention(transformer: Any, as_in: Any) -> None:
+    """Have every attention layer of one computed as those of another are."""
+    (chosen,) = {processor._attention_backend for processor in as_in.attn_processors.values()}
+    for processor in transformer.attn_processors.values():
+        processor._attention_backend = chosen

@@ -1,0 +1,103 @@
+"""What a model family gives: one `Backbone` in a folder of its own under `models/`. No other code knows a family."""
+
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from egrpo_fast.config import Model
+
+
+class Backbone(ABC):
+    """A diffusers pipeline taken apart into what training needs: text in, velocity, images out.
+
+    The class says what can be known of a folder before any weight is read. An instance holds the transformer, and has
+    the text encoders and the image decoder loaded, whole, frozen and on the device. A subclass is registered when it
+    is defined, under the name of its `pipeline`.
+    """
+
+    pipeline: ClassVar[Any]
+    """diffusers' class. `model_index.json` names it, and it reads and writes LoRA files."""
+    transformer_class: ClassVar[Any]
+    """diffusers' class of what is trained. Its config and its weights are in the folder `transformer`."""
+    parts: ClassVar[tuple[str, ...]]
+    """All folders of a pipeline. An export copies all but `transformer`."""
+
+    transformer: Any
+    latent_shape: tuple[int, int]
+    """(tokens, channels) of one image's latents."""
+    decode_batch: int
+    """Most images that `decode` takes at a time."""
+
+    def __init_subclass__(cls) -> None:
+        BACKBONES[cls.pipeline.__name__] = cls
+
+    @classmethod
+    @abstractmethod
+    def check(cls, folder: Path, height: int, width: int) -> None:
+        """ValueError where a part of a folder, or the image size, does not fit. The transformer is checked elsewhere.
+
+        OSError, KeyError, TypeError: a config cannot be read.
+        """
+
+    @classmethod
+    @abstractmethod
+    def fingerprints(cls, folder: Path) -> dict[str, str]:
+        """Of every frozen part that shapes an image, by what people call it. ValueError names what is missing."""
+
+    @classmethod
+    @abstractmethod
+    def blocks(cls, transformer: Any) -> list[nn.Module]:
+        """The transformer's blocks in order: what a cache may skip. Each takes `hidden_states` [rows, ...] by name."""
+
+    @classmethod
+    @abstractmethod
+    def compiled(cls, transformer: Any) -> nn.Module:
+        """One of the same parameters on the meta device, with compiled blocks, for forwards without gradient."""
+
+    @classmethod
+    @abstractmethod
+    def load(
+        cls, transformer: Any, folder: Path, model: Model, device: torch.device, embeddings: str | None = None
+    ) -> "Backbone":
+        """Load all parts but the transformer, frozen. embeddings: a folder that stands for the text encoders."""
+
+    @abstractmethod
+    def check_prompts(self, prompts: Sequence[str], field: str, tell: bool = True) -> None:
+        """ValueError, which begins with `field`, where prompts cannot be encoded. tell: print which will be cut."""
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[str]) -> Any:
+        """What the transformer reads of these prompts. Nothing else looks into it."""
+
+    @abstractmethod
+    def velocity(self, module: nn.Module, latents: Tensor, t: float, conditioning: Any, rows: Tensor) -> Tensor:
+        """The model's velocity `v = x_1 - x_0` at time t in [0, 1], [R, L, C] in the model's dtype.
+
+        module: the transformer, or what stands in for it. latents [R, L, C]. rows int64 [R]: each row's prompt.
+        """
+
+    @abstractmethod
+    def use_tiny_decoder(self, folder: str) -> None:
+        """Have `decode` with `tiny` use the small decoder in a folder. ValueError."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor, tiny: bool = False) -> Tensor:
+        """Images [B, 3, H, W], float32 in [0, 1], of latents [B, L, C]. tiny: by the small decoder, if there is one."""
+
+
+BACKBONES: dict[str, type[Backbone]] = {}
+"""Every family by the name of its pipeline class."""
+
+
+def families() -> dict[str, type[Backbone]]:
+    """BACKBONES, with every family that has a folder here."""
+    for found in pkgutil.iter_modules([str(Path(__file__).parent)], f"{__package__}."):
+        if found.ispkg:
+            import_module(f"{found.name}.backbone")
+    return BACKBONES
