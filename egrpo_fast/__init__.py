@@ -1,6 +1,6 @@
 """E-GRPO for flow models: entropy-guided group relative policy optimisation, fast and exact (arXiv 2601.00423).
 
-from egrpo_fast import Trainer, load_config, ops
+    from egrpo_fast import Trainer, load_config, ops
 """
 
 from importlib import import_module

@@ -75,9 +75,7 @@ class TrainingLoop:
         steps = len(plan_of(config, 0).groups) if config.objective.optimizer_step == "active_step" else 1
         self.engine = Engine(policy.transformer, config, config.iterations * steps, policy.compiled)
         self.objective = Objective.of(config, ops.choose(config.rollout.backend, world.device))
-        self.sampler = Sampler(
-            config, world, self.progress, self.engine, policy, rewards, self.objective
-        )  # fmt: skip
+        self.sampler = Sampler(config, world, self.progress, self.engine, policy, rewards, self.objective)
         self.guard = Guard(config.guards)
         self.checkpoints = Checkpoints(
             config.output_dir / CHECKPOINTS,

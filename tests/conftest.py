@@ -32,7 +32,6 @@ def unprivileged():
 
     return within
 
-
 LONG = ("test_train.py", "test_engine.py", "test_run.py", "test_cost.py")
 """Files of minutes. They come first, so that no process is left alone with one at the end."""
 

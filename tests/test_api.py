@@ -10,7 +10,7 @@ import pytest
 from egrpo_fast import Result, Trainer, load_config
 from egrpo_fast.config import ConfigError
 
-PROGRAM = """
+PROGRAM = '''
 import json, sys
 from pathlib import Path
 import torch
@@ -57,7 +57,7 @@ print("TOLD", json.dumps({
     "histories": [one.history, two.history, three.history], "before": one.before, "after": one.after,
     "files": [(one.pipeline / "model_index.json").is_file(), (one.folder / "before_after.png").is_file()],
 }))
-"""
+'''
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ from egrpo_fast.commands.page import Shown, Table, write_page
 from egrpo_fast.config import CONFIG_FILE, Reward, load_config
 from egrpo_fast.config import Model as ModelConfig
 from egrpo_fast.config.recipe_files import read_yaml
-from egrpo_fast.files import expanded, fingerprint, read_json, read_text
+from egrpo_fast.files import expanded, fingerprint, is_hub_id, read_json, read_text
 from egrpo_fast.models.fingerprint import TRAINED, base_of, check_base, differing, identity
 from egrpo_fast.models.folder import INDEX as WHOLE
 from egrpo_fast.models.folder import resolve
@@ -323,6 +323,17 @@ def _progress(what: str, total: int, todo: int) -> "tqdm[Any]":
     return tqdm(total=total, initial=total - todo, desc=what, unit=" pictures", disable=not todo, dynamic_ncols=True)
 
 
+def _opened(models: Sequence[Model], settings: Settings, batch: int) -> dict[str, Policy]:
+    """By label. ValueError names the model that cannot be used."""
+    found = {}
+    for model in models:
+        try:
+            found[model.label] = model.open(settings, batch)
+        except ValueError as error:
+            raise ValueError(f"{model.label}: {error}") from None
+    return found
+
+
 def draw(
     folder: Folder,
     model: Model,
@@ -541,16 +552,13 @@ def evaluate(
     """
     device = torch.device(device)
     batch = batch or (64 if models[0].is_shapes else 4)
-    policies: dict[str, Policy] = {}
-    for model in models:
-        try:
-            policies[model.label] = model.open(settings, batch)
-        except ValueError as error:
-            raise ValueError(f"{model.label}: {error}") from None
+    hub = [model for model in models if is_hub_id(model.path)]  # downloaded only once all else is known to be right
+    policies = _opened([model for model in models if model not in hub], settings, batch)
     for reward in rewards:
         check_reward(reward.name, reward.options, settings.prompts, settings.height, settings.width)
     if len({reward.name for reward in rewards}) < len(rewards) or not rewards:
         raise ValueError("rewards: at least one, each once")
+    policies |= _opened(hub, settings, batch)
     folder = Folder(out)
     folder.open(settings, models, rewards)
     for told in doubts(models):

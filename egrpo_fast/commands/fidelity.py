@@ -294,15 +294,16 @@ def fidelity(
             if one.model_copy(update={"tail": config.tail}) != config:
                 raise ValueError(f"tails: {settings!r} changes more than tail.*")
         model = config.model
+        lines = read_split(config.prompts.train, "train", config.prompts.column)
+        for reward in filter(attrgetter("weight"), config.rewards):
+            check_reward(reward.name, reward.options, lines, model.height, model.width)
+        # Last: a hub id is downloaded for it.
         folder = resolve(pipeline_path(model.path))
         policy = Policy.of(config, folder)
         for one in configs:
             policy.use_tail(with_local_tail(one).tail)
-        lines = read_split(config.prompts.train, "train", config.prompts.column)
         if reader:
             check_base(run, folder)
-        for reward in filter(attrgetter("weight"), config.rewards):
-            check_reward(reward.name, reward.options, lines, model.height, model.width)
         order = PromptOrder(lines, config.seed, config.prompts.shuffle)
         sampler = _Sampler(config, policy, reader, lines[0], torch.device(device))
     search = _Search(recipe, overrides, sampler, order, num_prompts)

@@ -41,8 +41,6 @@ class FusedWeights:
     A weight and its adapters are added in float32 and rounded to the dtype of the file, as `egrpo export --fuse` does.
     """
 
-    lora = None
-
     def __init__(self, weights: TransformerWeights, adapters: Mapping[str, Adapter]) -> None:
         self.files, self._weights, self._adapters = weights.files, weights, adapters
 
