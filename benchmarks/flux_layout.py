@@ -146,10 +146,8 @@ def draw_by_diffusers(config, exported):
     else:
         pipeline = FluxPipeline.from_pretrained(exported, torch_dtype=dtype)
     pipeline.set_progress_bar_config(disable=True)
-    text = FluxTextEncoder.from_pretrained(model.path if model.lora else exported, model.max_sequence_length, dtype)
-    backbone = FluxBackbone(
-        pipeline.transformer.eval(), pipeline.vae, text, model.height, model.width, model.guidance, model.decode_batch
-    )
+    text = FluxTextEncoder(Path(model.path if model.lora else exported), model)
+    backbone = FluxBackbone(pipeline.transformer.eval(), pipeline.vae, text, model)
     steps = config.evaluation.num_steps
     plan = ode_plan(make_schedule(steps, config.schedule.shift))
     wavefront = Wavefront(plan, 1, backbone.latent_shape, ops.choose("reference"), model_dtype=dtype)

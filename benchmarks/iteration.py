@@ -39,17 +39,18 @@ from peft import LoraConfig
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from egrpo_fast import noise
-from egrpo_fast.commands.cost import Transformer
 from egrpo_fast.config import Model, load_config
 from egrpo_fast.distributed.heartbeat import Heartbeat
 from egrpo_fast.distributed.world import World
+from egrpo_fast.files import read_json
 from egrpo_fast.kernels.reference.group_advantage_clip_loss import group_advantage_ref
 from egrpo_fast.kernels.reference.philox import philox_normal
 from egrpo_fast.models.attention import use_arithmetic, use_attention
 from egrpo_fast.models.flux.backbone import FluxBackbone
 from egrpo_fast.models.flux.compiled import CompiledFlux
 from egrpo_fast.models.flux.random import make_pipeline
-from egrpo_fast.models.flux.text import Conditioning
+from egrpo_fast.models.folder import configs_of
+from egrpo_fast.models.sizes import Sizes
 from egrpo_fast.policy import Policy
 from egrpo_fast.prompts.order import Prompt
 from egrpo_fast.rewards import make_reward
@@ -58,6 +59,7 @@ from egrpo_fast.shapes import PIPELINE, PROMPTS
 from egrpo_fast.trainer import TrainingLoop
 
 RESULTS = Path(__file__).parent / "results"
+FLUX_DEV = "black-forest-labs/FLUX.1-dev"
 PHASES = ("rollout", "decode", "rewards", "update")
 SAME = ("optimizer.lr=1e-12", "optimizer.weight_decay=0", "deepspeed.zero_stage=1", "evaluation.num_prompts=1")
 """The weights stay as they are, so that every variant and round does the same."""
@@ -72,7 +74,7 @@ class RandomText:
         self.t5, self.pooled = torch.randn(1, 512, 4096, **options), torch.randn(1, 768, **options)
 
     def encode(self, prompts):
-        return Conditioning(self.t5.expand(len(prompts), -1, -1), self.pooled.expand(len(prompts), -1))
+        return {"t5": self.t5.expand(len(prompts), -1, -1), "pooled": self.pooled.expand(len(prompts), -1)}
 
 
 class RandomScore:
@@ -94,14 +96,6 @@ class RandomScore:
 SMALL = Model(path=str(PIPELINE), height=32, width=32, max_sequence_length=24, dtype="float32")
 
 
-class Loaded(Policy):
-    """A policy around a backbone that is there already, whose weights may come from no folder."""
-
-    def __init__(self, backbone, model):
-        self.model, self.backbone, self.transformer = model, backbone, backbone.transformer
-        self.compiled = self.tail = None
-
-
 def shapes(device, folder):
     backbone = Policy(SMALL, PIPELINE).load(device).backbone
     return backbone, make_reward("shapes_soft", {}), ["model.path=shapes"]
@@ -119,23 +113,22 @@ def flux_30m(device, folder):
 def flux(device, folder):
     if device.type != "cuda" or torch.cuda.get_device_properties(device).total_memory < 40 * 2**30:
         raise SystemExit("error: --model flux needs a GPU of at least 40 GiB")
+    settings = ["model.dtype=bfloat16", "model.decode_batch=4", "model.height=720", "model.width=720", "model.lora={}"]
     lora = load_config("flux-dev-lora-8x24gb").model.lora
+    configs = configs_of(FLUX_DEV)
     torch.set_default_dtype(torch.bfloat16)
     with device:
-        transformer = FluxTransformer2DModel(guidance_embeds=True).requires_grad_(False)
-        blocks = (128, 256, 512, 512)
-        vae = AutoencoderKL(
-            block_out_channels=blocks, down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, latent_channels=16, sample_size=1024,
-            scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False,
-        )  # fmt: skip
+        transformer, vae = (
+            kind.from_config(read_json(configs / part / "config.json")).requires_grad_(False)
+            for kind, part in ((FluxTransformer2DModel, "transformer"), (AutoencoderKL, "vae"))
+        )
         transformer.add_adapter(
             LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.target_modules, init_lora_weights=False)
         )
     torch.set_default_dtype(torch.float32)
     transformer.enable_gradient_checkpointing()
-    backbone = FluxBackbone(transformer, vae, RandomText(device), 720, 720, 3.5, 4)
-    settings = ["model.dtype=bfloat16", "model.decode_batch=4", "model.height=720", "model.width=720", "model.lora={}"]
+    model = load_config("shapes", settings).model
+    backbone = FluxBackbone(transformer, vae, RandomText(device), model)
     return backbone, RandomScore(device), [*settings, "rollout.micro_batch=auto"]
 
 
@@ -428,7 +421,7 @@ def main():
         use_attention(backbone.transformer, config.model.attention)
         names = {reward.name: None for reward in config.rewards}
         lines = PROMPTS["held_out"].read_text().splitlines()
-        policy = Loaded(backbone, config.model)
+        policy = Policy.around(backbone, config.model)
         trainer = TrainingLoop(config, world, heart, policy, names, SimpleNamespace(signal=0), lines, lines)
         meter, prompt = Meter(trainer, reward), Prompt(0, lines[0])
         if arguments.profile:
@@ -453,8 +446,10 @@ def main():
             print(memory.mebibytes)
             return
         dtype = torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
-        text = backbone.encode([prompt.text]).t5.shape[1]
-        flops = Transformer(dict(backbone.transformer.config)).flops(backbone.latent_shape[0], text)["total"]
+        text = backbone.encode([prompt.text])["t5"].shape[1]
+        path = {"shapes": "shapes", "flux": FLUX_DEV}.get(arguments.model, f"{folder}/model")
+        sizes = Sizes(config.model.model_copy(update={"path": path, "max_sequence_length": text}))
+        flops = sizes.evaluation_flops[0]
         peak = matmul_peak(meter, dtype)
         told = measure(trainer, meter, variants, arguments.rounds, flops, peak, not arguments.together)
     cuda = world.device.type == "cuda"

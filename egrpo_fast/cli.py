@@ -1,6 +1,6 @@
 """The `egrpo` command: train, and what is beside training.
 
-What takes seconds to import is imported where it is used: help, settings and plans come at once.
+What takes seconds to import is imported where it is used: help and settings come at once.
 """
 
 import argparse
@@ -15,7 +15,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from egrpo_fast import __version__
-from egrpo_fast.commands import cost, launch
+from egrpo_fast.commands import launch
+from egrpo_fast.commands.cluster import GPUS, Cluster, default_gpus, parse_gpu
 from egrpo_fast.commands.plan import describe, print_plan
 from egrpo_fast.config import ConfigError, Reward
 from egrpo_fast.config.recipe_files import read_yaml, recipe_names
@@ -42,13 +43,15 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
+    from egrpo_fast.commands import cost
+
     config = launch.load_checked(arguments.recipe, arguments.overrides)
     if arguments.plot and (arguments.plot.suffix != ".png" or not arguments.plot.resolve().parent.is_dir()):
         raise ValueError(f"--plot: {arguments.plot} is not the name of a .png file in a folder that exists")
     description = describe(config)
-    gpus = arguments.gpus or cost.default_gpus(config)
-    name, gpu = cost.parse_gpu(arguments.gpu)
-    cluster = cost.Cluster(gpus, arguments.nodes, name, arguments.utilisation, arguments.network * 1e9, gpu)
+    gpus = arguments.gpus or default_gpus(config)
+    name, gpu = parse_gpu(arguments.gpu)
+    cluster = Cluster(gpus, arguments.nodes, name, arguments.utilisation, arguments.network * 1e9, gpu)
     description["cost"] = cost.describe(config, cluster)
     if arguments.json:
         print(json.dumps(description, indent=2))
@@ -240,7 +243,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     add("--gpus", type=_number(1, 65536), metavar="N", help="in all (as many, up to 8, as share the prompts evenly)")
     add("--nodes", type=_number(1, 65536), default=1, metavar="M", help="machines they are in (%(default)s)")
     add("--gpu", default="H100", metavar="NAME",
-        help=f"{', '.join(cost.GPUS)}, or one of your own by its numbers, as in 'L40S={{memory: 44, tflops: 362, "
+        help=f"{', '.join(GPUS)}, or one of your own by its numbers, as in 'L40S={{memory: 44, tflops: 362, "
         "bandwidth: 864, link: 32}' (GiB, dense bfloat16, GB/s, GB/s to the next GPU) (%(default)s)")  # fmt: skip
     add("--utilisation", type=_number(0.01, 1, float), default=0.4, metavar="SHARE",
         help="of the GPU's peak FLOP/s; an assumption (%(default)s)")  # fmt: skip
@@ -261,19 +264,20 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     add("--column", default="prompt", metavar="NAME", help="field or column that holds the prompt (%(default)s)")
     add("--num-prompts", type=_number(1), metavar="N", help="only the first N of them")
     add("--rewards", nargs="+", action="extend", metavar="NAME[={...}]",
-        help="with options as YAML; none given: the run's own and, for FLUX, the paper's four")  # fmt: skip
+        help="with options as YAML; none given: the run's own and, but for Shapes, the paper's four")  # fmt: skip
     add("--trust-run", action="store_true", help=TRUST)
     add("--out", type=_path, default=Path("runs/evaluation"), metavar="DIR",
         help="continued where it already holds this evaluation (%(default)s)")  # fmt: skip
-    protocol = evaluate.add_argument_group("how pictures are made", "FLUX's default; a Shapes model has its own")
+    about = "the defaults are for large models; a Shapes model has its own"
+    protocol = evaluate.add_argument_group("how pictures are made", about)
     add = protocol.add_argument
     add("--height", type=_number(1, 8192), metavar="PIXELS", help="(1024)")
     add("--width", type=_number(1, 8192), metavar="PIXELS", help="(1024)")
     add("--num-steps", type=_number(2, 1000), metavar="N", help="ODE steps (50)")
     add("--guidance", type=_number(0, 1000, float), metavar="SCALE", help="for models that embed it (3.5)")
     add("--shift", type=_number(0.01, 100, float), metavar="S",
-        help="time shift (3, as in training; not the size-dependent one of FLUX.1-dev's scheduler)")  # fmt: skip
-    add("--max-sequence-length", type=_number(1, 512), metavar="N", help="tokens of the T5 prompt (512)")
+        help="time shift (3, as in training; not the size-dependent one of a model's scheduler)")  # fmt: skip
+    add("--max-sequence-length", type=_number(1, 512), metavar="N", help="tokens of the prompt (512)")
     add("--dtype", choices=("float32", "bfloat16"), help="(bfloat16)")
     add("--seed", type=_number(0), metavar="N", help="of the noise (0)")
     work = evaluate.add_argument_group("how the work is done", "changes no score beyond rounding")
@@ -289,7 +293,8 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     add = encode.add_argument
     add("prompts", nargs="+", type=_name, metavar="PROMPTS", help="of any kind that `prompts.train` takes, or `shapes`")
     add("out", type=_path, metavar="OUT", help="folder of the embeddings")
-    add("--model", required=True, type=_name, metavar="PATH", help="a FLUX pipeline's folder or hub id, or `shapes`")
+    add("--model", required=True, type=_name, metavar="PATH",
+        help="a diffusers pipeline's folder or hub id, or `shapes`")  # fmt: skip
     add("--max-sequence-length", type=_number(1, 512), metavar="N", help="tokens of the T5 prompt (512; shapes 24)")
     add("--dtype", choices=("float32", "bfloat16"), help="as `model.dtype` of the run (bfloat16; shapes float32)")
     add("--quantization", choices=("none", "int8", "nf4"), default="none",
@@ -299,7 +304,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     add("--device", help="(cuda where there is one, else cpu)")
     add("--verify", action="store_true", help="read all that is there already; what is damaged is made again")
 
-    about = "write a run's checkpoint as a FLUX pipeline folder, or LoRA file, that diffusers loads; no GPU is needed"
+    about = "write a run's checkpoint as a pipeline folder, or LoRA file, that diffusers loads; no GPU is needed"
     export = commands.add_parser("export", help=about, description=about)
     export.set_defaults(run=_export)
     add = export.add_argument

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from egrpo_fast.models.attention import check_attention, use_arithmetic, use_att
 from egrpo_fast.models.folder import check_folder
 from egrpo_fast.models.protocol import Backbone
 from egrpo_fast.models.tail import TailModel, check_tail
+from egrpo_fast.models.text import Conditioning
 from egrpo_fast.models.transformer import fill_whole, meta_transformer, with_adapters
 from egrpo_fast.rollout import TailVelocity, Velocity
 
@@ -31,6 +31,10 @@ class Policy:
     """
 
     backbone: Backbone
+    compiled: nn.Module | None = None
+    tail: TailModel | None = None
+    before_call: Callable[[float], None] = staticmethod(lambda t: None)
+    _tiny_decoder: str | None = None
 
     def __init__(
         self, model: Model, folder: Path, *, embeddings: str | None = None, compiled: bool = False, seed: int = 0,
@@ -46,9 +50,13 @@ class Policy:
         self._weights = with_adapters(weights, self.transformer, folder, fuse, "models") if fuse else weights
         use_attention(self.transformer, model.attention)
         self.compiled = self._family.compiled(self.transformer) if compiled else None
-        self.tail: TailModel | None = None
-        self._tiny_decoder: str | None = None
-        self.before_call: Callable[[float], None] = lambda t: None
+
+    @classmethod
+    def around(cls, backbone: Backbone, model: Model) -> "Policy":
+        """One of parts that are loaded already."""
+        made = cls.__new__(cls)
+        made.model, made.backbone, made.transformer = model, backbone, backbone.transformer
+        return made
 
     @classmethod
     def of(cls, config: Config, folder: Path) -> "Policy":
@@ -107,11 +115,11 @@ class Policy:
         if self._tiny_decoder:
             self.backbone.use_tiny_decoder(self._tiny_decoder)
 
-    def encode(self, prompts: Sequence[str]) -> Any:
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
         """What the model reads of these prompts: their conditioning."""
         return self.backbone.encode(prompts)
 
-    def velocity(self, conditioning: Any, module: nn.Module | None = None) -> Velocity:
+    def velocity(self, conditioning: Conditioning, module: nn.Module | None = None) -> Velocity:
         """The policy's velocity for the prompts of `conditioning`, computed by `module`, or else the transformer."""
         module = self.transformer if module is None else module
 
@@ -121,7 +129,7 @@ class Policy:
 
         return velocity
 
-    def tail_velocity(self, conditioning: Any) -> TailVelocity | None:
+    def tail_velocity(self, conditioning: Conditioning) -> TailVelocity | None:
         """The velocity of the tail's model for the prompts of `conditioning`; None: the policy's own."""
         if (tail := self.tail) is None:
             return None

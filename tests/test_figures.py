@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from egrpo_fast.commands import cost
+from egrpo_fast.commands.cluster import GIB, GPUS, Cluster
 from egrpo_fast.config import load_config, plan_of
 
 ROOT = Path(__file__).parents[1]
@@ -75,7 +76,7 @@ DEFINITIONS = {
     "README.md": ["| to | read |"],
     "docs/commands.md": ["| command |"],
     "docs/architecture.md": ["| file | what it is for", "| folder | what is in it", "| to find | look in"],
-    "docs/cost.md": ["| | formula |", "| part | bytes", "| | against | bound |"],
+    "docs/cost.md": ["| | counted |", "| part | bytes", "| | against | bound |"],
     "docs/evaluation.md": ["| file | what |", "| option of"],
     "docs/extension.md": ["| file | what it is |"],
     "docs/faults.md": ["| fault | what happens", "| what happened |", "| what | fingerprint |"],
@@ -154,30 +155,26 @@ def test_the_recipes_estimates():
     for name, (memory, seconds, prompts) in shown.items():
         recipe, nodes, gpus, kind = re.fullmatch(r"`([\w-]+)` on (?:(\d+) x )?(\w+) (\w+)", name).groups()
         config, nodes, gpus = load_config(recipe), int(nodes or 1), 1 if gpus == "one" else int(gpus)
-        told = cost.describe(config, cost.Cluster(gpus * nodes, nodes, kind))
-        peak, limit = told["memory"]["peak"] / cost.GIB, cost.GPUS[kind].memory / cost.GIB
+        told = cost.describe(config, Cluster(gpus * nodes, nodes, kind))
+        peak, limit = told["memory"]["peak"] / GIB, GPUS[kind].memory / GIB
         assert memory == f"{peak:.1f} of {limit:.1f}" and brief[recipe] == f"{peak:.1f} GiB"
         assert seconds == f"{told['seconds']['total']:.0f}" and prompts == str(config.prompts.per_iteration)
 
 
 def test_the_gpus():
     rows = table("docs/cost.md", "| `--gpu` |")
-    assert [row[0].split()[0] for row in rows] == list(cost.GPUS)
-    for row, gpu in zip(rows, cost.GPUS.values()):
-        given = [gpu.flops / 1e12, gpu.memory / cost.GIB, gpu.bandwidth / 1e12, gpu.link / 1e9]
+    assert [row[0].split()[0] for row in rows] == list(GPUS)
+    for row, gpu in zip(rows, GPUS.values()):
+        given = [gpu.flops / 1e12, gpu.memory / GIB, gpu.bandwidth / 1e12, gpu.link / 1e9]
         assert [float(cell) for cell in row[1:]] == pytest.approx(given, rel=1e-6)
 
 
 def test_flux_in_numbers():
-    told = cost.describe(load_config("flux-dev"), cost.Cluster(8, 1, "H100"))
+    told = cost.describe(load_config("flux-dev"), Cluster(8, 1, "H100"))
     parameters, flops = told["parameters"], told["flops_per_prompt"]
     page = text("docs/cost.md")
-    assert f"FLUX.1-dev has {parameters['total']:,}: {parameters['per_token'] / 1e9:.2f} billion in the blocks'" in page
-    assert (
-        f"a token meets {parameters['met_by_one_token'] / 1e9:.2f}, {parameters['modulation'] / 1e9:.2f} billion"
-        in page
-    )
-    assert told["tokens"] == {"image": 45 * 45, "text": 512} and "720x720 with 512 text tokens" in page
+    assert f"FLUX.1-dev has {parameters['total']:,} parameters" in page
+    assert told["latent_shape"] == (45 * 45, 64) and "720x720 with 512 text tokens" in page
     assert f"is {flops['evaluation'] / 1e12:.1f} TFLOP, {flops['attention'] / 1e12:.1f} of them attention" in page
     iteration = sum(flops[part] for part in ("rollout", "update", "decode"))
     assert f"iteration {iteration / 1e15:.1f} PFLOP, {flops['rollout'] / iteration:.0%} of them rollout" in page
@@ -351,7 +348,7 @@ def test_an_iteration_on_an_h100():
     apart = compiled["seconds"]["update"] - exact["seconds"]["update"]
     assert f"differs by {apart:.1f} seconds" in page
     rates = [told["flops_per_evaluation"] * row["evaluations"] / row["seconds"]["rollout"] for row in (exact, compiled)]
-    shares = [f"{rate / 1e12:.0f} TFLOP/s, {rate / cost.GPUS['H100'].flops:.0%}" for rate in rates]
+    shares = [f"{rate / 1e12:.0f} TFLOP/s, {rate / GPUS['H100'].flops:.0%}" for rate in rates]
     for told in (f"ran at {shares[0]} of the data sheet's", f"at {shares[1]}, with `rollout.compile`"):
         assert told in text("docs/cost.md")
     milliseconds = dict(
@@ -433,3 +430,5 @@ def test_counts():
     assert told in text("docs/tails.md")
     lines = len((ROOT / "tests" / "methods" / "toy_method.py").read_text().splitlines())
     assert all(f"in {lines} lines" in text(page) for page in ("docs/methods.md", "docs/extending.md"))
+    lines = len((ROOT / "tests" / "models" / "toy_family.py").read_text().splitlines())
+    assert f"a whole one of {lines} lines" in text("docs/extending.md")

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from egrpo_fast.config import CONFIG_FILE, RUN_FILE, ConfigError, load_config
 from egrpo_fast.distributed.checkpoint import Checkpoints
-from egrpo_fast.models.flux.text import FluxTextEncoder, tell_truncated
+from egrpo_fast.models.flux.text import FluxTextEncoder
+from egrpo_fast.models.text import tell_truncated
 from egrpo_fast.runs.folder import check_output, claim_output, identify, keep_inputs, record
 from egrpo_fast.shapes import PIPELINE
 from egrpo_fast.train import check_inputs, open_rewards
@@ -474,7 +475,7 @@ def test_a_run_resumes_with_what_it_began_with(uninterrupted, tmp_path):
 
 
 def test_prompts_that_are_cut_are_told(capsys):
-    text = FluxTextEncoder.from_pretrained(PIPELINE, 24)
+    text = FluxTextEncoder(PIPELINE, load_config("shapes").model)
     tell_truncated(text, ["a red circle", "a red circle " * 20], "prompts.train")
     told = capsys.readouterr().out
     assert "prompts.train: 1 prompts are longer than T5's 24 tokens, and are cut\n  T5 sees 24 of" in told

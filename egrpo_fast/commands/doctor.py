@@ -35,8 +35,8 @@ from egrpo_fast.terminal import printable
 
 OK, WARNING, FAILED = "ok", "warning", "FAILED"
 GIB = 2**30
-FLUX_CACHE_GIB, FLUX_EXPORT_GIB = 40, 30
-"""What FLUX.1-dev takes: its download, and one pipeline written in bfloat16."""
+CACHE_GIB, EXPORT_GIB = 40, 30
+"""What a model of 12 billion parameters takes: its download, and one pipeline written in bfloat16."""
 CHILD_SECONDS = 300.0
 """After which a child process of the self test counts as hung."""
 
@@ -160,7 +160,7 @@ def devices() -> Iterator[Finding]:
             old = (gpu.major, gpu.minor) < (8, 0)
             yield judged("devices", f"gpu {index}", old, told, "kernels and bfloat16 need 8.0 or later (A100)")
     else:
-        remedy = "the embedded recipe runs on the CPU, FLUX needs a GPU"
+        remedy = "the embedded recipe runs on the CPU, large models need a GPU"
         if driver and not torch.version.cuda:
             remedy = "install a CUDA build of torch (pytorch.org), then build the extension again"
         elif driver:
@@ -246,14 +246,14 @@ def storage(output_dir: Path) -> Iterator[Finding]:
     from huggingface_hub import constants, get_token
 
     for name, folder, needed in (
-        ("output folder", output_dir, FLUX_EXPORT_GIB),
-        ("hub cache", Path(constants.HF_HUB_CACHE), FLUX_CACHE_GIB),
+        ("output folder", output_dir, EXPORT_GIB),
+        ("hub cache", Path(constants.HF_HUB_CACHE), CACHE_GIB),
     ):
         there = _existing(folder)
         free = shutil.disk_usage(there).free / GIB
-        remedy = f"FLUX.1-dev takes about {needed} GiB here; the embedded recipe 1"
+        remedy = f"a model of 12 billion parameters takes about {needed} GiB here; the embedded recipe 1"
         yield judged("storage", name, free < needed, f"{folder}, {free:.1f} GiB free", remedy)
-    told = "there is one" if get_token() else "none; gated models (FLUX.1-dev) need one: hf auth login"
+    told = "there is one" if get_token() else "none; gated models need one: hf auth login"
     yield Finding("storage", "hub token", OK, told)
 
 
@@ -267,7 +267,7 @@ def variables() -> Iterator[Finding]:
         yield Finding("environment", name, OK, value[:200])
 
 
-IMPORTS = "import egrpo_fast.models.flux.backbone, egrpo_fast.distributed.engine, egrpo_fast.rewards"
+IMPORTS = "import egrpo_fast.policy, egrpo_fast.distributed.engine, egrpo_fast.rewards"
 COLLECTIVE = """
 import torch, torch.distributed as dist
 dist.init_process_group("{backend}", store=dist.HashStore(), rank=0, world_size=1)

@@ -1,4 +1,4 @@
-"""`egrpo encode`: prompts through FLUX's text encoders, once, into a folder of embeddings (`prompts/embeddings.py`)."""
+"""`egrpo encode`: prompts through a pipeline's text encoders, once, into a folder (`prompts/embeddings.py`)."""
 
 import bisect
 import warnings
@@ -11,16 +11,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from egrpo_fast.config import load_config
-from egrpo_fast.models.flux.text import (
-    ENCODERS,
-    TOKENIZERS,
-    FluxTextEncoder,
-    encoder_fingerprint,
-    tell_truncated,
-    text_widths,
-)
-from egrpo_fast.models.folder import resolve
+from egrpo_fast.config import Model, load_config
+from egrpo_fast.models.folder import configs_of, family_of, resolve
+from egrpo_fast.models.text import tell_truncated
 from egrpo_fast.prompts.embeddings import EmbeddingWriter, Index
 from egrpo_fast.prompts.files import read_prompts
 from egrpo_fast.shapes import EMBEDDED, PROMPTS, pipeline_path
@@ -91,17 +84,14 @@ def encode(
     prompts, told = read_all(files, column)
     for warning in told:
         print(printable(f"warning: {warning}"))
-    path = resolve(pipeline_path(model), parts=(*ENCODERS, *TOKENIZERS))
-    if not path.is_dir():
-        raise ValueError(f"model.path: no folder {path}; that of a FLUX pipeline in diffusers' layout is expected")
-    kind = getattr(torch, dtype)
-    t5_width, pooled_width = text_widths(path)
+    pipeline = pipeline_path(model)
+    kind = family_of(configs_of(pipeline)).text_encoder
+    path = resolve(pipeline, parts=(*kind.encoders, *kind.tokenizers))
+    made_with = {"max_sequence_length": max_sequence_length, "dtype": dtype}
+    settings = Model.model_validate({"path": str(path), "text_encoder_quantization": quantization, **made_with})
     index = Index(
-        encoder=encoder_fingerprint(path, max_sequence_length, quantization, kind),
-        made_with={
-            "model": model, "max_sequence_length": max_sequence_length, "dtype": dtype, "quantization": quantization
-        },
-        t5=(max_sequence_length, t5_width), pooled=pooled_width, dtype=dtype,
+        encoder=kind.fingerprint(path, settings), made_with={"model": model, **made_with, "quantization": quantization},
+        shapes=kind.shapes(path, settings), dtype=settings.dtype,
     )  # fmt: skip
     with EmbeddingWriter(out, index, shard_bytes, verify) as writer:
         if writer.dropped:
@@ -111,16 +101,16 @@ def encode(
         if not len(places):
             return 0
         writer.check_space(len(places))
-        encoder = FluxTextEncoder.from_pretrained(path, max_sequence_length, kind, device, quantization)
+        encoder = kind(path, settings, device)
         tell_truncated(encoder, (prompts[int(place)] for place in places), "prompts")
         with tqdm(total=len(places), desc="encoding", unit="prompt") as bar:
             for some in _batches(prompts, places, batch):
                 try:
-                    text = encoder.encode(some)
+                    rows = encoder.encode(some)
                 except torch.OutOfMemoryError:
                     raise ValueError(
                         f"--batch: {batch} prompts do not fit on {device}; try {max(1, batch // 2)}"
                     ) from None
-                writer.add(some, text.t5, text.pooled)
+                writer.add(some, rows)
                 bar.update(len(some))
     return len(places)

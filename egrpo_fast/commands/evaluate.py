@@ -205,7 +205,7 @@ def default_settings(model: Model) -> dict[str, Any]:
 
 
 def default_rewards(models: Sequence[Model], trust_run: bool = False) -> list[Reward]:
-    """The first run's own rewards, and for FLUX the paper's four columns with that run's options.
+    """The first run's own rewards, and but for Shapes the paper's four columns with that run's options.
 
     ValueError where that run's file names rewards that need the user's trust (`require_trust`), and trust_run is not
     set.

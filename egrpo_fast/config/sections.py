@@ -97,13 +97,13 @@ class Model(Section):
     path: PathName
     """Folder or hub id of a pipeline in diffusers' layout, or `shapes` for the embedded one."""
     height: Positive = 720
-    """Picture height in pixels, a multiple of twice the VAE's factor (16 for FLUX)."""
+    """Picture height in pixels, a multiple of what the model family needs (16 for FLUX)."""
     width: Positive = 720
     """Picture width in pixels, likewise."""
     guidance: float = Field(3.5, ge=0.0)
     """Guidance scale fed to models that embed it."""
     max_sequence_length: Annotated[int, Field(ge=1, le=512)] = 512
-    """Tokens of the T5 prompt; longer prompts are cut."""
+    """Tokens of a prompt that the model reads; longer prompts are cut."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """What the transformer computes in; the master weights are float32."""
     tf32: bool = False
@@ -116,7 +116,7 @@ class Model(Section):
     lora: Lora | None = None
     """Train adapters instead of the whole transformer; none given: all weights."""
     text_encoder_quantization: Literal["none", "int8", "nf4"] = "none"
-    """Weights of the T5 encoder: as loaded, or in 8 or 4 bits by bitsandbytes."""
+    """Weights of the large text encoder (T5): as loaded, or in 8 or 4 bits by bitsandbytes."""
     decode_batch: Positive = 32
     """Pictures that the VAE decodes and the rewards score at a time."""
     vae_tiling: bool = False

@@ -47,11 +47,28 @@ def resolve(path: str, field: str = "model.path", parts: Sequence[str] | None = 
     """
     if not is_hub_id(path):
         return Path(path)
+    if parts is None:
+        parts = family_of(_download(path, field, hub_files(())), field).parts
+    return _download(path, field, hub_files(parts))
+
+
+def configs_of(path: str, field: str = "model.path") -> Path:
+    """A local folder that holds a pipeline's configs, and perhaps no weights: `path` itself, or that of a hub id.
+
+    Those of `models/*/configs` are part of this package, of others the hub is asked. ValueError.
+    """
+    if not is_hub_id(path):
+        return Path(path)
+    for known in Path(__file__).parent.glob("*/configs"):
+        if (known / path).is_dir():
+            return known / path
+    return _download(path, field, [INDEX, "*/config.json"])
+
+
+def _download(path: str, field: str, files: list[str]) -> Path:
+    """The folder of a hub id that has the files of these names. ValueError, which begins with `field`."""
     try:
-        if parts is None:
-            index = Path(snapshot_download(path, allow_patterns=hub_files(())))
-            parts = family_of(index, field).parts
-        return Path(snapshot_download(path, allow_patterns=hub_files(parts)))
+        return Path(snapshot_download(path, allow_patterns=files))
     except GatedRepoError:
         raise ValueError(
             f"{field}: {path} is gated: accept its licence at https://huggingface.co/{path} and set HF_TOKEN"
@@ -59,8 +76,6 @@ def resolve(path: str, field: str = "model.path", parts: Sequence[str] | None = 
     except RepositoryNotFoundError:
         raise ValueError(f"{field}: there is neither a folder nor a hub repository {path}") from None
     except (OSError, ValueError, RuntimeError) as error:
-        if str(error).startswith(f"{field}: "):
-            raise
         told = " ".join(str(error).split())
         raise ValueError(
             f"{field}: {path} is no folder here and could not be downloaded; without a network, give the path of a "

@@ -50,6 +50,16 @@ class FusedWeights:
         return fused(value, *self._adapters[layer]) if leaf == "weight" and layer in self._adapters else value
 
 
+def hollow_transformer(folder: Path, field: str = "model.path") -> Any:
+    """The transformer of a pipeline folder on the meta device, by its config. ValueError, which begins with `field`."""
+    kind, config = family_of(folder, field).transformer_class, folder / "transformer" / "config.json"
+    try:
+        with torch.device("meta"):
+            return kind.from_config(read_json(config))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{field}: {config} describes no transformer: {error!r}") from None
+
+
 def meta_transformer(
     folder: Path, lora: Lora | None = None, seed: int = 0, field: str = "model.path"
 ) -> tuple[Any, TransformerWeights]:
@@ -58,13 +68,7 @@ def meta_transformer(
     lora: adapters are added and alone need gradients; it follows the file that it names. ValueError: files and
     architecture do not match (it begins with `field`), or the adapters do not fit.
     """
-    family = family_of(folder, field)
-    config = folder / "transformer" / "config.json"
-    try:
-        with torch.device("meta"):
-            transformer = family.transformer_class.from_config(read_json(config))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{field}: {config} describes no transformer: {error!r}") from None
+    transformer = hollow_transformer(folder, field)
     try:
         files = WeightFiles(folder / "transformer")
         files.check(_shapes(transformer))
@@ -72,7 +76,7 @@ def meta_transformer(
         raise ValueError(f"{field}: {error}") from None
     given: Mapping[str, Adapter] = {}
     if lora is not None:
-        lora, given = follow_lora(lora, transformer, family.pipeline)
+        lora, given = follow_lora(lora, transformer, family_of(folder, field).pipeline)
         lora.layers(linear_layers(transformer))  # says which entry takes nothing, as peft does not
         transformer.requires_grad_(False)
         made = LoraConfig(r=lora.rank, target_modules=lora.target_modules, init_lora_weights=False)

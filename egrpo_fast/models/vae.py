@@ -15,6 +15,22 @@ def scale_factor(config: Any) -> int:
     return 2 ** (len(config["block_out_channels"]) - 1)
 
 
+DECODE = 3.0
+"""Measured: activations at the peak of decoding, in units of pixels x channels x bytes of the dtype."""
+
+
+def decode_bytes(config: Any, height: int, width: int, itemsize: int) -> float:
+    """Activations of decoding one image, at their peak: in the block that works at full size."""
+    channels = config["block_out_channels"]
+    return DECODE * height * width * channels[min(1, len(channels) - 1)] * itemsize
+
+
+def hollow_vae(folder: Path) -> AutoencoderKL:
+    """The image decoder of a pipeline folder, on the meta device. OSError, KeyError, TypeError: a bad config."""
+    with torch.device("meta"):
+        return AutoencoderKL.from_config(read_json(folder / "vae" / "config.json"))
+
+
 def load_vae(folder: Path, dtype: torch.dtype, device: torch.device | str) -> AutoencoderKL:
     """The image decoder of a pipeline folder, frozen. ValueError where it cannot be loaded."""
     try:

@@ -1,20 +1,22 @@
-"""Embeddings of prompts as files: for each prompt a T5 and a pooled row, found again by its text. Knows no model.
+"""Embeddings of prompts as files: for each prompt a row of several tensors, found again by its text. Knows no model.
 
 In the folder of a cache:
 
-    index.json               who made it and how, shapes, dtype; the shards that count, with size and checksum
-    shard-00012.safetensors  keys uint8 [N, 16], sums int64 [N], t5 [N, tokens, width], pooled [N, width]
+    index.json               who made it and how, names and shapes, dtype; the shards that count, size and checksum
+    shard-00012.safetensors  keys uint8 [N, 16], sums int64 [N], and [N, ...] of each name
 
 A key is the first half of the SHA-256 of the prompt's UTF-8, so one cache serves every file and order of its prompts. A
-sum is the CRC-32 of a row's bytes, T5 before pooled, and is checked whenever the row is read. Files are written beside
-their place and renamed; a shard counts once the index names it, so whatever interrupts a writer, the rest is whole.
+sum is the CRC-32 of a row's bytes, in the index's order of names, and is checked whenever the row is read. Files are
+written beside their place and renamed. A shard counts once the index names it: an interrupted writer leaves the rest
+whole.
 """
 
 import shutil
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Annotated, Any, Literal
@@ -51,27 +53,31 @@ class Shard(BaseModel):
 class Index(BaseModel):
     """What `index.json` holds.
 
-    encoder: fingerprint of the encoder; made_with: its settings, for people. t5: (tokens, width); pooled: width.
+    encoder: fingerprint of the encoder. made_with: its settings, for people. shapes: of one prompt's tensors, by name.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     encoder: str
     made_with: dict[str, str | int]
-    t5: tuple[Positive, Positive]
-    pooled: Positive
+    shapes: dict[Annotated[str, Field(pattern=r"^[a-z0-9_]{1,99}$")], tuple[Positive, ...]]
     dtype: Literal["float32", "bfloat16"]
     shards: tuple[Shard, ...] = ()
 
     @property
     def row_bytes(self) -> int:
         """Of one prompt on disk."""
-        elements = self.t5[0] * self.t5[1] + self.pooled
+        elements = sum(map(prod, self.shapes.values()))
         return elements * getattr(torch, self.dtype).itemsize + KEY_BYTES + 8
 
     def __str__(self) -> str:
         how = ", ".join(f"{name} {value}" for name, value in self.made_with.items())
-        return f"encoder {self.encoder[:12]} ({how}; T5 {self.t5[0]} x {self.t5[1]}, pooled {self.pooled})"
+        return f"encoder {self.encoder[:12]} ({how}; {describe(self.shapes)})"
+
+
+def describe(shapes: Mapping[str, Sequence[int]]) -> str:
+    """Shapes, for people: `t5 512 x 4096, pooled 768`."""
+    return ", ".join(f"{name} {' x '.join(map(str, shape))}" for name, shape in shapes.items())
 
 
 def keys_of(prompts: Sequence[str]) -> np.ndarray:
@@ -86,8 +92,11 @@ def _bytes(tensor: Tensor) -> memoryview:
     return tensor.contiguous().view(torch.uint8).numpy().data
 
 
-def _sum(t5: Tensor, pooled: Tensor) -> int:
-    return zlib.crc32(_bytes(pooled), zlib.crc32(_bytes(t5)))
+def _sum(tensors: Iterable[Tensor]) -> int:
+    found = 0
+    for tensor in tensors:
+        found = zlib.crc32(_bytes(tensor), found)
+    return found
 
 
 def _checksum(keys: Tensor, sums: Tensor) -> str:
@@ -128,7 +137,7 @@ def _read_keys(folder: Path, index: Index, shard: Shard) -> tuple[np.ndarray, np
         count, dtype = shard.prompts, DTYPES[index.dtype]
         expected = {
             "keys": ([count, KEY_BYTES], "U8"), "sums": ([count], "I64"),
-            "t5": ([count, *index.t5], dtype), "pooled": ([count, index.pooled], dtype),
+            **{name: ([count, *shape], dtype) for name, shape in index.shapes.items()},
         }  # fmt: skip
         for name, (shape, kind) in expected.items():
             view = file.get_slice(name)
@@ -161,11 +170,11 @@ class EmbeddingCache:
         """Of the encoder that made it."""
         return self.index.encoder
 
-    def check(self, fingerprint: str, t5_width: int, pooled_width: int, tokens: int, asked: str = "model.path") -> None:
+    def check(self, fingerprint: str, shapes: Mapping[str, tuple[int, ...]], asked: str = "model.path") -> None:
         """ValueError where the rows are of another shape, or by another encoder, than `asked` needs."""
         told = f"embeddings: {self.folder} was made by {self.index}"
-        if (*self.index.t5, self.index.pooled) != (tokens, t5_width, pooled_width):
-            raise ValueError(f"{told}; {asked} needs T5 {tokens} x {t5_width}, pooled {pooled_width}")
+        if self.index.shapes != dict(shapes):
+            raise ValueError(f"{told}; {asked} needs {describe(shapes)}")
         if fingerprint != self.fingerprint:
             raise ValueError(
                 f"{told}, not by encoder {fingerprint[:12]} of {asked}; run `egrpo encode` with the same model, "
@@ -192,26 +201,26 @@ class EmbeddingCache:
                 f"{prompts[int(missing[0])]!r}; `egrpo encode` with this file adds them"
             )
 
-    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """(t5 [P, tokens, width], pooled [P, width]), on the CPU in the cache's dtype; reads these rows alone.
+    def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """[P, ...] by name, on the CPU in the cache's dtype; reads these rows alone.
 
         ValueError where a prompt is not there, or its row is not what was written.
         """
         self.require(prompts)
         rows = self._find(prompts)
         dtype = getattr(torch, self.index.dtype)
-        t5 = torch.empty(len(rows), *self.index.t5, dtype=dtype)
-        pooled = torch.empty(len(rows), self.index.pooled, dtype=dtype)
+        found = {name: torch.empty(len(rows), *shape, dtype=dtype) for name, shape in self.index.shapes.items()}
         shards = np.searchsorted(self._starts, rows, side="right") - 1
         for shard in np.unique(shards):
             with _opened(self.folder, self.index.shards[shard].file) as file:
-                t5_rows, pooled_rows = file.get_slice("t5"), file.get_slice("pooled")
+                views = {name: file.get_slice(name) for name in found}
                 for place in np.flatnonzero(shards == shard):
                     row = int(rows[place] - self._starts[shard])
-                    t5[place], pooled[place] = t5_rows[row], pooled_rows[row]
-                    if _sum(t5[place], pooled[place]) != self._sums[rows[place]]:
+                    for name, view in views.items():
+                        found[name][place] = view[row]
+                    if _sum(tensor[place] for tensor in found.values()) != self._sums[rows[place]]:
                         raise ValueError(f"wrong checksum of row {row}")
-        return t5, pooled
+        return found
 
 
 class EmbeddingWriter:
@@ -228,7 +237,7 @@ class EmbeddingWriter:
         self.dropped: list[str] = []
         self._verify = verify
         self._lock: IO[str] | None = None
-        self._pending: list[tuple[np.ndarray, Tensor, Tensor]] = []
+        self._pending: list[tuple[np.ndarray, Mapping[str, Tensor]]] = []
 
     def __enter__(self) -> "EmbeddingWriter":
         try:
@@ -279,9 +288,9 @@ class EmbeddingWriter:
 
     def _verify_rows(self, shard: Shard, sums: np.ndarray) -> None:
         with _opened(self.folder, shard.file) as file:
-            t5, pooled = file.get_slice("t5"), file.get_slice("pooled")
+            views = [file.get_slice(name) for name in self.index.shapes]
             for row, expected in enumerate(sums):
-                if _sum(t5[row], pooled[row]) != expected:
+                if _sum(view[row] for view in views) != expected:
                     raise ValueError(f"wrong checksum of row {row}")
 
     def missing(self, prompts: Sequence[str]) -> np.ndarray:
@@ -298,27 +307,28 @@ class EmbeddingWriter:
                 "free; make room, or ask for fewer tokens (max_sequence_length)"
             )
 
-    def add(self, prompts: Sequence[str], t5: Tensor, pooled: Tensor) -> None:
-        """Take a batch: t5 [P, tokens, width] and pooled [P, width], in the index's dtype. ValueError if not finite."""
-        assert t5.dtype == pooled.dtype == getattr(torch, self.index.dtype)
-        assert t5.shape == (len(prompts), *self.index.t5) and pooled.shape == (len(prompts), self.index.pooled)
-        for place in range(len(prompts)):
-            if not (torch.isfinite(t5[place]).all() and torch.isfinite(pooled[place]).all()):
-                raise ValueError(f"embeddings: that of {prompts[place]!r} is not finite; try dtype float32")
-        self._pending.append((keys_of(prompts), t5.cpu(), pooled.cpu()))
-        if sum(len(keys) for keys, _, _ in self._pending) >= self.shard_prompts:
+    def add(self, prompts: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
+        """Take a batch: [P, ...] by name, of the index's shapes and dtype. ValueError: one is not finite."""
+        tensors = {name: tensors[name].cpu() for name in self.index.shapes}
+        for name, tensor in tensors.items():
+            assert tensor.dtype == getattr(torch, self.index.dtype)
+            assert tensor.shape == (len(prompts), *self.index.shapes[name])
+            for prompt, row in zip(prompts, tensor):
+                if not torch.isfinite(row).all():
+                    raise ValueError(f"embeddings: that of {prompt!r} is not finite; try dtype float32")
+        self._pending.append((keys_of(prompts), tensors))
+        if sum(len(keys) for keys, _ in self._pending) >= self.shard_prompts:
             self._flush()
 
     def _flush(self) -> None:
         if not self._pending:
             return
-        all_keys, all_t5, all_pooled = zip(*self._pending)
-        keys, t5, pooled = np.concatenate(all_keys), torch.cat(all_t5), torch.cat(all_pooled)
+        keys = np.concatenate([some for some, _ in self._pending])
+        rows = {name: torch.cat([some[name] for _, some in self._pending]) for name in self.index.shapes}
         tensors = {
             "keys": torch.from_numpy(np.frombuffer(keys.tobytes(), np.uint8).copy()).view(-1, KEY_BYTES),
-            "sums": torch.tensor([_sum(*row) for row in zip(t5, pooled)]),
-            "t5": t5,
-            "pooled": pooled,
+            "sums": torch.tensor([_sum(row) for row in zip(*rows.values())]),
+            **rows,
         }
         shards = self.index.shards
         number = 1 + max((int(shard.file[6:-12]) for shard in shards), default=-1)

@@ -1,5 +1,6 @@
 """The cost model against what it models: counts exactly, FLOPs within 2%, bytes of CPU runs within 15%."""
 
+import copy
 import json
 import os
 import re
@@ -18,20 +19,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from egrpo_fast import cli
 from egrpo_fast.commands import cost
-from egrpo_fast.commands.cost import GIB, Cluster, Cost, Pipeline, Transformer, Vae
-from egrpo_fast.config import Config, Lora, load_config
+from egrpo_fast.commands.cluster import GIB, Cluster, Gpu, parse_gpu
+from egrpo_fast.commands.cost import Cost
+from egrpo_fast.config import Config, Lora, Model, load_config
 from egrpo_fast.config.recipe_files import recipe_names
 from egrpo_fast.models.flux import random as random_flux
+from egrpo_fast.models.flux.backbone import FluxBackbone
+from egrpo_fast.models.folder import configs_of
 from egrpo_fast.models.lora import save_lora
+from egrpo_fast.models.sizes import Sizes
+from egrpo_fast.models.vae import decode_bytes
 from egrpo_fast.shapes import PIPELINE
 
-SMALL = {"in_channels": 64, "joint_attention_dim": 48, "pooled_projection_dim": 40}
-CONFIGS = {
-    "FLUX.1-dev": cost.FLUX_DEV["transformer"],
-    "FLUX.1-schnell": cost.FLUX_DEV["transformer"] | {"guidance_embeds": False},
-    "small": SMALL | random_flux.SIZES["small"] | {"guidance_embeds": True, "out_channels": 32},
-}
-FOUR = {"layers_per_block": 2, "latent_channels": 16, "norm_num_groups": 8}
+FLUX_DEV = "black-forest-labs/FLUX.1-dev"
 RECIPES = [name for name in recipe_names() if name.startswith("flux-dev-")]
 
 
@@ -57,49 +57,53 @@ class LiveBytes(TorchDispatchMode):
         return result
 
 
-def make_transformer(config, dtype=torch.float32):
-    return random_flux.FluxTransformer2DModel(**config).to(dtype)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small FLUX pipeline's configs; no weights."""
+    return small_configs(tmp_path_factory.mktemp("small"))
 
 
-def evaluate(transformer, rows, image, text):
+def small_configs(folder, **transformer):
+    pipeline = random_flux.make_pipeline("small")
+    # The shape of FLUX's: its channels double twice.
+    vae = dict(pipeline.vae.config) | {"block_out_channels": (16, 32, 64, 64), "layers_per_block": 2}
+    random_flux.AutoencoderKL.from_config(vae).save_config(folder / "vae")
+    for part in ("text_encoder", "text_encoder_2"):
+        getattr(pipeline, part).config.save_pretrained(folder / part)
+    config = dict(pipeline.transformer.config) | transformer
+    (folder / "transformer").mkdir(parents=True)
+    (folder / "transformer" / "config.json").write_text(json.dumps(config))
+    (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    return folder
+
+
+def settings_of(folder, height=256, width=256, tokens=64, dtype="float32"):
+    return Model(path=str(folder), height=height, width=width, max_sequence_length=tokens, dtype=dtype)
+
+
+def made(sizes, dtype=torch.float32):
+    """The transformer that was counted, with weights."""
+    return random_flux.FluxTransformer2DModel.from_config(sizes.transformer.config).to(dtype)
+
+
+def evaluate(transformer, sizes, rows):
+    """By the family's own code, on the CPU."""
     model = getattr(transformer, "module", transformer)  # what DeepSpeed's engine wraps
-    config, dtype = model.config, model.dtype
-    return transformer(
-        hidden_states=torch.randn(rows, image, config.in_channels, dtype=dtype),
-        timestep=torch.full((rows,), 0.5, dtype=dtype),
-        guidance=torch.full((rows,), 3.5) if config.guidance_embeds else None,
-        pooled_projections=torch.randn(rows, config.pooled_projection_dim, dtype=dtype),
-        encoder_hidden_states=torch.randn(rows, text, config.joint_attention_dim, dtype=dtype),
-        txt_ids=torch.zeros(text, 3),
-        img_ids=torch.zeros(image, 3),
-        return_dict=False,
-    )[0]
+    shapes = sizes.backbone._text.shapes.items()
+    conditioning = {name: torch.randn(rows, *shape, dtype=model.dtype) for name, shape in shapes}
+    backbone = copy.copy(sizes.backbone)
+    backbone._image_ids = torch.zeros(backbone.latent_shape[0], 3)
+    latents = torch.randn(rows, *backbone.latent_shape, dtype=model.dtype)
+    return backbone.velocity(transformer, latents, 0.5, conditioning, torch.arange(rows))
 
 
 # --- counts ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_parameters_are_those_of_the_model_layer_by_layer(name):
-    ours = Transformer(CONFIGS[name])
-    with torch.device("meta"):
-        model = make_transformer(CONFIGS[name])
-    theirs = {
-        name: (module.in_features, module.out_features)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-    }
-    assert {linear.name: (linear.inputs, linear.outputs) for linear in ours.linears} == theirs
-    assert ours.parameters["total"] == sum(parameter.numel() for parameter in model.parameters())
-
-
 def test_flux_dev_is_what_the_paper_notes_say():
-    parameters = Transformer(CONFIGS["FLUX.1-dev"]).parameters
-    assert parameters["total"] == 11_901_408_320
-    assert parameters["met_by_one_token"] == pytest.approx(6.5e9, rel=0.01)
-    assert parameters["modulation"] == pytest.approx(3.2e9, rel=0.01)
     estimate = Cost(load_config("flux-dev"), Cluster(8))
-    assert estimate.flops["evaluation"] == pytest.approx(37e12, rel=0.02)
+    assert estimate.parameters == 11_901_408_320
+    assert estimate.flops["evaluation"] == pytest.approx(37.28e12, rel=1e-3)
     assert estimate.flops["attention"] == pytest.approx(4.5e12, rel=0.02)
     total = sum(estimate.flops[part] for part in ("rollout", "update", "decode"))
     assert total == pytest.approx(39e15, rel=0.02)
@@ -114,16 +118,15 @@ def test_flux_dev_is_what_the_paper_notes_say():
         (2, ["x_embedder"]),
     ],
 )
-def test_adapters_are_counted_as_peft_makes_them(rank, targets):
+def test_adapters_are_counted_as_peft_makes_them(rank, targets, folder):
     from peft import LoraConfig
 
-    with torch.device("meta"):
-        model = make_transformer(CONFIGS["small"])
-        model.requires_grad_(False)
-        model.add_adapter(LoraConfig(r=rank, target_modules=targets))
+    sizes = Sizes(settings_of(folder))
+    model = made(sizes).requires_grad_(False)
+    model.add_adapter(LoraConfig(r=rank, target_modules=targets))
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     lora = Lora(rank=rank, target_modules=targets)
-    assert Transformer(CONFIGS["small"]).lora_parameters(lora) == trained > 0
+    assert sizes.adapters(lora) == trained > 0
 
 
 def test_a_plan_follows_the_lora_that_a_run_would_start_from(tmp_path):
@@ -139,30 +142,12 @@ def test_a_plan_follows_the_lora_that_a_run_would_start_from(tmp_path):
 
 
 def test_frozen_parts_of_flux_dev():
-    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
-
-    blocks = len(cost.FLUX_DEV["vae"]["block_out_channels"])
-    with torch.device("meta"):
-        parts = {
-            "vae": random_flux.AutoencoderKL(
-                **cost.FLUX_DEV["vae"], down_block_types=("DownEncoderBlock2D",) * blocks,
-                up_block_types=("UpDecoderBlock2D",) * blocks, use_quant_conv=False, use_post_quant_conv=False,
-            ),
-            "text_encoder": CLIPTextModel(
-                CLIPTextConfig(
-                    vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
-                    num_attention_heads=12,
-                )
-            ),
-            "text_encoder_2": T5EncoderModel(
-                T5Config(
-                    vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
-                    feed_forward_proj="gated-gelu",
-                )
-            ),
-        }  # fmt: skip
-    found = {name: sum(parameter.numel() for parameter in part.parameters()) for name, part in parts.items()}
-    assert found == cost.FLUX_DEV["parameters"]
+    """Parameters as the published files have them: VAE, CLIP-L, T5-XXL, of which the embedding is never quantized."""
+    vae, clip, t5, embedding = 83_819_683, 123_060_480, 4_762_310_656, 32_128 * 4096
+    for how, bits in (("none", 16), ("int8", 8), ("nf4", 4.5)):
+        model = Model(path=FLUX_DEV, text_encoder_quantization=how)
+        text = 2 * (clip + embedding) + (t5 - embedding) * bits / 8
+        assert FluxBackbone.frozen_bytes(configs_of(FLUX_DEV), model) == {"VAE": 2 * vae, "text encoders": text}
 
 
 @pytest.mark.parametrize("model", cost.CLIP_PARAMETERS)
@@ -173,42 +158,38 @@ def test_clip_rewards(model):
     assert sum(parameter.numel() for parameter in network.parameters()) == cost.CLIP_PARAMETERS[model]
 
 
-def test_a_local_folder_is_counted_from_its_files():
-    pipeline = Pipeline.read("shapes")
+def test_a_local_folder_is_counted_from_its_configs():
+    sizes = Sizes(load_config("shapes").model)
     loaded = random_flux.FluxPipeline.from_pretrained(PIPELINE)
-    assert pipeline.transformer.parameters["total"] == loaded.transformer.num_parameters()
-    assert pipeline.frozen["vae"] == sum(p.numel() for p in loaded.vae.parameters())
-    assert pipeline.frozen["text_encoder"] == sum(p.numel() for p in loaded.text_encoder.parameters())
-    assert pipeline.frozen["text_encoder_2"] == sum(p.numel() for p in loaded.text_encoder_2.parameters())
+    assert sizes.parameters == loaded.transformer.num_parameters()
+    text = loaded.text_encoder.num_parameters() + loaded.text_encoder_2.num_parameters()
+    assert sizes.frozen == {"VAE": 4 * loaded.vae.num_parameters(), "text encoders": 4 * text}
 
 
 # --- FLOPs -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("image", "text"), [(64, 16), (24, 96)])
-def test_flops_of_an_evaluation(image, text):
-    model = make_transformer(CONFIGS["small"])
+def test_flops_of_an_evaluation_and_of_decoding(folder):
+    """On the meta device as on the CPU; and attention's share by its formula."""
+    sizes = Sizes(settings_of(folder, 128, 64, 24))
+    model, tokens = made(sizes), sizes.backbone.latent_shape[0]
     # The counter does not know the CPU's fused attention in every version of torch; it always knows matrix products.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        evaluate(model, 2, image, text)
-    ours = Transformer(CONFIGS["small"]).flops(image, text)["total"]
-    assert 2 * ours == pytest.approx(counter.get_total_flops(), rel=0.02)
-
-
-def test_flops_and_bytes_of_decoding():
-    config = FOUR | {"block_out_channels": (16, 32, 64, 64)}
-    vae = random_flux.AutoencoderKL(
-        **config, down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        use_quant_conv=False, use_post_quant_conv=False,
-    )  # fmt: skip
-    ours = Vae(config)
+        evaluate(model, sizes, 2)
+    found, attention = sizes.evaluation_flops
+    assert 2 * found == pytest.approx(counter.get_total_flops(), rel=0.01)
+    blocks, width = len(FluxBackbone.blocks(model)), model.inner_dim
+    assert attention == 4 * (tokens + 24) ** 2 * width * blocks < found
+    vae = random_flux.AutoencoderKL.from_config(sizes.backbone._vae.config)
     for dtype in (torch.float32, torch.bfloat16):
         vae.to(dtype)
-        latents = torch.randn(2, 16, 8, 12, dtype=dtype)
-        with torch.no_grad(), LiveBytes(vae.parameters()) as live, FlopCounterMode(display=False) as counter:
+        latents = torch.randn(2, 16, 16, 8, dtype=dtype)
+        with torch.no_grad(), LiveBytes(vae.parameters()) as live:
             vae.decode(latents, return_dict=False)
-        assert 2 * ours.decode_flops(64, 96) == pytest.approx(counter.get_total_flops(), rel=0.02)
-        assert 2 * ours.decode_bytes(64, 96, dtype.itemsize) == pytest.approx(live.peak, rel=0.15)
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            vae.decode(latents, return_dict=False)
+        assert 2 * sizes.decode_flops == counter.get_total_flops()
+        assert 2 * decode_bytes(vae.config, 128, 64, dtype.itemsize) == pytest.approx(live.peak, rel=0.15)
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
@@ -218,59 +199,57 @@ def test_flops_and_bytes_of_decoding():
 @pytest.mark.parametrize(
     ("heads", "head_dim", "axes", "blocks", "rows", "image", "text"),
     [
-        (4, 32, (8, 12, 12), (2, 4), 2, 256, 64),
-        pytest.param(2, 128, (16, 56, 56), (1, 6), 3, 200, 128, marks=pytest.mark.slow),
-        pytest.param(6, 64, (16, 24, 24), (4, 3), 1, 512, 32, marks=pytest.mark.slow),
+        (4, 32, (8, 12, 12), (2, 4), 2, (256, 256), 64),
+        pytest.param(2, 128, (16, 56, 56), (1, 6), 3, (320, 160), 128, marks=pytest.mark.slow),
+        pytest.param(6, 64, (16, 24, 24), (4, 3), 1, (512, 256), 32, marks=pytest.mark.slow),
     ],
 )
-def test_activations(heads, head_dim, axes, blocks, rows, image, text, dtype):
+def test_activations(heads, head_dim, axes, blocks, rows, image, text, dtype, tmp_path):
     """Measured peaks of a forward, and of a forward and backward with and without checkpointing."""
-    config = SMALL | {
+    config = {
         "num_attention_heads": heads, "attention_head_dim": head_dim, "axes_dims_rope": axes,
-        "num_layers": blocks[0], "num_single_layers": blocks[1], "guidance_embeds": True,
+        "num_layers": blocks[0], "num_single_layers": blocks[1],
     }  # fmt: skip
-    ours, model = Transformer(config), make_transformer(config, dtype)
+    sizes = Sizes(settings_of(small_configs(tmp_path, **config), *image, text, str(dtype)[6:]))
+    ours, model = sizes.activations, made(sizes, dtype)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     known = [*model.parameters(), *(parameter.grad for parameter in model.parameters())]
     with torch.no_grad(), LiveBytes(known) as live:
-        evaluate(model, rows, image, text)
-    tokens, size = image + text, dtype.itemsize
-    assert ours.forward_bytes(rows, tokens, size) == pytest.approx(live.peak, rel=0.15)
+        evaluate(model, sizes, rows)
+    assert rows * ours.forward == pytest.approx(live.peak, rel=0.15)
     for checkpointing in (False, True):
         if checkpointing:
             model.enable_gradient_checkpointing()
         with LiveBytes(known) as live:
-            evaluate(model, rows, image, text).float().square().mean().backward()
-        assert ours.backward_bytes(rows, tokens, size, checkpointing) == pytest.approx(live.peak, rel=0.15)
+            evaluate(model, sizes, rows).float().square().mean().backward()
+        assert rows * ours.update(checkpointing) == pytest.approx(live.peak, rel=0.15)
 
 
-def small_run(stage, dtype, checkpointing):
-    """A recipe of two prompts' rows that a `small` FLUX can take, and its pipeline."""
-    config = load_config(
+def small_run(folder, stage, dtype, checkpointing):
+    """A recipe of two prompts' rows that a `small` FLUX can take."""
+    return load_config(
         "flux-dev",
         [
+            f"model.path={folder}",
             "model.height=256", "model.width=256", "model.max_sequence_length=64", f"model.dtype={dtype}",
             f"model.gradient_checkpointing={checkpointing}", "prompts.per_iteration=2", "rollout.prompts_per_call=2",
             f"deepspeed.zero_stage={stage}", "deepspeed.overrides={zero_optimization: {reduce_bucket_size: 1000000}}",
         ],
     )  # fmt: skip
-    shape = CONFIGS["small"] | {"out_channels": 64}
-    frozen = {"vae": 0, "text_encoder": 0, "text_encoder_2": 0}
-    return config, Pipeline("small", Transformer(shape), Vae(cost.FLUX_DEV["vae"]), frozen)
 
 
-def measure_a_step(stage, dtype, checkpointing):
+def measure_a_step(folder, stage, dtype, checkpointing):
     """Live bytes of a second training step under DeepSpeed on one CPU rank: before it, in its update, in its step."""
     import deepspeed
 
     from egrpo_fast.distributed.engine import deepspeed_config
     from egrpo_fast.distributed.world import World
 
-    config, pipeline = small_run(stage, dtype, checkpointing)
-    world = World()
+    config = small_run(folder, stage, dtype, checkpointing)
+    sizes, world = Sizes(config.model), World()
     with LiveBytes() as live:
-        model = make_transformer(pipeline.transformer.config, getattr(torch, dtype))
+        model = made(sizes, getattr(torch, dtype))
         if checkpointing:
             model.enable_gradient_checkpointing()
         engine, *_ = deepspeed.initialize(
@@ -280,7 +259,7 @@ def measure_a_step(stage, dtype, checkpointing):
         for _ in range(2):  # the first step makes the optimizer's state
             told["standing"] = live.live
             for phase, run in {
-                "update": lambda: engine.backward(evaluate(engine, 2, 256, 64).float().square().mean()),
+                "update": lambda: engine.backward(evaluate(engine, sizes, 2).float().square().mean()),
                 "optimizer step": engine.step,
             }.items():
                 live.peak = live.live
@@ -301,17 +280,16 @@ def measure_a_step(stage, dtype, checkpointing):
         pytest.param(1, "bfloat16", True, marks=pytest.mark.slow),
     ],
 )
-def test_memory_of_training_steps_under_deepspeed(stage, dtype, checkpointing):
+def test_memory_of_training_steps_under_deepspeed(folder, stage, dtype, checkpointing):
     """Weights, gradients, optimizer and activations of real steps, each within 15%."""
     from egrpo_fast.distributed.world import free_port
 
-    command = [sys.executable, __file__, str(stage), dtype, str(checkpointing)]
+    command = [sys.executable, __file__, str(folder), str(stage), dtype, str(checkpointing)]
     environment = {**os.environ, "MASTER_PORT": str(free_port())}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
     assert result.returncode == 0, result.stderr[-2000:]
     measured = json.loads(result.stdout.strip().splitlines()[-1])
-    config, pipeline = small_run(stage, dtype, checkpointing)
-    memory = Cost(config, Cluster(1, 1, "cpu"), pipeline).memory
+    memory = Cost(small_run(folder, stage, dtype, checkpointing), Cluster(1, 1, "cpu")).memory
     standing = ("weights", "gradients", "master weights", "optimizer moments", "reduction bucket")
     loaded = sum(memory.always[part] for part in standing)
     if stage == 3:  # below, gradients are made by the first backward and go with the step
@@ -419,7 +397,7 @@ OWN = "L40S={memory: 44, tflops: 362, bandwidth: 864, link: 32}"
 
 
 def test_a_gpu_of_ones_own_numbers(monkeypatch, capsys):
-    assert cost.parse_gpu(OWN) == ("L40S", cost.Gpu(362e12, 44 * GIB, 864e9, 32e9))
+    assert parse_gpu(OWN) == ("L40S", Gpu(362e12, 44 * GIB, 864e9, 32e9))
     monkeypatch.setattr(sys, "argv", ["egrpo", "plan", "flux-dev", "--gpu", OWN, "--json"])
     cli.main()
     told = json.loads(capsys.readouterr().out)["cost"]
@@ -439,7 +417,7 @@ def test_a_gpu_of_ones_own_numbers(monkeypatch, capsys):
 )
 def test_gpus_that_cannot_be(gpu, told):
     with pytest.raises(ValueError, match=f"^--gpu: {told}"):
-        cost.parse_gpu(gpu)
+        parse_gpu(gpu)
     with pytest.raises(ValueError, match="--gpu: 'L40S' is unknown"):
         Cluster(1, 1, "L40S")
 
@@ -448,7 +426,19 @@ def test_gpus_that_cannot_be(gpu, told):
 def test_a_model_that_is_not_there_is_not_planned_for(path):
     with pytest.raises(ValueError, match="model.path: no folder "):
         Cost(load_config("flux-dev", [f"model.path={path}"]), Cluster(8))
-    assert Pipeline.read("owner/name").source == "FLUX.1-dev"
+
+
+def test_a_hub_id_is_asked_for_its_configs_alone(monkeypatch):
+    asked = []
+
+    def download(path, allow_patterns):
+        asked.append((path, allow_patterns))
+        return configs_of(FLUX_DEV)
+
+    monkeypatch.setattr("egrpo_fast.models.folder.snapshot_download", download)
+    assert Sizes(Model(path="owner/name")).parameters == 11_901_408_320
+    assert Sizes(Model(path=FLUX_DEV)).parameters == 11_901_408_320
+    assert asked == [("owner/name", ["model_index.json", "*/config.json"])]
 
 
 @pytest.mark.parametrize(
@@ -486,11 +476,15 @@ def test_clusters_that_cannot_be(arguments, told, monkeypatch):
 
 
 def test_folders_that_cannot_be_read(tmp_path):
-    for part in ("transformer", "vae"):
-        (tmp_path / part).mkdir()
-        (tmp_path / part / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="model.path: .* cannot be read as a FLUX pipeline"):
-        Pipeline.read(str(tmp_path))
+    with pytest.raises(ValueError, match=f"model.path: {tmp_path} has no model_index.json"):
+        Sizes(settings_of(tmp_path))
+    small_configs(tmp_path)
+    (tmp_path / "vae" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="model.path: .* cannot be read as a FluxPipeline: KeyError"):
+        Sizes(settings_of(tmp_path))
+    (tmp_path / "transformer" / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="model.path: .* describes no transformer"):
+        Sizes(settings_of(tmp_path))
 
 
 def test_json_holds_the_schedule_and_the_cost(monkeypatch, capsys):
@@ -528,4 +522,4 @@ def test_recipes_state_their_estimate(recipe, monkeypatch, capsys):
 
 
 if __name__ == "__main__":
-    measure_a_step(int(sys.argv[1]), sys.argv[2], sys.argv[3] == "True")
+    measure_a_step(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4] == "True")

@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from egrpo_fast import cli
 from egrpo_fast.commands import encode as encoding
-from egrpo_fast.models.flux.text import SHOWN, CachedText, FluxTextEncoder, encoder_fingerprint, text_widths
+from egrpo_fast.config import Model
+from egrpo_fast.models.flux.text import FluxTextEncoder
+from egrpo_fast.models.text import SHOWN, CachedText
 from egrpo_fast.prompts.embeddings import EmbeddingCache
 from egrpo_fast.prompts.files import read_prompts
 from egrpo_fast.shapes import PIPELINE, PROMPTS
@@ -28,7 +30,19 @@ CAPTIONS = read_prompts(PROMPTS["held_out"])
 
 @pytest.fixture(scope="module")
 def encoder():
-    return FluxTextEncoder.from_pretrained(PIPELINE, TOKENS)
+    return FluxTextEncoder(PIPELINE, model())
+
+
+def model(tokens=TOKENS, dtype="float32", quantization="none"):
+    return Model(path="shapes", max_sequence_length=tokens, dtype=dtype, text_encoder_quantization=quantization)
+
+
+def fingerprint(folder=PIPELINE, **settings):
+    return FluxTextEncoder.fingerprint(folder, model(**settings))
+
+
+def cached(embeddings, folder=PIPELINE, **settings):
+    return CachedText(embeddings, FluxTextEncoder, folder, model(**settings))
 
 
 @pytest.fixture
@@ -39,17 +53,17 @@ def pipeline(tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("tokens", [TOKENS, 40])
 def test_the_encoder_gives_the_pipelines_numbers(dtype, tokens):
     prompts = [*CAPTIONS[:5], *read_prompts(REAL)[:5], ""]
-    theirs = FluxPipeline.from_pretrained(PIPELINE, dtype=dtype)
+    theirs = FluxPipeline.from_pretrained(PIPELINE, dtype=getattr(torch, dtype))
     with torch.no_grad():  # with gradients, attention takes another path and rounds otherwise
         t5, pooled, _ = theirs.encode_prompt(prompts, max_sequence_length=tokens)
-    ours = FluxTextEncoder.from_pretrained(PIPELINE, tokens, dtype).encode(prompts)
-    assert torch.equal(ours.t5, t5) and torch.equal(ours.pooled, pooled)
-    assert ours.t5.dtype == dtype and not ours.t5.requires_grad
-    assert text_widths(PIPELINE) == (t5.shape[2], pooled.shape[1])
+    ours = FluxTextEncoder(PIPELINE, model(tokens, dtype)).encode(prompts)
+    assert torch.equal(ours["t5"], t5) and torch.equal(ours["pooled"], pooled)
+    assert ours["t5"].dtype == getattr(torch, dtype) and not ours["t5"].requires_grad
+    assert FluxTextEncoder.shapes(PIPELINE, model(tokens)) == {"t5": t5.shape[1:], "pooled": pooled.shape[1:]}
 
 
 def test_truncation_is_told_with_what_was_cut(encoder):
@@ -61,38 +75,37 @@ def test_truncation_is_told_with_what_was_cut(encoder):
         seen = long.removesuffix(found.cut)
         assert not [one for one in encoder.truncated([seen]) if one.encoder == found.encoder], "all of it is seen"
     cut_too = encoder.encode([long.removesuffix(t5.cut)])
-    assert torch.equal(cut_too.t5, encoder.encode([long]).t5), "nothing but what was cut is unseen"
+    assert torch.equal(cut_too["t5"], encoder.encode([long])["t5"]), "nothing but what was cut is unseen"
     assert "T5 sees 24 of " in str(t5)
 
 
 @pytest.mark.parametrize(("quantization", "error"), [("int8", 0.03), ("nf4", 0.3)])
 def test_quantized_weights_are_near(encoder, quantization, error):
     pytest.importorskip("bitsandbytes")
-    quantized = FluxTextEncoder.from_pretrained(PIPELINE, TOKENS, quantization=quantization)
-    exact, found = (one.encode(CAPTIONS[:8]).t5 for one in (encoder, quantized))
+    quantized = FluxTextEncoder(PIPELINE, model(quantization=quantization))
+    exact, found = (one.encode(CAPTIONS[:8])["t5"] for one in (encoder, quantized))
     assert 0 < (found - exact).norm() / exact.norm() < error
-    assert encoder.fingerprint != quantized.fingerprint
 
 
-def test_the_fingerprint_covers_what_decides_the_embeddings(encoder, pipeline):
-    same = encoder_fingerprint(PIPELINE, TOKENS)
-    assert encoder.fingerprint == same == encoder_fingerprint(pipeline, TOKENS), "the place does not matter"
-    settings = [(32, "none", torch.float32), (TOKENS, "int8", torch.float32), (TOKENS, "none", torch.bfloat16)]
-    found = {same, *(encoder_fingerprint(PIPELINE, *some) for some in settings)}
+def test_the_fingerprint_covers_what_decides_the_embeddings(pipeline):
+    same = fingerprint()
+    assert same == fingerprint(pipeline), "the place does not matter"
+    settings = [{"tokens": 32}, {"quantization": "int8"}, {"dtype": "bfloat16"}]
+    found = {same, *(fingerprint(**some) for some in settings)}
     for name in ("text_encoder", "text_encoder_2"):
         path = pipeline / name / "model.safetensors"
         weights = load_file(path)
         weights[min(weights)].mul_(1.001)
         save_file(weights, path)
-        found.add(encoder_fingerprint(pipeline, TOKENS))
+        found.add(fingerprint(pipeline))
     for name in ("tokenizer/tokenizer.json", "tokenizer_2/tokenizer_config.json", "text_encoder_2/config.json"):
         (pipeline / name).write_text((pipeline / name).read_text() + "\n")
-        found.add(encoder_fingerprint(pipeline, TOKENS))
+        found.add(fingerprint(pipeline))
     assert len(found) == 1 + len(settings) + 2 + 3, "each change is seen"
 
 
 def test_the_fingerprint_does_not_see_how_weights_are_split(pipeline):
-    before = encoder_fingerprint(pipeline)
+    before = fingerprint(pipeline)
     folder = pipeline / "text_encoder_2"
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
@@ -104,7 +117,7 @@ def test_the_fingerprint_does_not_see_how_weights_are_split(pipeline):
         save_file({name: weights[name] for name in part}, folder / file)
         where |= dict.fromkeys(part, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
-    assert encoder_fingerprint(pipeline) == before
+    assert fingerprint(pipeline) == before
 
 
 def drop_a_weight(folder):
@@ -137,7 +150,7 @@ def truncate(folder):
 def test_a_bad_pipeline_is_refused_by_name(pipeline, damage, told):
     damage(pipeline)
     with pytest.raises(ValueError, match=f"model.path: .*{told}"):
-        FluxTextEncoder.from_pretrained(pipeline, TOKENS)
+        FluxTextEncoder(pipeline, model())
 
 
 def encode(out, files=("shapes",), **options):
@@ -148,26 +161,24 @@ def encode(out, files=("shapes",), **options):
 def test_cached_rows_equal_those_on_the_fly_bit_for_bit_in_the_same_batches(tmp_path, encoder):
     """And in other batches to rounding: matrix products of other shapes add in another order."""
     assert encode(tmp_path / "e", files=[PROMPTS["held_out"]], batch=16) == len(CAPTIONS)
-    cached = CachedText.open(tmp_path / "e", PIPELINE, TOKENS)
-    assert cached.fingerprint == encoder.fingerprint
+    text = cached(tmp_path / "e")
     for size in (16, 1, 5):
         for start in range(0, min(64, len(CAPTIONS)), size):
             some = CAPTIONS[start : start + size]
-            found, live = cached.encode(some), encoder.encode(some)
-            for ours, theirs in ((found.t5, live.t5), (found.pooled, live.pooled)):
-                torch.testing.assert_close(ours, theirs, rtol=0, atol=0 if size == 16 else 1e-5)
+            found, live = text.encode(some), encoder.encode(some)
+            torch.testing.assert_close(found, live, rtol=0, atol=0 if size == 16 else 1e-5)
 
 
 def test_the_cache_of_another_encoder_is_refused(tmp_path, pipeline):
     encode(tmp_path / "e", files=[PROMPTS["held_out"]])
-    CachedText.open(tmp_path / "e", pipeline, TOKENS)
-    for arguments in ((32,), (TOKENS, torch.bfloat16), (TOKENS, torch.float32, "cpu", "nf4")):
+    cached(tmp_path / "e", pipeline)
+    for settings in ({"tokens": 32}, {"dtype": "bfloat16"}, {"quantization": "nf4"}):
         with pytest.raises(ValueError, match=r"embeddings: .* was made by encoder \w+ \(model shapes, .*max_sequence"):
-            CachedText.open(tmp_path / "e", pipeline, *arguments)
+            cached(tmp_path / "e", pipeline, **settings)
     weights = load_file(pipeline / "text_encoder_2" / "model.safetensors")
     save_file({name: weight * 2 for name, weight in weights.items()}, pipeline / "text_encoder_2" / "model.safetensors")
     with pytest.raises(ValueError, match="not by encoder .* of .*pipeline"):
-        CachedText.open(tmp_path / "e", pipeline, TOKENS)
+        cached(tmp_path / "e", pipeline)
 
 
 CHILD = """
@@ -201,8 +212,7 @@ def test_a_killed_encode_goes_on_and_ends_where_an_uninterrupted_one_does(tmp_pa
     assert encode(tmp_path / "whole", files, shard_bytes=2**17) == len(CAPTIONS)
     killed, whole = (EmbeddingCache(tmp_path / name) for name in ("killed", "whole"))
     assert len(killed) == len(whole) == len(CAPTIONS) and killed.fingerprint == whole.fingerprint
-    for ours, theirs in zip(killed.encode(CAPTIONS), whole.encode(CAPTIONS)):
-        assert torch.equal(ours, theirs)
+    torch.testing.assert_close(killed.encode(CAPTIONS), whole.encode(CAPTIONS), rtol=0, atol=0)
 
 
 def run(monkeypatch, *arguments):
@@ -223,7 +233,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     cache = EmbeddingCache(out)
     for file in PROMPTS.values():
         cache.require(read_prompts(file))
-    CachedText.open(out, PIPELINE, TOKENS)  # made with what the recipe asks for
+    cached(out)  # made with what the recipe asks for
     run(monkeypatch, twice, "shapes", out, "--model", "shapes", "--column", "text")
     assert ": 0 to encode, the others are there already or repeated" in capsys.readouterr().out
 
@@ -233,7 +243,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     [
         (["none.txt", "OUT", "--model", "shapes"], "error: prompts: cannot read none.txt"),
         (["shapes", "OUT", "--model", "/nowhere/at/all"], "error: model.path: no folder /nowhere/at/all"),
-        (["shapes", "OUT", "--model", "."], "error: model.path: . lacks text_encoder_2/config.json"),
+        (["shapes", "OUT", "--model", "."], "error: model.path: . has no model_index.json"),
         (["shapes", str(REAL), "--model", "shapes"], "error: embeddings: cannot write into"),
         (["shapes", "OUT", "--model", "shapes", "--device", "nonsense"], "error: --device: 'nonsense'"),
     ],

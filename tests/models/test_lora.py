@@ -10,10 +10,10 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from egrpo_fast.commands.cost import Transformer
-from egrpo_fast.config import ConfigError, Lora
+from egrpo_fast.config import ConfigError, Lora, Model
 from egrpo_fast.models.flux.random import make_pipeline
 from egrpo_fast.models.lora import FILE, describe, follow_lora, linear_layers, read_lora, save_lora
+from egrpo_fast.models.sizes import Sizes
 from egrpo_fast.models.transformer import meta_transformer
 
 RANK = 4
@@ -306,7 +306,7 @@ def test_every_entry_takes_a_layer(entry, pipeline, folder):
     with pytest.raises(ConfigError, match=told):
         meta_transformer(folder, lora)
     with pytest.raises(ConfigError, match=told):
-        Transformer(pipeline.transformer.config).lora_parameters(lora)
+        Sizes(Model(path=str(folder))).adapters(lora)
 
 
 def test_it_is_said_what_was_adapted(folder):

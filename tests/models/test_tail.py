@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch.utils._pytree import tree_leaves
 
 from egrpo_fast import ops
-from egrpo_fast.commands.cost import Cluster, Cost
+from egrpo_fast.commands.cluster import Cluster
+from egrpo_fast.commands.cost import Cost
 from egrpo_fast.config import Lora, Model, Tail, TaylorSeer, load_config
 from egrpo_fast.methods.e_grpo import e_grpo
 from egrpo_fast.models import folder as folders

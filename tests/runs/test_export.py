@@ -189,9 +189,9 @@ def test_the_command_chooses_weights_and_checkpoint(options, iteration, kind, ru
 
 def sampled(transformer, folder, config):
     """By the trainer's own sampler: latents, and pictures."""
-    text = FluxTextEncoder.from_pretrained(folder, config.model.max_sequence_length)
+    text = FluxTextEncoder(Path(folder), config.model)
     vae = FluxPipeline.from_pretrained(folder, transformer=None, text_encoder=None, text_encoder_2=None).vae
-    backbone = FluxBackbone(transformer, vae, text, config.model.height, config.model.width, config.model.guidance, 8)
+    backbone = FluxBackbone(transformer, vae, text, config.model)
     wavefront = Wavefront(ode_plan(make_schedule(4)), 2, backbone.latent_shape, ops.choose("reference"))
     conditioning = backbone.encode(PROMPTS)
     latents = wavefront.run(

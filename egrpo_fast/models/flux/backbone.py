@@ -1,8 +1,7 @@
 """FLUX.1 taken apart into what training needs: text in, velocity, images out."""
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, FluxPipeline, FluxTransformer2DModel
@@ -12,32 +11,29 @@ from egrpo_fast.config import Model
 from egrpo_fast.files import read_json
 from egrpo_fast.models.fingerprint import part_identity
 from egrpo_fast.models.flux.compiled import CompiledFlux
-from egrpo_fast.models.flux.text import (
-    CachedText,
-    Conditioning,
-    FluxTextEncoder,
-    encoder_fingerprint,
-    open_text,
-    tell_truncated,
-)
-from egrpo_fast.models.protocol import Backbone
-from egrpo_fast.models.vae import load_tiny_decoder, load_vae, scale_factor
+from egrpo_fast.models.flux.text import FluxTextEncoder
+from egrpo_fast.models.protocol import Activations, Backbone
+from egrpo_fast.models.text import Conditioning, Text
+from egrpo_fast.models.vae import decode_bytes, hollow_vae, load_tiny_decoder, load_vae, scale_factor
 
 LATENT_PATCH = 2
 """FLUX packs 2 x 2 latent pixels into one token."""
 
-
-class Text(Protocol):
-    """What turns prompts into what the transformer reads: the text encoders, or a cache of what they gave."""
-
-    def encode(self, prompts: Sequence[str]) -> Conditioning: ...
+# Activations, measured on a CPU, in units of tokens x width x bytes of the dtype (keys: 2 bfloat16, 4 float32): at the
+# peak of a forward; kept for the backward by a double and by a single block, and in bytes by each of its heads and
+# tokens; beyond what is kept, at the peak of a backward.
+FORWARD = {2: 17.5, 4: 15.2}
+KEPT = {2: {"FluxTransformerBlock": 29.0, "FluxSingleTransformerBlock": 25.0},
+        4: {"FluxTransformerBlock": 25.0, "FluxSingleTransformerBlock": 21.0}}  # fmt: skip
+KEPT_PER_HEAD = 4 * 4
+BACKWARD = 8.5
 
 
 class FluxBackbone(Backbone):
     """FLUX.1-dev, -schnell and their kin. `model.guidance` is for transformers that embed it, others ignore it."""
 
-    pipeline, transformer_class = FluxPipeline, FluxTransformer2DModel
-    parts = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+    pipeline, transformer_class, text_encoder = FluxPipeline, FluxTransformer2DModel, FluxTextEncoder
+    parts = ("transformer", "vae", *FluxTextEncoder.encoders, *FluxTextEncoder.tokenizers, "scheduler")
 
     @classmethod
     def check(cls, folder: Path, height: int, width: int) -> None:
@@ -48,7 +44,8 @@ class FluxBackbone(Backbone):
 
     @classmethod
     def fingerprints(cls, folder: Path) -> dict[str, str]:
-        return {"vae": part_identity("model.path", folder / "vae"), "text encoders": encoder_fingerprint(folder)}
+        vae = part_identity("model.path", folder / "vae")
+        return {"vae": vae, "text encoders": FluxTextEncoder.fingerprint(folder)}
 
     @classmethod
     def blocks(cls, transformer: FluxTransformer2DModel) -> list[nn.Module]:
@@ -58,43 +55,47 @@ class FluxBackbone(Backbone):
     def compiled(cls, transformer: FluxTransformer2DModel) -> CompiledFlux:
         return CompiledFlux.of(transformer)
 
-    def __init__(
-        self, transformer: Any, vae: AutoencoderKL, text: Text, height: int, width: int, guidance: float,
-        decode_batch: int,
-    ) -> None:  # fmt: skip
-        self.transformer, self._vae, self._text, self.decode_batch = transformer, vae, text, decode_batch
-        self.height, self.width, self._guidance = height, width, guidance
-        self._tiny: AutoencoderTiny | None = None
-        self._scale_factor = scale_factor(vae.config)
-        rows, columns = (size // (self._scale_factor * LATENT_PATCH) for size in (height, width))
-        self.latent_shape = rows * columns, transformer.config.in_channels
-        self._image_ids = FluxPipeline._prepare_latent_image_ids(1, rows, columns, vae.device, torch.float32)
-
     @classmethod
-    def load(
-        cls, transformer: Any, folder: Path, model: Model, device: torch.device, embeddings: str | None = None
-    ) -> "FluxBackbone":
-        text = open_text(model, embeddings, folder, device)
+    def load_decoder(cls, folder: Path, model: Model, device: torch.device) -> AutoencoderKL:
         vae = load_vae(folder, getattr(torch, model.dtype), device)
         if model.vae_tiling:  # tile by tile, where an image is larger than the VAE's own tile size
             vae.enable_tiling()
-        return cls(transformer, vae, text, model.height, model.width, model.guidance, model.decode_batch)
+        return vae
 
-    def check_prompts(self, prompts: Sequence[str], field: str, tell: bool = True) -> None:
-        if isinstance(self._text, CachedText):
-            self._text.require(prompts, field)
-        elif tell and isinstance(self._text, FluxTextEncoder):
-            tell_truncated(self._text, prompts, field)
+    @classmethod
+    def hollow_decoder(cls, folder: Path) -> AutoencoderKL:
+        return hollow_vae(folder)
 
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """T5's token embeddings and CLIP's pooled embedding of every prompt."""
-        return self._text.encode(prompts)
+    @classmethod
+    def frozen_bytes(cls, folder: Path, model: Model) -> dict[str, float]:
+        vae = hollow_vae(folder).num_parameters() * getattr(torch, model.dtype).itemsize
+        return {"VAE": vae, "text encoders": FluxTextEncoder.weight_bytes(folder, model)}
+
+    def __init__(self, transformer: Any, decoder: AutoencoderKL, text: Text, model: Model) -> None:
+        self.transformer, self._vae, self._text, self._guidance = transformer, decoder, text, model.guidance
+        self.height, self.width, self.decode_batch = model.height, model.width, model.decode_batch
+        self._tiny: AutoencoderTiny | None = None
+        self._scale_factor = scale_factor(decoder.config)
+        rows, columns = (size // (self._scale_factor * LATENT_PATCH) for size in (self.height, self.width))
+        self.latent_shape = rows * columns, transformer.config.in_channels
+        self._image_ids = FluxPipeline._prepare_latent_image_ids(1, rows, columns, decoder.device, torch.float32)
+
+    def activations(self, itemsize: int) -> Activations:
+        heads, head_dim = (self.transformer.config.num_attention_heads, self.transformer.config.attention_head_dim)
+        tokens = self.latent_shape[0] + self.encode([""])["t5"].shape[1]
+        unit, per_head = tokens * heads * head_dim * itemsize, KEPT_PER_HEAD * tokens * heads
+        blocks = (KEPT[itemsize][type(block).__name__] for block in self.blocks(self.transformer))
+        return Activations(
+            forward=FORWARD[itemsize] * unit, kept=tuple(units * unit + per_head for units in blocks),
+            block_input=unit, backward=BACKWARD * unit,
+            decode=decode_bytes(self._vae.config, self.height, self.width, itemsize),
+        )  # fmt: skip
 
     def velocity(self, module: Any, latents: Tensor, t: float, conditioning: Conditioning, rows: Tensor) -> Tensor:
-        text = conditioning.t5[rows]
+        text = conditioning["t5"][rows]
         # Time, guidance and pooled text modulate every block: where all rows have the same, it is computed once.
-        alike = len(conditioning.pooled) == 1
-        pooled = conditioning.pooled if alike else conditioning.pooled[rows]
+        pooled = conditioning["pooled"]
+        pooled = pooled if len(pooled) == 1 else pooled[rows]
         count = len(pooled)
         dtype = text.dtype
         guided = self.transformer.config.guidance_embeds

@@ -1,0 +1,247 @@
+"""Text encoders by transformers, apart from their pipeline: prompts to conditioning, live or from a cache."""
+
+import textwrap
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+from transformers import BitsAndBytesConfig
+from transformers.utils import logging
+
+from egrpo_fast.config import Model
+from egrpo_fast.files import fingerprint, read_bytes, read_json
+from egrpo_fast.host_to_device import to_device
+from egrpo_fast.models.weight_files import WeightFiles
+from egrpo_fast.prompts.embeddings import EmbeddingCache
+
+Conditioning = Mapping[str, Tensor]
+"""Encoded prompts: tensors [P, ...] by name. Which names there are, and what they hold, is the model family's."""
+
+WHOLE_TOKENIZER = "tokenizer.json"
+"""The one file that a tokenizer needs, or it needs the others of its kind."""
+SHOWN = 3
+"""Of the prompts that an encoder truncates, how many are shown."""
+
+
+class Text(Protocol):
+    """What gives a model its conditioning: a TextEncoder, or what stands in for one."""
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """The conditioning of these prompts."""
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """A prompt of more tokens than `encoder` is given. cut: the end of the prompt that it does not see."""
+
+    prompt: str
+    encoder: str
+    tokens: int
+    limit: int
+    cut: str
+
+    def __str__(self) -> str:
+        prompt, cut = (textwrap.shorten(text, 100, placeholder=" ...") for text in (self.prompt, self.cut))
+        return f"{self.encoder} sees {self.limit} of {self.tokens} tokens of {prompt!r}; cut: {cut!r}"
+
+
+class TextEncoder(ABC):
+    """A family's text encoders, frozen. ValueError from all of it: a folder does not hold what is needed."""
+
+    encoders: ClassVar[Mapping[str, str]]
+    """Folders of the encoders, and the `model_type` that their config.json names."""
+    tokenizers: ClassVar[tuple[str, ...]]
+    """Folders of the tokenizers."""
+    limits: Mapping[str, int]
+    """Most tokens of a prompt that an encoder sees, by what people call the encoder."""
+
+    @abstractmethod
+    def __init__(self, folder: Path, model: Model, device: torch.device | str = "cpu") -> None:
+        """Load the encoders of a pipeline folder."""
+
+    @classmethod
+    @abstractmethod
+    def shapes(cls, folder: Path, model: Model) -> dict[str, tuple[int, ...]]:
+        """Of one prompt's conditioning, by the configs."""
+
+    @classmethod
+    @abstractmethod
+    def weight_bytes(cls, folder: Path, model: Model) -> float:
+        """What the weights will take on the device, by the configs."""
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """One batch, in the model's dtype on the device."""
+
+    @abstractmethod
+    def truncated(self, prompts: Sequence[str]) -> list[Truncation]:
+        """What the encoders do not see, of prompts longer than `limits`."""
+
+    @classmethod
+    def fingerprint(cls, folder: Path, model: Model | None = None) -> str:
+        """SHA-256, in hex, over what decides the conditioning; loads no weights, reads a few megabytes.
+
+        Covered: the settings of `model`; every byte of the encoders' `config.json` and of the tokenizer folders;
+        `WeightFiles.samples` of the encoders. Where the folder lies does not matter. model: None: its defaults.
+        """
+        how = f"{model.max_sequence_length} {model.text_encoder_quantization} torch.{model.dtype}" if model else ""
+        parts = [(how or "512 none torch.float32").encode()]
+        for name in cls.tokenizers:
+            files = [file for file in sorted((folder / name).rglob("*")) if file.is_file() and file.name[0] != "."]
+            if not files:
+                raise ValueError(f"model.path: {folder} lacks {name}")
+            for file in files:
+                parts += [str(file.relative_to(folder)).encode(), read_bytes(file, 1 << 28)]
+        for name in cls.encoders:
+            cls.config(folder, name)
+            parts += [name.encode(), read_bytes(folder / name / "config.json"), *_weights(folder, name).samples()]
+        return fingerprint(parts)
+
+    @classmethod
+    def config(cls, folder: Path, name: str) -> dict[str, Any]:
+        """An encoder's config.json."""
+        file = folder / name / "config.json"
+        try:
+            config = read_json(file)
+        except FileNotFoundError:
+            raise ValueError(f"model.path: {folder} lacks {name}/config.json") from None
+        except (OSError, ValueError) as error:
+            raise ValueError(f"model.path: {file} cannot be read: {error}") from None
+        found = config.get("model_type") if isinstance(config, dict) else None
+        if found != cls.encoders[name]:
+            raise ValueError(f"model.path: {folder / name} holds a {found}; {cls.encoders[name]} is expected")
+        return config
+
+    @classmethod
+    def hollow(cls, kind: Any, folder: Path, name: str) -> Any:
+        """An encoder, of transformers' class `kind`, without its weights, on the meta device."""
+        with torch.device("meta"):
+            return kind(kind.config_class(**cls.config(folder, name)))
+
+    @classmethod
+    def load(cls, kind: Any, folder: Path, name: str, model: Model, device: torch.device | str,
+             quantized: bool = False) -> Any:  # fmt: skip
+        """An encoder, of transformers' class `kind`. quantized: by `model.text_encoder_quantization`."""
+        cls.config(folder, name)
+        _weights(folder, name)
+        dtype = getattr(torch, model.dtype)
+        how = _quantization(model.text_encoder_quantization, dtype) if quantized else None
+        options = {"quantization_config": how, "device_map": {"": device}} if how else {}
+        shown = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+        try:
+            encoder, told = kind.from_pretrained(folder / name, output_loading_info=True, dtype=dtype, **options)
+        except ImportError as error:
+            raise ValueError(f"model.text_encoder_quantization: {error}; pip install bitsandbytes") from None
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"model.path: {folder / name} could not be loaded: {' '.join(str(error).split())}"
+            ) from None
+        finally:
+            if shown:
+                logging.enable_progress_bar()
+        if absent := sorted(told["missing_keys"]):
+            raise ValueError(
+                f"model.path: {folder / name} lacks {len(absent)} weights of its encoder, first {absent[0]}"
+            )
+        encoder = encoder.requires_grad_(False).eval()
+        return encoder if how else encoder.to(device)
+
+
+def _weights(folder: Path, name: str) -> WeightFiles:
+    try:
+        return WeightFiles(folder / name, "model")
+    except ValueError as error:
+        raise ValueError(f"model.path: {error}") from None
+
+
+def _quantization(name: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    if name == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if name == "nf4":
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    return None
+
+
+def load_tokenizer(kind: Any, folder: Path, name: str) -> Any:
+    """A tokenizer, of transformers' class `kind`, from its own folder alone. ValueError."""
+    if not (folder / name).is_dir():
+        raise ValueError(f"model.path: {folder} lacks {name}")
+    try:
+        _check_vocabulary(kind.vocab_files_names, folder / name)
+        return kind.from_pretrained(folder / name, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        told = " ".join(str(error).split())
+        raise ValueError(f"model.path: {folder / name} could not be loaded: {told}") from None
+
+
+def _check_vocabulary(files: Mapping[str, str], folder: Path) -> None:
+    """ValueError where a tokenizer's vocabulary is not in its folder. files: setting -> name.
+
+    Without it transformers makes a tokenizer that knows no word, and says nothing. A file that the settings name, it
+    may read from anywhere.
+    """
+    names = set(files.values()) - {WHOLE_TOKENIZER}
+    if not (folder / WHOLE_TOKENIZER).is_file() and not all((folder / name).is_file() for name in names):
+        raise ValueError(f"there is neither {WHOLE_TOKENIZER} nor {' and '.join(sorted(names))}")
+    config = folder / "tokenizer_config.json"
+    settings = read_json(config) if config.exists() else {}
+    for key, name in files.items():
+        if settings.get(key) not in (None, name):
+            raise ValueError(f"{config.name}: {key} is {settings[key]!r}; {name} in the same folder is expected")
+
+
+def tell_truncated(encoder: TextEncoder, prompts: Iterable[str], field: str) -> None:
+    """Print how many prompts are longer than each encoder reads, and what is cut off the first few. field: whose."""
+    found: dict[str, list[Truncation]] = {name: [] for name in encoder.limits}
+    count = dict.fromkeys(encoder.limits, 0)
+    rest = iter(prompts)
+    while batch := list(islice(rest, 1024)):
+        for cut in encoder.truncated(batch):
+            count[cut.encoder] += 1
+            found[cut.encoder] += [cut] if count[cut.encoder] <= SHOWN else []
+    for name, limit in encoder.limits.items():
+        if count[name]:
+            print(f"{field}: {count[name]:,} prompts are longer than {name}'s {limit} tokens, and are cut")
+        for cut in found[name]:
+            print(f"  {cut}")
+
+
+class CachedText:
+    """Conditioning from a folder of `egrpo encode`, in place of a TextEncoder; loads no model."""
+
+    def __init__(
+        self, embeddings: str | Path, kind: type[TextEncoder], folder: Path, model: Model,
+        device: torch.device | str = "cpu",
+    ) -> None:  # fmt: skip
+        """embeddings: the folder. The rest: of the encoder that it stands for. ValueError: another one made it."""
+        self.cache, self._device = EmbeddingCache(embeddings), device
+        how = (
+            f"{folder}, max_sequence_length {model.max_sequence_length}, dtype {model.dtype}, quantization "
+            f"{model.text_encoder_quantization}"
+        )
+        self.cache.check(kind.fingerprint(folder, model), kind.shapes(folder, model), how)
+
+    def require(self, prompts: Sequence[str], field: str = "prompts") -> None:
+        """ValueError where a prompt is not in the folder: how many, and the first."""
+        self.cache.require(prompts, field)
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """The rows of these prompts, on the device."""
+        return {name: to_device(tensor, self._device) for name, tensor in self.cache.encode(prompts).items()}
+
+
+@dataclass(frozen=True)
+class HollowText:
+    """Conditioning of these shapes on the meta device, for counting."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Without values."""
+        return {name: torch.empty(len(prompts), *shape, device="meta") for name, shape in self.shapes.items()}

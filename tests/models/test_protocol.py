@@ -1,0 +1,45 @@
+"""A family is one folder: what `tests/models/toy_family.py` defines trains, is planned and exported like any other."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from egrpo_fast.models.protocol import families
+
+PROGRAM = """
+import torch
+import toy_family
+from diffusers import ModelMixin
+from egrpo_fast import Trainer
+from egrpo_fast.commands.cluster import Cluster
+from egrpo_fast.commands.cost import Cost
+from egrpo_fast.config import load_config
+
+toy_family.save("toy")
+def redness(images, prompts):
+    return images[:, 0].mean((1, 2)) - images[:, 2].mean((1, 2))
+model = {"path": "toy", "height": 8, "width": 8, "dtype": "float32"}
+settings = dict(model=model, iterations=6, optimizer={"lr": 0.01},
+    schedule={"num_steps": 6}, rollout={"group_size": 8}, checkpoint={"every": 6},
+    evaluation={"num_prompts": 4, "num_steps": 4}, output_dir="run")
+result = Trainer("shapes", rewards={"redness": redness}, prompts=["a bad leg", "a red tag", "glad", "dear"],
+    **settings).train()
+cost = Cost(load_config("shapes", ["model.path=toy", "model.height=8", "model.width=8"]), Cluster(1, 1, "cpu"))
+trained = toy_family.ToyTransformer.from_pretrained(result.pipeline / "transformer")
+first = toy_family.ToyTransformer.from_pretrained("toy/transformer")
+print("RESULT", cost.parameters == sum(p.numel() for p in first.parameters()), cost.flops["evaluation"],
+    result.after["redness"] > result.before["redness"], not torch.equal(first.blocks[0].weight, trained.blocks[0].weight))
+"""
+
+
+def test_a_family_is_one_folder(tmp_path):
+    here = Path(__file__).parent
+    (tmp_path / "toy_family.py").write_text((here / "toy_family.py").read_text())
+    told = subprocess.run([sys.executable, "-c", PROGRAM], cwd=tmp_path, capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr[-3000:]
+    flops = 2 * 64 * 9 * (12 * 16 + 16 * 3)
+    assert told.stdout.splitlines()[-1] == f"RESULT True {float(flops)} True True", told.stdout[-500:]
+
+
+def test_nothing_of_a_family_is_needed_but_its_folder():
+    assert list(families()) == ["FluxPipeline"]
