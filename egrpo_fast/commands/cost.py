@@ -14,22 +14,12 @@ from typing import Any
 from egrpo_fast.commands.cluster import GIB, Cluster
 from egrpo_fast.config import Config, plan_of
 from egrpo_fast.models.sizes import Sizes
-from egrpo_fast.models.weight_files import WeightFiles
 from egrpo_fast.plan import Plan
-from egrpo_fast.shapes import CLIP, EMBEDDED
+from egrpo_fast.rewards import parameters
 
 HOST_LINK = 25e9
 """Assumed bytes per second between a GPU and host memory; the host's AdamW is taken to read and write as fast."""
 
-CLIP_PARAMETERS = {
-    "ViT-B-32": 151_277_313, "ViT-B-16": 149_620_737, "ViT-L-14": 427_616_513, "ViT-H-14": 986_109_441,
-    "ViT-g-14": 1_366_678_273, "ViT-bigG-14": 2_539_567_105,
-}  # fmt: skip
-"""open_clip's; the rewards keep their weights in float32."""
-REWARD_PARAMETERS = {
-    "hps": CLIP_PARAMETERS["ViT-H-14"], "pick_score": CLIP_PARAMETERS["ViT-H-14"], "image_reward": 446_206_689,
-    "jpeg": 0, "shapes_soft": 0, "shapes_strict": 0, "http": 0,
-}  # fmt: skip
 
 @dataclass(frozen=True)
 class Memory:
@@ -136,7 +126,7 @@ class Cost:
         tails = float(self.parameters * (size if config.tail.weights == "exact" else 1)) * config.tail.has_weights
         if config.tail.path is not None:
             always["the tail's model"] = tails
-        rewards = {reward.name: self._reward(reward.name, reward.options) for reward in config.rewards}
+        rewards = {name: 4.0 * (count or 0) for name, count in self.reward_parameters.items()}
         offloaded = {reward.name for reward in config.rewards if reward.options.get("offload")}
         always |= {f"reward {name}": amount for name, amount in rewards.items() if amount and name not in offloaded}
         host |= {f"reward {name}": amount for name, amount in rewards.items() if amount and name in offloaded}
@@ -200,23 +190,15 @@ class Cost:
         kept = (cache.order + 1) * prod(self.sizes.backbone.latent_shape)
         return float(rows * kept * self.itemsize)
 
-    @staticmethod
-    def _reward(name: str, options: Mapping[str, Any]) -> float:
-        kind = name.partition("/")[0]
-        if kind in ("clip", "hps") and options.get("model") == EMBEDDED:
-            return 4.0 * sum(map(prod, WeightFiles(CLIP, "open_clip_model").shapes.values()))
-        model = options.get("model", "")
-        return 4.0 * (CLIP_PARAMETERS.get(model, 0) if kind == "clip" else REWARD_PARAMETERS.get(kind, 0))
+    @cached_property
+    def reward_parameters(self) -> dict[str, int | None]:
+        """By reward; None: it does not say, and is counted as nothing."""
+        return {reward.name: parameters(reward.name, reward.options) for reward in self.config.rewards}
 
     @property
     def unknown_rewards(self) -> list[str]:
-        """Rewards whose size is not known here, counted as nothing."""
-        return [
-            reward.name
-            for reward in self.config.rewards
-            if (kind := reward.name.partition("/")[0]) not in REWARD_PARAMETERS
-            and not (kind == "clip" and reward.options.get("model") in (*CLIP_PARAMETERS, EMBEDDED))
-        ]
+        """Rewards that do not say their size."""
+        return [name for name, count in self.reward_parameters.items() if count is None]
 
     @property
     def fits(self) -> bool:
@@ -321,8 +303,7 @@ class Cost:
                 told[name] = count
             elif name == "rewards.offload":
                 for reward in tree["rewards"]:
-                    large = reward["name"].partition("/")[0] in ("hps", "clip", "pick_score", "image_reward")
-                    if large and not reward["options"].get("offload"):
+                    if self.reward_parameters[reward["name"]] and not reward["options"].get("offload"):
                         reward["options"]["offload"] = told[name] = True
             else:
                 *sections, leaf = name.split(".")

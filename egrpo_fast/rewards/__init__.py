@@ -1,23 +1,27 @@
-"""Rewards: pictures and prompts to scores. One file per reward; this one finds them by name.
+"""Rewards: images and prompts to scores. One file per reward, found by its name; a recipe may name other code as well.
 
-A reward is a callable `score(images [B, 3, H, W] float in [0, 1], prompts) -> [B]`, on the pictures' device. It may
-have a static `check(prompts, height, width)` that raises ValueError for prompts or pictures which it cannot judge.
+A reward is a callable `score(images [B, 3, H, W] float in [0, 1], prompts) -> [B]`, on the images' device. It may have
+- a static `check(prompts, height, width)`, which raises ValueError for prompts or images that it cannot judge;
+- a static `parameters(**options)`, the number of its weights, which are float32;
+- `sends_images = True`, where images and a secret leave this machine.
 """
 
 import inspect
 import os
 import pickle
+import pkgutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
+from importlib.metadata import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from egrpo_fast.rewards.scoring import (
+from egrpo_fast.scoring.call import (
     Reward,
     RewardError,
     fill_dropped,
@@ -30,7 +34,7 @@ from egrpo_fast.rewards.scoring import (
 
 __all__ = [
     "GIVEN",
-    "REGISTRY",
+    "NAMES",
     "Reward",
     "RewardError",
     "check_reward",
@@ -43,21 +47,11 @@ __all__ = [
     "try_reward",
 ]
 
-REGISTRY = {
-    "clip": "egrpo_fast.rewards.clip:ClipScore",
-    "hps": "egrpo_fast.rewards.hps:HpsScore",
-    "pick_score": "egrpo_fast.rewards.pick_score:PickScore",
-    "image_reward": "egrpo_fast.rewards.image_reward:ImageReward",
-    "jpeg": "egrpo_fast.rewards.jpeg:JpegCompressibility",
-    "shapes_soft": "egrpo_fast.rewards.shapes:ShapesSoft",
-    "shapes_strict": "egrpo_fast.rewards.shapes:ShapesStrict",
-    "http": "egrpo_fast.rewards.http:HttpReward",
-}
-"""Name in a recipe -> `module:attribute`. A recipe may also name any such path itself, and tell two of a kind apart by
-a label: `http/hps`, `http/pick`.
+NAMES = tuple(file.name for file in pkgutil.iter_modules(__path__))
+"""Names in a recipe: that of a file here, whose `REWARD` is meant. A recipe may also name any `module:attribute`, and tell
+two of a kind apart by a label: `http/hps`, `http/pick`.
 
-A class is made with the options and `device`. A function is the reward: called with pictures, prompts and the
-options.
+A class is made with the options and `device`. A function is the reward: called with images, prompts and the options.
 """
 GIVEN: dict[str, Reward] = {}
 """Rewards by name that this Python program gave itself, while `given` lasts."""
@@ -67,7 +61,7 @@ GIVEN: dict[str, Reward] = {}
 def given(functions: Mapping[str, Reward]) -> Iterator[None]:
     """Meanwhile these rewards are found by their names, before any other. ValueError: a name has another meaning."""
     for name in functions:
-        if name.partition("/")[0] in REGISTRY or ":" in name:
+        if built_in(name) or ":" in name:
             raise ValueError(f"rewards.{name}: a reward of the package has this name; give yours another")
     GIVEN.update(functions)
     try:
@@ -76,15 +70,31 @@ def given(functions: Mapping[str, Reward]) -> Iterator[None]:
         GIVEN.clear()
 
 
+def built_in(name: str) -> bool:
+    """Whether a recipe's reward is one of the package."""
+    return name.partition("/")[0] in NAMES
+
+
+def parameters(name: str, options: Mapping[str, Any]) -> int | None:
+    """Of a recipe's reward: how many weights it will load; None: it does not say, or is not installed."""
+    if not built_in(name) and name not in GIVEN:
+        return None  # a plan runs no code of a stranger's recipe
+    try:
+        count = getattr(_find(name), "parameters", None)
+        return count(**options) if count else None
+    except (ValueError, TypeError):
+        return None
+
+
 def _find(name: str) -> Any:
     if name in GIVEN:
         return GIVEN[name]
     kind = name.partition("/")[0]
-    module, colon, attribute = REGISTRY.get(kind, name).partition(":")
+    module, colon, attribute = (f"{__name__}.{kind}:REWARD" if kind in NAMES else name).partition(":")
     if not colon:
-        raise ValueError(f"rewards: no reward {name!r}; there are: {', '.join(REGISTRY)}, or any module:attribute")
+        raise ValueError(f"rewards: no reward {name!r}; there are: {', '.join(NAMES)}, or any module:attribute")
     try:
-        if kind not in REGISTRY and (here := os.getcwd()) not in sys.path:
+        if kind not in NAMES and (here := os.getcwd()) not in sys.path:
             sys.path.append(here)  # a user's own file beside the command; last, so it shadows nothing
         with users_code(name):
             reward = getattr(import_module(module), attribute)
@@ -92,8 +102,9 @@ def _find(name: str) -> Any:
         if not isinstance(missing := error.__cause__, ModuleNotFoundError):
             raise
         told = "it is neither in this folder nor on Python's path"
-        if kind in REGISTRY:
-            told = f"pip install 'egrpo_fast[{'http' if kind == 'http' else 'rewards'}]'"
+        if kind in NAMES:
+            extras = metadata("egrpo_fast").get_all("Provides-Extra") or []
+            told = f"pip install 'egrpo_fast[{kind if kind in extras else 'rewards'}]'"
         raise RewardError(f"rewards.{name}: {missing.name} is not installed; {told}", error.trace) from None
     if not callable(reward):
         raise ValueError(f"rewards.{name}: {type(reward).__name__} is no class and no function")
@@ -112,7 +123,7 @@ def _naming(name: str) -> Iterator[None]:
             # From libraries that read their own checkpoints, by torch's `weights_only`: refused, and not executed.
             raise ValueError(f"rewards.{name}: a checkpoint holds more than tensors, and is not executed") from None
         if isinstance(cause, (TypeError, ValueError, OSError, RuntimeError)):
-            trace = "" if name.partition("/")[0] in REGISTRY else error.trace
+            trace = "" if built_in(name) else error.trace
             raise RewardError(f"rewards.{name}: {text_of(cause)}", trace) from cause
         raise
 
@@ -127,8 +138,7 @@ def _bind(reward: Any, options: Mapping[str, Any]) -> None:
 
 def require_trust(names: Iterable[str], file: Path) -> None:
     """ValueError where a file that may be a stranger's names rewards that run code, or send pictures and a token."""
-    kinds = {name: name.partition("/")[0] for name in names}
-    if wary := [name for name, kind in kinds.items() if kind == "http" or kind not in REGISTRY]:
+    if wary := [name for name in names if not built_in(name) or getattr(_find(name), "sends_images", False)]:
         raise ValueError(
             f"rewards: {file} asks for {', '.join(wary)}. Such a reward runs Python code from your disk, or sends "
             "pictures and your token to an address in that file. If you trust the file, add --trust-run; or name the "

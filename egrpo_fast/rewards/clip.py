@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import dynamic_module_utils
 
 from egrpo_fast.files import expanded, read_json
-from egrpo_fast.rewards.preprocess import Interpolation, Preprocess, ResizeMode
-from egrpo_fast.rewards.scorer import Dtype, Scorer
+from egrpo_fast.scoring.preprocess import Interpolation, Preprocess, ResizeMode
+from egrpo_fast.scoring.scorer import Dtype, Scorer
 from egrpo_fast.shapes import CLIP, EMBEDDED
 
 # open_clip has transformers load text towers of any kind: one that brings its own code is refused, without a question.
@@ -53,6 +53,22 @@ def tokenizer_of(model: str) -> Callable[[list[str]], Tensor]:
     return open_clip.get_tokenizer(model, **refused)
 
 
+def weights_in(architecture: Mapping[str, Any] | None) -> int:
+    """How many an open_clip model has. ValueError: it is of a kind that cannot be made without its files."""
+    if architecture is None:
+        raise ValueError("model: no open_clip architecture")
+    with torch.device("meta"):
+        network = open_clip.CLIP(**architecture)
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def _spelled(model: str) -> str:
+    """As open_clip names it: the embedded one is in a folder; variables in a path are filled in."""
+    name = f"local-dir:{CLIP}" if model == EMBEDDED else model
+    prefix, found, path = name.partition("local-dir:")
+    return f"local-dir:{expanded(path)}" if found and not prefix else name
+
+
 class ClipScore(OpenClipCosine):
     """`cos(image_features, text_features)` in [-1, 1].
 
@@ -63,6 +79,17 @@ class ClipScore(OpenClipCosine):
     device. micro_batch, dtype, offload: as in `Scorer`; autocast to float16 on a GPU.
     ValueError: no weights, or not this model's; or nothing tells the transform and the activation.
     """
+
+    @staticmethod
+    def parameters(model: str, **options: Any) -> int:
+        """Of the architecture. ValueError: it is not known without its files."""
+        kind, _, folder = _spelled(model).partition("local-dir:")
+        if kind:
+            return weights_in(open_clip.get_model_config(kind))
+        try:
+            return weights_in(read_json(Path(folder) / "open_clip_config.json")["model_cfg"])
+        except (OSError, KeyError, TypeError) as error:
+            raise ValueError(f"model: {model} cannot be read: {error!r}") from None
 
     def __init__(
         self,
@@ -92,9 +119,7 @@ def _load(
     """The network, which knows its picture transform, and its tokenizer."""
     # Without weights open_clip would hand out a random model, and a run would train on noise.
     make = partial(open_clip.create_model, device=device, weights_only=True)
-    name = f"local-dir:{CLIP}" if model == EMBEDDED else model
-    if name.startswith("local-dir:"):
-        name = f"local-dir:{expanded(name.removeprefix('local-dir:'))}"
+    name = _spelled(model)
     if name.startswith(("local-dir:", "hf-hub:")):
         if pretrained or weights:
             raise ValueError(f"pretrained: {pretrained or weights}, but model: {model} names its weights itself")
@@ -155,3 +180,6 @@ def _check_same(model: str, architecture: Mapping[str, Any], file: Path) -> None
         raise ValueError(f"pretrained: {file} cannot be read: {error!r}") from None
     if differ:
         raise ValueError(f"model: {model} is not what {file} describes ({differ[0]}, ...)")
+
+
+REWARD = ClipScore

@@ -1,16 +1,16 @@
 """HPSv2.1 and v2.0: human preference score of a tuned CLIP ViT-H/14 (Wu et al., 2023; the `hpsv2` package)."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import open_clip
 import torch
 from accelerate import init_empty_weights
 
-from egrpo_fast.rewards.clip import OpenClipCosine, tokenizer_of
-from egrpo_fast.rewards.preprocess import Preprocess
-from egrpo_fast.rewards.scorer import Dtype
-from egrpo_fast.rewards.weights import find_weights, load_weights, read_weights
+from egrpo_fast.rewards.clip import OpenClipCosine, tokenizer_of, weights_in
+from egrpo_fast.scoring.preprocess import Preprocess
+from egrpo_fast.scoring.scorer import Dtype
+from egrpo_fast.scoring.weights import find_weights, load_weights, read_weights
 
 FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
 """Both versions are one architecture: only the file tells them apart."""
@@ -29,6 +29,11 @@ class HpsScore(OpenClipCosine):
     and then fails on it; here it is padded.
     ValueError: no weights, or of another model or version.
     """
+
+    @staticmethod
+    def parameters(model: str = "ViT-H-14", **options: Any) -> int:
+        """Of the architecture. ValueError: it is none of open_clip's."""
+        return weights_in(open_clip.get_model_config(model))
 
     def __init__(
         self,
@@ -55,3 +60,6 @@ class HpsScore(OpenClipCosine):
         load_weights(network, tensors, str(path))
         preprocess = Preprocess(network.visual.image_size[0], mode="longest", resize="float")
         super().__init__(network, tokenizer_of(model), preprocess, device, micro_batch, dtype, offload)
+
+
+REWARD = HpsScore

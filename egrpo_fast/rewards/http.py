@@ -81,6 +81,9 @@ class HttpReward:
     ValueError where the server cannot judge these pictures.
     """
 
+    sends_images = True
+    parameters = staticmethod(lambda **options: 0)
+
     def __init__(
         self,
         reward: str,
@@ -198,3 +201,6 @@ def _read_scores(reply: bytes, count: int) -> Tensor:
     if not bool(torch.isfinite(scores).all()):
         raise _Unusable("scores that are not finite")
     return scores
+
+
+REWARD = HttpReward

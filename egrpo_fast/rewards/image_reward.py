@@ -6,6 +6,7 @@ renamed on loading (`RENAMED`); `tests/rewards/test_original.py` holds the resul
 """
 
 import re
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,9 @@ from transformers.models.blip.modeling_blip import BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 from egrpo_fast.files import expanded
-from egrpo_fast.rewards.preprocess import Preprocess
-from egrpo_fast.rewards.scorer import Dtype, Scorer
-from egrpo_fast.rewards.weights import find_weights, load_weights, read_weights
+from egrpo_fast.scoring.preprocess import Preprocess
+from egrpo_fast.scoring.scorer import Dtype, Scorer
+from egrpo_fast.scoring.weights import find_weights, load_weights, read_weights
 
 FILE = "ImageReward.pt"
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
@@ -101,6 +102,11 @@ class ImageReward(Scorer):
     ValueError: no weights, or of another model.
     """
 
+    @staticmethod
+    def parameters(**options: Any) -> int:
+        """Of the published model."""
+        return 446_206_689
+
     def __init__(
         self,
         weights: str = "THUDM/ImageReward",
@@ -132,3 +138,6 @@ class ImageReward(Scorer):
         picture = self.network.vision(pictures).last_hidden_state
         read = self.network.text(ids, mask, encoder_hidden_states=picture, is_decoder=False).last_hidden_state
         return (self.network.head(read[:, 0].float()).squeeze(-1).float() - MEAN) / STD
+
+
+REWARD = ImageReward

@@ -16,6 +16,8 @@ class JpegCompressibility:
     that gives the same bytes, so the pictures, and they alone, go to the CPU.
     """
 
+    parameters = staticmethod(lambda **options: 0)
+
     def __init__(self, quality: int = 95, incompressible: bool = False, device: torch.device | str = "cpu") -> None:
         if not 1 <= quality <= 95:
             raise ValueError(f"quality: {quality}, allowed: 1 to 95")
@@ -29,3 +31,6 @@ class JpegCompressibility:
         buffer = io.BytesIO()
         Image.fromarray(picture).save(buffer, format="JPEG", quality=self._quality)
         return buffer.tell() / 1000
+
+
+REWARD = JpegCompressibility

@@ -1,14 +1,16 @@
 """PickScore: preference score of a CLIP ViT-H/14 tuned on Pick-a-Pic (Kirstain et al., 2023)."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPModel
 
 from egrpo_fast.files import expanded
-from egrpo_fast.rewards.preprocess import Preprocess
-from egrpo_fast.rewards.scorer import Dtype, Scorer
-from egrpo_fast.rewards.weights import check_shards
+from egrpo_fast.scoring.preprocess import Preprocess
+from egrpo_fast.scoring.scorer import Dtype, Scorer
+from egrpo_fast.scoring.weights import check_shards
 
 
 class PickScore(Scorer):
@@ -20,6 +22,11 @@ class PickScore(Scorer):
     published processor. micro_batch, dtype, offload: as in `Scorer`; float32 as the original.
     ValueError: no safetensors there, or not of a whole CLIP model.
     """
+
+    @staticmethod
+    def parameters(**options: Any) -> int:
+        """Of the published model."""
+        return 986_109_441
 
     def __init__(
         self,
@@ -57,3 +64,6 @@ class PickScore(Scorer):
     def compare(self, pictures: Tensor, features: Tensor) -> Tensor:
         image = self.network.get_image_features(pictures).pooler_output
         return self._scale * (F.normalize(image.float(), dim=-1) * features).sum(-1)
+
+
+REWARD = PickScore

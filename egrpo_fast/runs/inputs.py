@@ -15,8 +15,8 @@ from egrpo_fast.config import RUN_FILE, Config
 from egrpo_fast.files import file_fingerprint, fingerprint
 from egrpo_fast.models.fingerprint import TRAINED, part_identity, recorded
 from egrpo_fast.models.lora import find_file
-from egrpo_fast.rewards import GIVEN, REGISTRY, Reward
-from egrpo_fast.rewards.scorer import Scorer
+from egrpo_fast.rewards import GIVEN, Reward, built_in
+from egrpo_fast.scoring.scorer import Scorer
 
 INPUTS = "inputs"
 """Their key in RUN_FILE."""
@@ -64,7 +64,7 @@ def of_rewards(rewards: Mapping[str, Reward]) -> dict[str, str]:
         kind = name.partition("/")[0]
         module = getattr(GIVEN[name], "__module__", "") if name in GIVEN else kind.partition(":")[0]
         file = getattr(sys.modules.get(module), "__file__", None)
-        if kind not in REGISTRY and file:
+        if not built_in(name) and file:
             try:
                 found[f"{SOURCE}rewards.{name}"] = file_fingerprint(Path(file))
             except OSError as error:

@@ -44,6 +44,14 @@ MIN_OVERLAP, MAX_DIRT = 0.8, 15.0
 """What `strict` asks of every thing and of the background (pixels)."""
 
 
+def check(prompts: Sequence[str], height: int, width: int) -> None:
+    """ValueError where a run's prompts or images are not of the Shapes world."""
+    if (height, width) != (SIDE, SIDE):
+        raise ValueError(f"judges pictures of {SIDE}x{SIDE} pixels, not {height}x{width}")
+    for prompt in prompts:
+        parse(prompt)
+
+
 @lru_cache(maxsize=4)
 def bank(device: torch.device) -> tuple[Tensor, Tensor]:
     """Masks of all hypotheses, (shape, size, place) row-major, with all jitters, and the same one pixel wider:

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import weakref
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ from egrpo_fast.models.folder import configs_of
 from egrpo_fast.models.lora import save_lora
 from egrpo_fast.models.sizes import Sizes
 from egrpo_fast.models.vae import decode_bytes
+from egrpo_fast.rewards import NAMES, make_reward, parameters
 from egrpo_fast.shapes import PIPELINE
 
 FLUX_DEV = "black-forest-labs/FLUX.1-dev"
@@ -150,12 +152,36 @@ def test_frozen_parts_of_flux_dev():
         assert FluxBackbone.frozen_bytes(configs_of(FLUX_DEV), model) == {"VAE": 2 * vae, "text encoders": text}
 
 
-@pytest.mark.parametrize("model", cost.CLIP_PARAMETERS)
-def test_clip_rewards(model):
-    open_clip = pytest.importorskip("open_clip")
-    with torch.device("meta"):
-        network = open_clip.CLIP(**open_clip.get_model_config(model))
-    assert sum(parameter.numel() for parameter in network.parameters()) == cost.CLIP_PARAMETERS[model]
+@pytest.mark.parametrize(
+    ("name", "options", "count"),
+    [
+        ("clip", {"model": "ViT-B-32"}, 151_277_313),
+        ("clip/large", {"model": "ViT-L-14"}, 427_616_513),
+        ("hps", {}, 986_109_441),
+        ("pick_score", {}, 986_109_441),
+        ("image_reward", {}, 446_206_689),
+        ("jpeg", {}, 0),
+        ("http/hps", {"reward": "hps"}, 0),
+        ("shapes_soft", {}, 0),
+        ("clip", {"model": "no such model"}, None),
+        ("clip", {}, None),
+        ("json:dumps", {}, None),
+    ],
+)
+def test_parameters_of_rewards(name, options, count):
+    assert parameters(name, options) == count
+
+
+def test_the_embedded_clip_is_counted_from_its_folder():
+    judge = make_reward("clip", {"model": "shapes"})
+    assert parameters("clip", {"model": "shapes"}) == sum(p.numel() for p in judge.network.parameters())
+
+
+def test_a_reward_is_one_file():
+    """Each has its own module, which says how large it is; and no code of a stranger's runs to find that out."""
+    for name in NAMES:
+        reward = import_module(f"egrpo_fast.rewards.{name}").REWARD
+        assert reward.__module__ == f"egrpo_fast.rewards.{name}" and callable(reward.parameters)
 
 
 def test_a_local_folder_is_counted_from_its_configs():

@@ -17,7 +17,7 @@ from egrpo_fast.config import CHECKPOINTS, load_config
 from egrpo_fast.distributed.checkpoint import CheckpointReader
 from egrpo_fast.distributed.heartbeat import Heartbeat, group_store
 from egrpo_fast.distributed.world import World
-from egrpo_fast.rewards.shapes import ShapesSoft
+from egrpo_fast.rewards.shapes_soft import ShapesSoft
 
 
 class FaultyReward(ShapesSoft):

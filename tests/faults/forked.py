@@ -27,7 +27,7 @@ BOUND = 900
 """Seconds in which a run that goes wrong must have ended, on a machine that does other things too."""
 IMPORTS = [
     "fault_injection", "egrpo_fast.trainer", "egrpo_fast.commands.doctor", "egrpo_fast.rewards.clip",
-    "egrpo_fast.rewards.shapes",
+    "egrpo_fast.rewards.shapes_soft",
 ]  # fmt: skip
 
 

@@ -28,7 +28,8 @@ cost = Cost(load_config("shapes", ["model.path=toy", "model.height=8", "model.wi
 trained = toy_family.ToyTransformer.from_pretrained(result.pipeline / "transformer")
 first = toy_family.ToyTransformer.from_pretrained("toy/transformer")
 print("RESULT", cost.parameters == sum(p.numel() for p in first.parameters()), cost.flops["evaluation"],
-    result.after["redness"] > result.before["redness"], not torch.equal(first.blocks[0].weight, trained.blocks[0].weight))
+    result.after["redness"] > result.before["redness"],
+    not torch.equal(first.blocks[0].weight, trained.blocks[0].weight))
 """
 
 

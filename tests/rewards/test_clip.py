@@ -14,7 +14,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from egrpo_fast.rewards import make_reward
 from egrpo_fast.rewards.clip import _of_tags
-from egrpo_fast.rewards.preprocess import OPENAI_MEAN
+from egrpo_fast.scoring.preprocess import OPENAI_MEAN
 from egrpo_fast.shapes import CLIP, PIPELINE
 
 TOWERS = {

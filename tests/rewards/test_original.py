@@ -22,7 +22,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from egrpo_fast.rewards import make_reward
 from egrpo_fast.rewards.image_reward import UNUSED, rename
-from egrpo_fast.rewards.preprocess import OPENAI_MEAN, OPENAI_STD, Preprocess
+from egrpo_fast.scoring.preprocess import OPENAI_MEAN, OPENAI_STD, Preprocess
 from egrpo_fast.shapes import CLIP
 
 pytestmark = pytest.mark.filterwarnings("ignore:Importing from timm:FutureWarning")  # the originals do

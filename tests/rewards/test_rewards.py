@@ -22,8 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from egrpo_fast.config import load_config
 from egrpo_fast.kernels.reference.group_advantage_clip_loss import group_advantage_ref
 from egrpo_fast.rewards import RewardError, check_reward, fill_dropped, make_reward, score, score_or_nan, try_reward
-from egrpo_fast.rewards.preprocess import Preprocess, ResizeMode
-from egrpo_fast.rewards.scoring import LARGEST
+from egrpo_fast.scoring.call import LARGEST
+from egrpo_fast.scoring.preprocess import Preprocess, ResizeMode
 from egrpo_fast.shapes import CLIP, PROMPTS
 from egrpo_fast.shapes.world import parse, render
 from egrpo_fast.terminal import error_lines
@@ -117,7 +117,7 @@ def test_a_prompt_is_encoded_once(pictures, monkeypatch):
     first = reward(pictures.repeat(2, 1, 1, 1), CAPTIONS * 2)
     assert encoded == list(dict.fromkeys(CAPTIONS))
     assert torch.equal(reward(pictures.repeat(2, 1, 1, 1), CAPTIONS * 2), first) and len(encoded) == 6
-    monkeypatch.setattr("egrpo_fast.rewards.scorer.CACHED_PROMPTS", 2)
+    monkeypatch.setattr("egrpo_fast.scoring.scorer.CACHED_PROMPTS", 2)
     reward(pictures, CAPTIONS)
     reward(pictures, CAPTIONS)
     assert len(encoded) == 6 + 4, "the oldest four were let go"

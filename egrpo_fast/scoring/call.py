@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from egrpo_fast.rewards.preprocess import check_pictures, unfit_pictures
+from egrpo_fast.scoring.preprocess import check_pictures, unfit_pictures
 
 Reward = Callable[[Tensor, Sequence[str]], Tensor]
 
@@ -188,7 +188,7 @@ def _require(wrong: Tensor, name: str, told: str, prompts: Sequence[str]) -> Non
 
 
 def _is_built_in(reward: Reward) -> bool:
-    return type(reward).__module__.startswith(f"{__package__}.")
+    return type(reward).__module__.startswith("egrpo_fast.rewards.")
 
 
 def call(

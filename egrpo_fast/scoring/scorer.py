@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from egrpo_fast.files import fingerprint, sampled
-from egrpo_fast.rewards.preprocess import Preprocess
+from egrpo_fast.scoring.preprocess import Preprocess
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 CACHED_PROMPTS = 4096

@@ -1,0 +1,1 @@
+"""How a reward is called and checked, and what rewards that are networks share."""
