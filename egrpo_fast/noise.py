@@ -42,8 +42,14 @@ def streams(iteration: int, prompts: Tensor, draws: Tensor) -> Tensor:
     """Counter words 1 to 3 of every (prompt, draw): prompts int64 [P], draws int64 [G] of `draw_word`s -> [P, G, 3]."""
     import torch
 
-    prompt, draw = torch.broadcast_tensors(prompts[:, None], draws[None, :])
-    return torch.stack((torch.full_like(prompt, iteration), prompt, draw), dim=-1)
+    return streams_of(iteration, *torch.broadcast_tensors(prompts[:, None], draws[None, :]))
+
+
+def streams_of(iteration: int, prompts: Tensor, draws: Tensor) -> Tensor:
+    """The same of pairs of them: int64 [...] twice -> [..., 3]."""
+    import torch
+
+    return torch.stack((torch.full_like(prompts, iteration), prompts, draws), dim=-1)
 
 
 def initial_noise(

@@ -66,14 +66,19 @@ class Objective:
         old_velocity: Tensor,
         rewards: Tensor,
         kept: Tensor | None = None,
+        stored: tuple[Tensor, Tensor] | None = None,
     ) -> GroupLoss:
         """velocity, old_velocity [P * S, L, C] at the group's states; rewards [K V, P, G] as of `Plan.by_group`.
 
         The ratio compares the new velocity with `old_velocity` under the rollout's own noise, replayed from its key:
         with equal velocities it is exactly 1. kept [P, G], of `Plan.unpruned`: samples that count; the others' rewards
-        are compared with, but their ratio stays 1.
+        are compared with, but their ratio stays 1. stored: the states [P * S, L, C] and the samples [P * G, L, C] that
+        left them. With these the ratio is that of the samples' densities, and no noise is replayed.
         """
-        log_ratio = self._log_ratio(group, key, velocity, old_velocity)
+        if stored is None:
+            log_ratio = self._log_ratio(group, key, velocity, old_velocity)
+        else:
+            log_ratio = self._stored_log_ratio(group, velocity, old_velocity, *stored)
         if kept is not None:
             log_ratio = torch.where(kept, log_ratio, torch.zeros_like(log_ratio))
         return self._loss(group, log_ratio, rewards)
@@ -117,6 +122,19 @@ class Objective:
             mirrored = (signs < 0).repeat(len(streams), 1)
             log_ratio = torch.where(mirrored, -log_ratio - z.square().flatten(1).mean(1, keepdim=True), log_ratio)
         return log_ratio.reshape(len(streams), group.size)
+
+    def _stored_log_ratio(
+        self, group: Group, velocity: Tensor, old_velocity: Tensor, states: Tensor, samples: Tensor
+    ) -> Tensor:
+        """[P, G]: `log N(x'; c_x x + c_v v_new, s^2) - log N(x'; c_x x + c_v v_old, s^2)`, means over elements."""
+        step, each = group.step, group.size // len(group.sources)
+        coefficients = on_device([(step.c_x, step.c_v, step.s)] * len(samples), samples.device, states.dtype)
+        left = states.repeat_interleave(each, 0)
+        new, old = (
+            self.ops.gaussian_log_prob(samples, left, v.repeat_interleave(each, 0), coefficients)
+            for v in (velocity, old_velocity)
+        )
+        return (new - old).reshape(-1, group.size)
 
     def _mixed(self, rewards: Tensor, num_views: int) -> tuple[Tensor, Tensor, str]:
         """Rewards [K V, P, G] -> the rewards, their weights and how the op is to mix them."""

@@ -87,6 +87,7 @@ class Wave:
 class WaveTable:
     """A wave's edges for several prompts in compressed rows, as `ops.branch_rows` takes them (see there).
 
+    plain: every row of the plan takes one stochastic step, in its own place: `ops.sde_step` will do.
     A mirrored edge is without noise there: its row receives the mean, about which it then mirrors its twin's row.
     mirrors, twins int64: those rows. exact, tail int64: places in `sources` of rows outside and in their tail.
     families: of every prompt's families (`Plan.families`) that are live, its number and places int64; together `tail`.
@@ -96,6 +97,7 @@ class WaveTable:
     """
 
     time: float
+    plain: bool
     sources: Tensor
     source_slots: Tensor
     offsets: Tensor
@@ -227,6 +229,13 @@ class Plan:
             return tuple(range(self.num_rows))
         return tuple(row for rows in self._compared for row in rows)
 
+    def sample_rows(self, group: Group) -> tuple[int, ...]:
+        """The rows that a group's samples are in after their step, in the order of its draws."""
+        (wave,) = (wave for wave in self.waves if wave.index == group.index)
+        made = {(edge.source, edge.draw, edge.sign): edge.destination for edge in wave.edges if edge.step.s}
+        left = (source for source in group.sources for _ in range(group.size // len(group.sources)))
+        return tuple(made[word] for word in zip(left, group.draws, group.signs))
+
     @property
     def trained_states(self) -> int:
         """States of one prompt that the update runs the model at, with gradient."""
@@ -344,8 +353,10 @@ class Plan:
             return words(found, torch.int64) if found else None
 
         members = indices(chain.from_iterable(families.values()))
+        in_place = [edge.source for edge in wave.edges if edge.source == edge.destination]
         return WaveTable(
             time=wave.time,
+            plain=in_place == [*range(self.num_rows)] and not mirrored and any(edge.step.s for edge in wave.edges),
             sources=words([slot * self.num_rows + source for slot in range(num_prompts) for source in wave.sources]),
             source_slots=words([slot for slot in range(num_prompts) for _ in wave.sources], torch.int64),
             offsets=words([0, *torch.tensor(degrees * num_prompts).cumsum(0).tolist()]),

@@ -57,11 +57,13 @@ class NoiseKey:
 
 @dataclass(frozen=True)
 class Rollout:
-    """What a rollout of P prompts leaves behind; samples themselves are not stored, their noise can be replayed.
+    """What a rollout of P prompts leaves behind.
 
     states, velocities: per group [P * S, L, C], the S states that each prompt's samples left, and the velocities that
     the rollout left them with.
     final_latents: [P, pictures, L, C] in the order of `plan.picture_rows`.
+    samples: per group [P * G, L, C], where the stochastic step led, if they were kept. Else (None) their noise can be
+    replayed.
     """
 
     plan: Plan
@@ -69,13 +71,14 @@ class Rollout:
     states: tuple[Tensor, ...]
     velocities: tuple[Tensor, ...]
     final_latents: Tensor
+    samples: tuple[Tensor, ...] | None = None
 
 
 class Wavefront:
     """A plan made ready for `num_prompts` prompts at a time: tables and row buffers, reused as long as they fit.
 
     shape: (tokens, channels) of one picture. dtype: of the state, float32 (float64 in tests). model_dtype: what the
-    model reads. micro_batch: most rows of one model call; None: all live rows.
+    model reads. micro_batch: most rows of one model call; None: all live rows. keep_samples: in `Rollout.samples`.
     """
 
     def __init__(
@@ -88,7 +91,9 @@ class Wavefront:
         dtype: torch.dtype = torch.float32,
         model_dtype: torch.dtype = torch.float32,
         micro_batch: int | None = None,
+        keep_samples: bool = False,
     ) -> None:
+        self._keep_samples = keep_samples
         self.num_prompts, self.shape, self.ops, self.micro_batch = num_prompts, shape, ops, micro_batch
         self._device, self._dtype, self._model_dtype = device, dtype, model_dtype
         self._waves: tuple[Wave, ...] | None = None
@@ -117,6 +122,7 @@ class Wavefront:
             )
             for group in plan.groups
         }  # fmt: skip
+        self._samples = {group.index: self._index(plan.sample_rows(group)) for group in plan.groups}
 
     def _index(self, rows: Sequence[int]) -> Tensor:
         return on_device(rows, self._device, torch.int64)
@@ -180,6 +186,25 @@ class Wavefront:
             self._before[table.kept_for] = v[table.kept].to(self._before.dtype)
         return used
 
+    @property
+    def _by_prompt(self) -> Tensor:
+        return self._latents.unflatten(0, (self.num_prompts, self.plan.num_rows))
+
+    def _step(self, v: Tensor, table: WaveTable, key: NoiseKey) -> None:
+        """From velocities [S, L, C] at a wave's sources to the next state of every row."""
+        if table.plain and self.ops.chosen["sde_step"] == self.ops.chosen["branch_rows"]:
+            streams = noise.streams_of(key.iteration, key.prompts[table.slots], table.draws)
+            self._latents, copy = self.ops.sde_step(
+                self._latents, v, table.coefficients, streams, key.seed, self._model_dtype
+            )
+            self._copy = None if self._copy is None else copy
+            return
+        self.ops.branch_rows(
+            self._latents, self._copy, v, table.sources, table.offsets, table.destinations, table.coefficients,
+            table.draws, table.slots, key.prompts, key.iteration, key.seed,
+        )  # fmt: skip
+        self._mirror(table)
+
     def _mirror(self, table: WaveTable) -> None:
         """Antithetic samples: `mean - s eps = 2 mean - (mean + s eps)`, where `branch_rows` has left the mean."""
         if table.mirrors is not None:
@@ -203,28 +228,24 @@ class Wavefront:
         """
         plan, num_prompts = self.plan, self.num_prompts
         assert len(key.prompts) == num_prompts
-        by_prompt = self._latents.unflatten(0, (num_prompts, plan.num_rows))
         for row, sample in plan.starts:
-            by_prompt[:, row] = noise.initial_noise(
+            self._by_prompt[:, row] = noise.initial_noise(
                 key.seed, key.iteration, key.prompts, self._latents.shape[1:], self._latents.dtype, noise_step, sample
             )
         if self._copy is not None:
             self._copy.copy_(self._latents)
 
-        states, velocities = [], []
+        states, velocities, samples = [], [], []
         try:
             for wave, table in zip(plan.waves, self.tables):
                 v = self._velocity(velocity, tail, table)
                 if wave.index in self._left:
                     rows, places = self._left[wave.index]
-                    states.append(by_prompt[:, rows].flatten(0, 1))
+                    states.append(self._by_prompt[:, rows].flatten(0, 1))
                     velocities.append(v.unflatten(0, (num_prompts, -1))[:, places].flatten(0, 1))
-                v = self._extrapolate(v, table)
-                self.ops.branch_rows(
-                    self._latents, self._copy, v, table.sources, table.offsets, table.destinations, table.coefficients,
-                    table.draws, table.slots, key.prompts, key.iteration, key.seed,
-                )  # fmt: skip
-                self._mirror(table)
+                self._step(self._extrapolate(v, table), table, key)
+                if self._keep_samples and wave.index in self._samples:
+                    samples.append(self._by_prompt[:, self._samples[wave.index]].flatten(0, 1))
         finally:
             if tail is not None and tail.cache is not None:
                 tail.cache.forget()
@@ -234,7 +255,8 @@ class Wavefront:
             key=key,
             states=tuple(states),
             velocities=tuple(velocities),
-            final_latents=by_prompt[:, self._picture_rows],
+            final_latents=self._by_prompt[:, self._picture_rows],
+            samples=tuple(samples) if self._keep_samples else None,
         )
 
 

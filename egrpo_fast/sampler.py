@@ -77,7 +77,10 @@ class Sampler:
             "model_dtype": policy.dtype,
             "micro_batch": config.rollout.most_rows,
         }
-        self.wavefront = Wavefront(plan_of(config, 0), config.rollout.prompts_per_call, **self._buffers)
+        keep = config.objective.log_prob == "stored"
+        self.wavefront = Wavefront(
+            plan_of(config, 0), config.rollout.prompts_per_call, **self._buffers, keep_samples=keep
+        )
         self._held_out: Wavefront | None = None
         self.beside = Beside(world.device) if config.rollout.overlap else None
         self._tail_guard = TailGuard(config.tail)

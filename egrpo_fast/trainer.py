@@ -183,7 +183,8 @@ class TrainingLoop:
                 velocity = self._at_group(experience, n, gradient=True)
                 reference = references[place][n] if references else velocity.detach()
                 scores, counting = rewards[place][n], kept[place][n]
-                part = self.objective(group, rollout.key, velocity, reference, scores, counting)
+                stored = (rollout.states[n], rollout.samples[n]) if rollout.samples else None
+                part = self.objective(group, rollout.key, velocity, reference, scores, counting, stored)
                 self.engine.backward(part.loss / share, last=due and place == len(batch) - 1)
                 parts.append(part.detach())
                 mismatches.append(policy_mismatch(group, reference, rollout.velocities[n]))

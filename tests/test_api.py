@@ -51,9 +51,11 @@ first, calls = calls, []
 two = train("two", 2)
 second, calls = calls, []
 three = train("two", 3, resume=True)
+stored = train("stored", 2, **{"objective.log_prob": "stored"})
 print("TOLD", json.dumps({
     "failed": failed, "built": begun, "first": first, "second": second, "resumed": calls,
     "iterations": three.iterations,
+    "stored": stored.history[-1][1]["dark"],
     "histories": [one.history, two.history, three.history], "before": one.before, "after": one.after,
     "files": [(one.pipeline / "model_index.json").is_file(), (one.folder / "before_after.png").is_file()],
 }))
@@ -91,6 +93,12 @@ def test_a_second_run_in_a_process_is_the_first_to_the_last_bit_and_can_be_resum
     assert found["first"] == found["second"] and found["histories"][0] == found["histories"][1]
     assert [call[:2] for call in found["resumed"]] == [["iteration", 3], ["evaluation", 3], ["checkpoint", 3]]
     assert found["iterations"] == 3 and [done for done, _ in found["histories"][2]] == [0, 1, 2, 3]
+
+
+def test_a_run_that_stores_its_samples_learns_the_same(told):
+    (_, before), *_, (_, after) = told[1]["histories"][0]
+    step = after["dark"] - before["dark"]
+    assert told[1]["stored"] - before["dark"] == pytest.approx(step, rel=1e-2) and step != 0
 
 
 def test_a_result_says_what_the_run_came_to(told):

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import re
 import statistics
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from egrpo_fast.commands import cost
 from egrpo_fast.commands.cluster import GIB, GPUS, Cluster
 from egrpo_fast.config import load_config, plan_of
+from egrpo_fast.models.sizes import Sizes
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -422,6 +424,14 @@ def test_states_of_caches_at_the_size_of_flux():
         in page
     )
     assert f"a row's state is {2 * image * channels * 2 / 1e6:.1f} MB" in page
+
+
+def test_bytes_of_stored_samples():
+    """Sample 4, state 4 and velocity 2 are read for each of two densities and one backward, which writes 2."""
+    assert f"move {10 + 10 + 12} G bytes instead of {4 + 6}" in text("docs/kernels.md")
+    latents = Sizes(load_config("flux-dev").model).backbone.latent_shape
+    samples = sum(group.size for group in plan_of(load_config("flux-dev"), 0).groups)
+    assert f"{samples * prod(latents) * 4 / 1e6:.0f} MB for {samples} samples" in text("docs/kernels.md")
 
 
 def test_counts():

@@ -1,6 +1,7 @@
 """The wavefront equals sampling every branch alone, and its noise is the same bits however rows are batched."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -127,6 +128,8 @@ class Sequences:
 
 class Watched:
     """Ops that note the rows of every stochastic step as it leaves them."""
+
+    chosen = {"sde_step": None, "branch_rows": "reference"}  # noqa: RUF012
 
     def __init__(self):
         self.samples = []
@@ -339,6 +342,32 @@ def test_the_rollouts_noise_is_what_the_update_replays():
     eps = (rollout.final_latents - mean[:, None]) / group.step.s
     replayed = philox_normal(key.streams(group), 48, key.seed, torch.float64)
     assert torch.allclose(eps.flatten(2), replayed, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("model_dtype", [torch.float32, torch.bfloat16])
+def test_waves_of_plain_stochastic_steps_take_the_step_kernel(model_dtype, backend):
+    """The same bits as from `branch_rows`; and which op took which wave."""
+    plan = mix_grpo(SCHEDULE, 5, range(1, 4))
+    plain = [table.plain for table in plan.tables(3, "cpu", torch.float32)]
+    assert plain == [index in (2, 3) for index in range(8)], "at step 1 the rows part"
+    chosen, calls = ops.choose(backend), []
+
+    def noting(op):
+        return lambda *inputs: (calls.append(op), chosen._implementation[op](*inputs))[1]
+
+    noted = replace(chosen, _implementation={op: noting(op) for op in chosen.chosen})
+    apart = replace(noted, chosen={**chosen.chosen, "sde_step": "another"})
+    runs = [
+        Wavefront(plan, 3, SHAPE, some, model_dtype=model_dtype, keep_samples=True).run(
+            element_wise(PROMPTS), NoiseKey(7, 3, torch.tensor(PROMPTS))
+        )
+        for some in (noted, apart)
+    ]
+    assert calls == [*("sde_step" if one else "branch_rows" for one in plain), *8 * ["branch_rows"]]
+    assert torch.equal(runs[0].final_latents, runs[1].final_latents)
+    for name in ("states", "velocities", "samples"):
+        assert all(torch.equal(one, other) for one, other in zip(*(getattr(run, name) for run in runs)))
 
 
 @pytest.mark.parametrize("model_dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

@@ -151,7 +151,9 @@ class Cost:
         # torch's AdamW: the square root, and on a CPU its quotient too; bitsandbytes works in place.
         temporaries = 0 if config.optimizer.name == "adamw8bit" else 2 if self.cluster.kind == "cpu" else 1
         # Every prompt's picture latents stay until the update; so do the shared states.
-        kept = float(self.prompts * latents * (4 * len(self.plan.picture_rows) + (4 + size) * self.plan.trained_states))
+        samples = sum(group.size for group in self.plan.groups) if config.objective.log_prob == "stored" else 0
+        rows_kept = len(self.plan.picture_rows) + samples
+        kept = float(self.prompts * latents * (4 * rows_kept + (4 + size) * self.plan.trained_states))
         states = self._per_call * max(len(group.sources) for group in self.plan.groups)
         phases = {
             "rollout": {

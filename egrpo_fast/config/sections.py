@@ -285,6 +285,9 @@ class Objective(Section):
     """One optimizer step per iteration, or one per active step."""
     antithetic: bool = False
     """Samples that leave the same state come in pairs of opposite noise."""
+    log_prob: Literal["replayed", "stored"] = "replayed"
+    """Draw a sample's noise again when its log-prob is needed, or keep the samples as most trainers do: the same
+    gradient for G times the memory."""
     baseline: Literal["mean", "leave_one_out"] = "mean"
     """What a reward is compared with: the mean of its group, or of the others in it."""
     normalise: Literal["std", "none"] = "std"

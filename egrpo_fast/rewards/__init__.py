@@ -48,8 +48,8 @@ __all__ = [
 ]
 
 NAMES = tuple(file.name for file in pkgutil.iter_modules(__path__))
-"""Names in a recipe: that of a file here, whose `REWARD` is meant. A recipe may also name any `module:attribute`, and tell
-two of a kind apart by a label: `http/hps`, `http/pick`.
+"""Names in a recipe: each is a file here, whose `REWARD` is meant. A recipe may also name any `module:attribute`, and
+tell two of a kind apart by a label: `http/hps`, `http/pick`.
 
 A class is made with the options and `device`. A function is the reward: called with images, prompts and the options.
 """

@@ -198,7 +198,9 @@ def rolled_out(plan, weight):
         seen.append(x.clone())
         return velocity_of(weight)(x, t, rows)
 
-    wavefront = Wavefront(plan, 2, SHAPE, REFERENCE, dtype=torch.float64, model_dtype=torch.float64)
+    wavefront = Wavefront(
+        plan, 2, SHAPE, REFERENCE, dtype=torch.float64, model_dtype=torch.float64, keep_samples=True
+    )
     rollout = wavefront.run(watching, KEY)
     return rollout, torch.cat([*seen, rollout.final_latents.flatten(0, 1)])
 
@@ -228,11 +230,12 @@ def by_hand(group, place, rewards, mix, baseline, normalise):
     return total
 
 
+@pytest.mark.parametrize("log_prob", ["replayed", "stored"])
 @pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
 @pytest.mark.parametrize("normalise", ["std", "none"])
 @pytest.mark.parametrize("mix", ["reward", "advantage"])
 @pytest.mark.parametrize("name", PLANS)
-def test_gradient_equals_brute_force_score_function(name, mix, normalise, baseline):
+def test_gradient_equals_brute_force_score_function(name, mix, normalise, baseline, log_prob):
     """On policy, against stored samples, full log-densities and autograd, in float64, over all groups and prompts."""
     plan = PLANS[name]
     weight = (torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) / 4).requires_grad_()
@@ -246,7 +249,8 @@ def test_gradient_equals_brute_force_score_function(name, mix, normalise, baseli
     for n, group in enumerate(plan.groups):
         rows = torch.arange(2).repeat_interleave(len(group.sources))
         velocity = velocity_of(weight)(rollout.states[n], group.time, rows)
-        ours = ours + objective(group, KEY, velocity, velocity.detach(), by_group[n], kept[n]).loss
+        stored = (rollout.states[n], rollout.samples[n]) if log_prob == "stored" else None
+        ours = ours + objective(group, KEY, velocity, velocity.detach(), by_group[n], kept[n], stored).loss
         for p in range(2):
             samples = stored_samples(plan, rollout, n, p, velocity)
             apart = (samples.reshape(-1, 1, 12) - seen.flatten(1)).abs().amax(-1).amin(1)
@@ -282,7 +286,11 @@ def test_off_policy_ratios_of_antithetic_samples_equal_two_log_densities():
     rollout, _ = rolled_out(plan, old)
     group, rows = plan.groups[0], torch.arange(2)
     before, after = (velocity_of(weight)(rollout.states[0], group.time, rows) for weight in (old, old + 0.05))
-    found = Objective(REFERENCE, (1.0,))(group, KEY, after, before, torch.rand(1, 2, 4, dtype=torch.float64)).log_ratio
+    rewards = torch.rand(1, 2, 4, dtype=torch.float64)
+    found = Objective(REFERENCE, (1.0,))(group, KEY, after, before, rewards).log_ratio
+    stored = rollout.states[0], rollout.samples[0]
+    kept = Objective(REFERENCE, (1.0,))(group, KEY, after, before, rewards, stored=stored).log_ratio
+    assert torch.allclose(found, kept, rtol=0, atol=1e-12) and found.abs().min() > 1e-4
     for p in range(2):
         samples = stored_samples(plan, rollout, 0, p, before)[0]
         old_log, new_log = (
