@@ -51,9 +51,10 @@ first, calls = calls, []
 two = train("two", 2)
 second, calls = calls, []
 three = train("two", 3, resume=True)
+resumed, calls = calls, []
 stored = train("stored", 2, **{"objective.log_prob": "stored"})
 print("TOLD", json.dumps({
-    "failed": failed, "built": begun, "first": first, "second": second, "resumed": calls,
+    "failed": failed, "built": begun, "first": first, "second": second, "resumed": resumed,
     "iterations": three.iterations,
     "stored": stored.history[-1][1]["dark"],
     "histories": [one.history, two.history, three.history], "before": one.before, "after": one.after,

@@ -3,11 +3,8 @@
 import contextlib
 import io
 import json
-import locale
 import os
-import platform
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -20,9 +17,11 @@ from importlib import import_module, metadata
 from pathlib import Path
 from types import ModuleType
 
+import psutil  # DeepSpeed's and accelerate's too
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.collect_env import get_env_info
 
 from egrpo_fast import __version__, ops
 from egrpo_fast.kernels import extension, triton
@@ -43,22 +42,11 @@ CHILD_SECONDS = 300.0
 OPTIONAL = ("bitsandbytes", "flash-attn", "peft", "triton")
 """Looked at even where the installed metadata does not list them."""
 
-SHOWN = frozenset((
-    "CUDA_DEVICE_ORDER", "CUDA_HOME", "CUDA_LAUNCH_BLOCKING", "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR",
-    "DS_SKIP_CUDA_CHECK", "EGRPO_BUILD", "EGRPO_EXTENSION", "GLOO_SOCKET_IFNAME", "HF_HOME", "HF_HUB_CACHE",
-    "HF_HUB_OFFLINE", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "LD_PRELOAD", "LOCAL_RANK", "MKL_NUM_THREADS", "NCCL_DEBUG",
-    "NCCL_IB_DISABLE", "NCCL_P2P_DISABLE", "NCCL_SOCKET_IFNAME", "OMP_NUM_THREADS", "PYTHONPATH",
-    "PYTHONUTF8", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "RANK", "TMPDIR", "TORCH_CUDA_ARCH_LIST",
-    "TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCH_NCCL_BLOCKING_WAIT", "TRANSFORMERS_OFFLINE", "TRITON_CACHE_DIR",
-    "TRITON_INTERPRET", "WANDB_MODE", "WORLD_SIZE",
-))  # fmt: skip
-"""Variables whose values are numbers, switches or paths, and explain what a run does."""
-HIDDEN = frozenset((
-    "EGRPO_REWARD_TOKEN", "HF_ENDPOINT", "HF_TOKEN", "HTTPS_PROXY", "HTTP_PROXY", "HUGGING_FACE_HUB_TOKEN",
-    "MASTER_ADDR", "NO_PROXY", "PIP_EXTRA_INDEX_URL", "PIP_INDEX_URL", "WANDB_API_KEY", "WANDB_BASE_URL", "http_proxy",
-    "https_proxy", "no_proxy",
-))  # fmt: skip
-"""Variables of which it matters that they are set; their values are secrets, or may hold one."""
+COLLECTED = (
+    "os", "libc_version", "python_version", "torch_version", "cuda_compiled_version", "cuda_runtime_version",
+    "cudnn_version", "nvidia_driver_version", "nvidia_gpu_models",
+)  # fmt: skip
+"""What is shown of torch's own report, `python -m torch.utils.collect_env`."""
 SECRET_NAME = re.compile("TOKEN|SECRET|KEY|PASS|CREDENTIAL|AUTH|COOKIE", re.IGNORECASE)
 CREDENTIALS = re.compile(r"(?<=://)\S+(?=@)")
 SECRET_SHAPE = re.compile(r"\b(hf_|ghp_|github_pat_|glpat-|sk-|AKIA|eyJ)[\w.-]{12,}")
@@ -112,75 +100,27 @@ def package() -> Iterator[Finding]:
 
 
 def machine() -> Iterator[Finding]:
-    yield Finding("machine", "python", OK, f"{platform.python_version()} ({sys.executable})")
-    yield Finding("machine", "system", OK, platform.platform())
-    facts = _fields("/proc/cpuinfo")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield Finding(
-        "machine", "cpu", OK, f"{facts.get('model name', platform.machine())}, {cores} cores for this process"
-    )
-
-    if memory := _fields("/proc/meminfo"):
-        total, free = (int(memory[name].split()[0]) / 2**20 for name in ("MemTotal", "MemAvailable"))
-        told = f"{total:.1f} GiB, {free:.1f} free"
-        with contextlib.suppress(OSError, ValueError):
-            told += f"; the container may use {int(Path('/sys/fs/cgroup/memory.max').read_text()) / GIB:.1f}"
-        yield judged("machine", "memory", free < 4, told, "a rank of the embedded recipe takes about 2 GiB: free some")
-
-    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    few = files != resource.RLIM_INFINITY and files < 1024
-    yield judged("machine", "open files", few, f"{files} (ulimit -n)", "ulimit -n 4096 before the start")
-    if os.path.isdir("/dev/shm"):
-        shared = shutil.disk_usage("/dev/shm").total / GIB
-        small = f"{shared:.2f} GiB"
-        yield judged("machine", "/dev/shm", shared < 1, small, "NCCL and workers share it: docker run --shm-size=8g")
-    encodings = (locale.getpreferredencoding(False), sys.getfilesystemencoding())
-    encoding = f"locale {locale.setlocale(locale.LC_CTYPE)}; text {encodings[0]}, file names {encodings[1]}"
-    utf8 = all("utf" in name.lower() for name in encodings)
-    yield judged("machine", "encoding", not utf8, encoding, "prompts are UTF-8: set PYTHONUTF8=1")
-
-
-def _fields(file: str) -> dict[str, str]:
-    """`name: value` lines of a file under /proc; empty where there is none."""
-    try:
-        lines = Path(file).read_text(errors="replace").splitlines()
-    except OSError:
-        return {}
-    return {name.strip(): value.strip() for name, colon, value in (line.partition(":") for line in lines) if colon}
-
-
-def devices() -> Iterator[Finding]:
-    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
-    yield Finding("devices", "torch", OK, f"{torch.__version__}, built with {built}, {torch.get_num_threads()} threads")
-    driver = _nvidia_driver()
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            gpu = torch.cuda.get_device_properties(index)
-            told = f"{gpu.name}, {gpu.total_memory / GIB:.0f} GiB, compute capability {gpu.major}.{gpu.minor}"
-            old = (gpu.major, gpu.minor) < (8, 0)
-            yield judged("devices", f"gpu {index}", old, told, "kernels and bfloat16 need 8.0 or later (A100)")
-    else:
-        remedy = "the embedded recipe runs on the CPU, large models need a GPU"
-        if driver and not torch.version.cuda:
-            remedy = "install a CUDA build of torch (pytorch.org), then build the extension again"
-        elif driver:
-            remedy = "CUDA_VISIBLE_DEVICES, or a driver older than torch's CUDA: update it or install another torch"
-        yield Finding("devices", "gpu", WARNING, "torch sees none", remedy)
-    yield Finding("devices", "nvidia driver", OK, driver or "none found")
-    nccl = dist.is_nccl_available()
-    version = ".".join(map(str, torch.cuda.nccl.version())) if nccl else "not in this torch"
-    yield judged("devices", "nccl", not nccl, version, "several GPUs need a torch with NCCL (Linux, CUDA build)")
-    gloo = dist.is_gloo_available()
-    yield judged("devices", "gloo", not gloo, "available" if gloo else "not in this torch", "CPU ranks need it", FAILED)
-
-
-def _nvidia_driver() -> str | None:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout.strip() else None
+    found = get_env_info()._asdict()
+    for name in COLLECTED:
+        if found.get(name) not in (None, "N/A", "Could not collect"):
+            yield Finding("machine", name, OK, str(found[name]))
+    if match := re.search("Model name: *(.+)", found["cpu_info"] or ""):
+        yield Finding("machine", "cpu", OK, f"{match[1]}, {len(os.sched_getaffinity(0))} cores for this process")
+    free = psutil.virtual_memory().available / GIB
+    told = f"{free:.1f} GiB free"
+    with contextlib.suppress(OSError, ValueError):
+        told += f"; the container may use {int(Path('/sys/fs/cgroup/memory.max').read_text()) / GIB:.1f}"
+    yield judged("machine", "memory", free < 4, told, "a rank of the embedded recipe takes about 2 GiB: free some")
+    shared = shutil.disk_usage("/dev/shm").total / GIB
+    remedy = "NCCL and workers share it: docker run --shm-size=8g"
+    yield judged("machine", "/dev/shm", shared < 1, f"{shared:.2f} GiB", remedy)
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        told = f"{gpu.name}, {gpu.total_memory / GIB:.0f} GiB, compute capability {gpu.major}.{gpu.minor}"
+        old = (gpu.major, gpu.minor) < (8, 0)
+        yield judged("machine", f"gpu {index}", old, told, "kernels and bfloat16 need 8.0 or later (A100)")
+    remedy = "the embedded recipe runs on the CPU. Large models need a GPU, a CUDA build of torch and a driver as new"
+    yield judged("machine", "gpus", not torch.cuda.is_available(), f"{torch.cuda.device_count()} for torch", remedy)
 
 
 def dependencies() -> Iterator[Finding]:
@@ -259,12 +199,6 @@ def storage(output_dir: Path) -> Iterator[Finding]:
 
 def _existing(folder: Path) -> Path:
     return next(path for path in (folder, *folder.absolute().parents) if path.exists())
-
-
-def variables() -> Iterator[Finding]:
-    for name in sorted((SHOWN | HIDDEN) & os.environ.keys()):
-        value = os.environ[name] if name in SHOWN else "set (not shown)"
-        yield Finding("environment", name, OK, value[:200])
 
 
 IMPORTS = "import egrpo_fast.policy, egrpo_fast.distributed.engine, egrpo_fast.rewards"
@@ -406,8 +340,8 @@ def examine(output_dir: Path) -> Iterator[Finding]:
     """All findings, scrubbed, as they come."""
     scrub = scrubber(os.environ)
     looks: list[tuple[Callable[..., Iterable[Finding]], tuple[object, ...]]] = [
-        (package, ()), (machine, ()), (devices, ()), (dependencies, ()), (kernels, ()), (storage, (output_dir,)),
-        (variables, ()), (self_test, (output_dir,)),
+        (package, ()), (machine, ()), (dependencies, ()), (kernels, ()), (storage, (output_dir,)),
+        (self_test, (output_dir,)),
     ]  # fmt: skip
     for look, arguments in looks:
         for finding in guarded(look.__name__.replace("_", " "), look, *arguments):
