@@ -15,7 +15,6 @@ import gc
 import hashlib
 import io
 import json
-import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -26,6 +25,7 @@ from typing import Any
 import numpy as np
 import pyarrow
 import pyarrow.parquet
+import scipy.stats
 import torch
 from PIL import Image
 from torch import Tensor
@@ -36,7 +36,7 @@ from egrpo_fast.commands.page import Shown, Table, write_page
 from egrpo_fast.config import CONFIG_FILE, Reward, load_config
 from egrpo_fast.config import Model as ModelConfig
 from egrpo_fast.config.recipe_files import read_yaml
-from egrpo_fast.files import expanded, fingerprint, is_hub_id, read_json, read_text
+from egrpo_fast.files import expanded, fingerprint, is_hub_id, read_json, read_text, write_whole
 from egrpo_fast.models.fingerprint import TRAINED, base_of, check_base, differing, identity
 from egrpo_fast.models.folder import INDEX as WHOLE
 from egrpo_fast.models.folder import resolve
@@ -245,7 +245,8 @@ class Folder:
             for key in before.keys() | now.keys() if not anew else before.keys() & now.keys():
                 if before.get(key) != now.get(key):
                     raise ValueError(f"{key}: {now.get(key)} differs from {before.get(key)} in {file}; {way_out}")
-        _write(file, (json.dumps({**before, **now, **(notes or {})}, indent=2) + "\n").encode())
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, json.dumps({**before, **now, **(notes or {})}, indent=2) + "\n")
         return before
 
     def keep_reward(self, name: str, reward: LoadedReward) -> None:
@@ -294,7 +295,7 @@ class Folder:
         text = file.read_text()
         whole = text[: text.rfind("\n") + 1]
         if whole != text:
-            _write(file, whole.encode())
+            write_whole(file, whole)
         try:
             return {line["prompt"]: line["score"] for line in map(json.loads, whole.splitlines())}
         except (ValueError, KeyError, TypeError):
@@ -305,14 +306,6 @@ class Folder:
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("a") as out:
             out.write("".join(json.dumps({"prompt": n, "score": value}) + "\n" for n, value in scores.items()))
-
-
-def _write(path: Path, data: bytes) -> None:
-    """All of it or nothing, whenever the process dies."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_bytes(data)
-    part.replace(path)
 
 
 def _batches(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
@@ -370,7 +363,8 @@ def draw(
             for place, picture in zip(chunk, pictures):
                 if not torch.isfinite(picture).all():
                     raise ValueError(f"models: {model.label} drew a picture that is not finite for prompt {place}")
-                _write(folder.picture(model, place), _png(picture))
+                folder.picture(model, place).parent.mkdir(parents=True, exist_ok=True)
+                write_whole(folder.picture(model, place), _png(picture))
             bar.update(len(chunk))
 
 
@@ -442,14 +436,11 @@ def bootstrap(values: Tensor, level: float = 0.95, resamples: int = RESAMPLES) -
 
     Always the same resamples, so that an interval is a function of its scores.
     """
-    generator = torch.Generator().manual_seed(0)
-    count = values.shape[-1]
-    means = []
-    for start in range(0, resamples, 500):  # bounded memory, whatever the number of prompts
-        picks = torch.randint(count, (min(500, resamples - start), count), generator=generator)
-        means.append(values[..., picks].mean(-1))
-    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=values.dtype)
-    return torch.cat(means, -1).quantile(ends, dim=-1).movedim(0, -1)
+    found = scipy.stats.bootstrap(
+        (values.numpy(),), np.mean, axis=-1, confidence_level=level, n_resamples=resamples, method="percentile",
+        batch=500, rng=0,
+    )  # fmt: skip
+    return torch.from_numpy(np.stack(found.confidence_interval, -1))
 
 
 def wins(ours: Tensor, base: Tensor) -> Tensor:
@@ -506,7 +497,7 @@ def report(
 
     found = tables(scores, labels, names)
     markdown = f"{settings}\n\n" + "\n\n".join(table.markdown() for table in found) + "\n"
-    _write(folder.path / "table.md", markdown.encode())
+    write_whole(folder.path / "table.md", markdown)
 
     def shown() -> Iterator[tuple[str, list[Shown]]]:
         for place, prompt in enumerate(prompts[:page_prompts]):
