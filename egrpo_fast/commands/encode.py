@@ -1,11 +1,9 @@
 """`egrpo encode`: prompts through a pipeline's text encoders, once, into a folder (`prompts/embeddings.py`)."""
 
-import bisect
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,33 +18,12 @@ from egrpo_fast.shapes import EMBEDDED, PROMPTS, pipeline_path
 from egrpo_fast.terminal import printable
 
 
-class _Joined(Sequence[str]):
-    """The prompts of several files, one after the other."""
-
-    def __init__(self, files: Sequence[Sequence[str]]) -> None:
-        self._files, self._ends = files, list(accumulate(map(len, files)))
-
-    def __len__(self) -> int:
-        return self._ends[-1]
-
-    @overload
-    def __getitem__(self, place: int) -> str: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[str]: ...
-    def __getitem__(self, place: int | slice) -> str | list[str]:
-        if isinstance(place, slice):
-            return [self[one] for one in range(len(self))[place]]
-        place = range(len(self))[place]
-        file = bisect.bisect_right(self._ends, place)
-        return self._files[file][place - self._ends[file]]  # from the end of that file
-
-
-def read_all(files: Iterable[str | Path], column: str = "prompt") -> tuple[Sequence[str], list[str]]:
+def read_all(files: Iterable[str | Path], column: str = "prompt") -> tuple[list[str], list[str]]:
     """(prompts of all files, warnings). `shapes` stands for the captions that ship with the package."""
     paths = [path for file in files for path in (PROMPTS.values() if str(file) == EMBEDDED else (file,))]
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        prompts = _Joined([read_prompts(path, column=column) for path in paths])
+        prompts = [prompt for path in paths for prompt in read_prompts(path, column=column)]
     return prompts, [str(warning.message) for warning in told]
 
 

@@ -5,7 +5,6 @@ import gzip
 import json
 import os
 import resource
-import subprocess
 import sys
 import tracemalloc
 import warnings
@@ -325,34 +324,6 @@ def test_repeated_prompts_are_told_once_and_kept(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         read_prompts(write(path, ["a", "b"]))
-
-
-@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet"])
-def test_memory_does_not_grow_with_the_length_of_the_prompts(tmp_path, suffix):
-    count = 20_000
-    path = write(tmp_path / f"p{suffix}", [f"{place} {'long ' * 60}" for place in range(count)])
-    tracemalloc.start()
-    prompts = read_prompts(path)
-    order = PromptOrder(prompts, seed=0)
-    drawn = sum(len(order[number].text) for number in range(0, count, 100))
-    kept, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert drawn > 200 * 300 and len(prompts) == count
-    assert kept < 20 * count + 300_000 and peak < 120 * count, (kept, peak)  # the prompts alone are 300 bytes each
-
-
-@pytest.mark.slow
-def test_100_000_prompts_stream_in_flat_memory(tmp_path):
-    """Resident memory, as the system counts it: 100,000 prompts of 3,000 bytes are 300 MB, the reader takes a tenth."""
-    path = write(tmp_path / "p.txt", (f"{place} {'x' * 3000}" for place in range(100_000)))
-    code = (
-        "import resource, sys; from egrpo_fast.prompts.files import *; from egrpo_fast.prompts.order import *; "
-        "used = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; before = used(); "
-        "order = PromptOrder(read_prompts(sys.argv[1]), 0); assert all(order[n].text for n in range(100_000)); "
-        "print(used() - before)"
-    )
-    told = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
-    assert int(told.stdout) < 30 * 1024, f"{told.stdout} KiB"
 
 
 QUICK = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
