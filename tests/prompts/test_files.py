@@ -4,7 +4,6 @@ import csv
 import gzip
 import json
 import os
-import resource
 import sys
 import tracemalloc
 import warnings
@@ -386,14 +385,3 @@ def test_what_is_written_is_read(tmp_path, prompts):
         warnings.simplefilter("ignore")
         for suffix in (".jsonl", ".json", ".parquet"):
             assert list(read_prompts(write(tmp_path / f"p{suffix}", prompts))) == prompts
-
-
-def test_a_full_disk_is_told(tmp_path):
-    path = write(tmp_path / "p.txt", [f"{place} {'x' * 100}" for place in range(2000)])
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
-    try:
-        with pytest.raises(ValueError, match="prompts: cannot read .*File too large"):
-            read_prompts(path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
