@@ -48,7 +48,8 @@ RUNS = {
 }
 PICTURE = ["model.height=64", "model.width=48", "model.max_sequence_length=32"]
 SETTINGS = [
-    *PICTURE, "schedule.num_steps=4", "schedule.active_steps=[0]", "rollout.group_size=2", "evaluation.num_steps=4",
+    *PICTURE, "schedule.num_steps=4", "schedule.active_steps=[0]", "rollout.group_size=2",
+    "evaluation.num_inference_steps=4",
     "evaluation.num_prompts=2", "checkpoint.every=0", "rewards=[{name: jpeg}, {name: clip, options: {model: shapes}}]",
 ]  # fmt: skip
 
@@ -148,7 +149,7 @@ def draw_by_diffusers(config, exported):
     pipeline.set_progress_bar_config(disable=True)
     text = FluxTextEncoder(Path(model.path if model.lora else exported), model)
     backbone = FluxBackbone(pipeline.transformer.eval(), pipeline.vae, text, model)
-    steps = config.evaluation.num_steps
+    steps = config.evaluation.num_inference_steps
     plan = ode_plan(make_schedule(steps, config.schedule.shift))
     wavefront = Wavefront(plan, 1, backbone.latent_shape, ops.choose("reference"), model_dtype=dtype)
     theirs, ours = [], []
@@ -156,7 +157,8 @@ def draw_by_diffusers(config, exported):
         number = torch.tensor([place])
         start = noise.initial_noise(config.seed, 0, number, backbone.latent_shape, step=noise.EVALUATION)
         theirs += pipeline(
-            prompt, height=model.height, width=model.width, num_inference_steps=steps, guidance_scale=model.guidance,
+            prompt, height=model.height, width=model.width, num_inference_steps=steps,
+            guidance_scale=model.guidance_scale,
             max_sequence_length=model.max_sequence_length, latents=start.to(dtype), output_type="pt",
         ).images.float()  # fmt: skip
         conditioning = backbone.encode([prompt])

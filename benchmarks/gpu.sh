@@ -63,7 +63,7 @@ train bfloat16 bfloat16 iterations=3 model.dtype=bfloat16
 train resume float32 iterations=4 resume=true
 bench 720px 240 720px-1
 # A quarter of the steps and two thirds of the samples of the recipe: the same calls, fewer of them.
-FLUX="--model flux schedule.num_steps=4 rollout.group_size=8 rollout.micro_batch=16"
+FLUX="--model flux schedule.num_steps=4 rollout.group_size=8 rollout.max_rows_per_call=16"
 step flux 300 "$PYTHON" benchmarks/iteration.py --rounds 1 --leave-out naive --leave-out batched $FLUX
 step profile 200 "$PYTHON" benchmarks/iteration.py --profile "$LOGS/profile" $FLUX
 bench larger 300 "not 720px-1"

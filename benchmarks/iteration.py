@@ -113,7 +113,8 @@ def flux_30m(device, folder):
 def flux(device, folder):
     if device.type != "cuda" or torch.cuda.get_device_properties(device).total_memory < 40 * 2**30:
         raise SystemExit("error: --model flux needs a GPU of at least 40 GiB")
-    settings = ["model.dtype=bfloat16", "model.decode_batch=4", "model.height=720", "model.width=720", "model.lora={}"]
+    picture = ["model.height=720", "model.width=720", "model.decode_batch_size=4"]
+    settings = [*picture, "model.dtype=bfloat16", "model.lora={}"]
     lora = load_config("flux-dev-lora-8x24gb").model.lora
     configs = configs_of(FLUX_DEV)
     torch.set_default_dtype(torch.bfloat16)
@@ -129,7 +130,7 @@ def flux(device, folder):
     transformer.enable_gradient_checkpointing()
     model = load_config("shapes", settings).model
     backbone = FluxBackbone(transformer, vae, RandomText(device), model)
-    return backbone, RandomScore(device), [*settings, "rollout.micro_batch=auto"]
+    return backbone, RandomScore(device), [*settings, "rollout.max_rows_per_call=auto"]
 
 
 MODELS = {"shapes": shapes, "flux-30m": flux_30m, "flux": flux}
@@ -241,7 +242,7 @@ def unshared(trainer, meter, prompt, size):
                         index += schedule.merges[index]
                     else:
                         x, index = x + schedule.ode(index, index + 1).c_v * v, index + 1
-                pictures = [backbone.decode(some) for some in x.split(trainer.config.model.decode_batch)]
+                pictures = [backbone.decode(some) for some in x.split(trainer.config.model.decode_batch_size)]
                 scores = [meter.score(some, [prompt.text] * len(some)) for some in pictures]
                 parts.append((group, rows, state, sample, coefficients, log_prob, x, torch.cat(scores)))
     rewards = torch.cat([part[-1] for part in parts])

@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "soak-cpu.json"
 SETTINGS = [
     "schedule.num_steps=2", "schedule.active_steps=[0]", "rollout.group_size=2", "evaluation.num_prompts=4",
-    "evaluation.num_steps=2", "evaluation.every=250", "checkpoint.every=50",
+    "evaluation.num_inference_steps=2", "evaluation.every=250", "checkpoint.every=50",
 ]  # fmt: skip
 BLOCKS = 20
 GROWTH = 8.0

@@ -88,7 +88,7 @@ ABLATIONS = [
     ),
     Cell("antithetic", "antithetic pairs", ("objective.antithetic=true",), "estimator"),
     Cell("leave-one-out", "leave-one-out baseline", ("objective.baseline=leave_one_out",), "estimator"),
-    Cell("not-normalised", "advantages not divided by the spread", ("objective.normalise=none",), "estimator"),
+    Cell("not-normalised", "advantages not divided by the spread", ("objective.scale_rewards=none",), "estimator"),
     Cell("sizes-by-spread", "group sizes by reward spread", ("rollout.group_size={sizes}",), "estimator"),
     Cell("fast-tail", "fast tail", FAST_TAIL, "tail"),
 ]

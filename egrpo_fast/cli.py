@@ -82,7 +82,7 @@ def _device(asked: str | None) -> str:
     return device
 
 
-SETTINGS = ("height", "width", "num_steps", "guidance", "shift", "max_sequence_length", "dtype", "seed")
+SETTINGS = ("height", "width", "num_inference_steps", "guidance_scale", "shift", "max_sequence_length", "dtype", "seed")
 
 
 TRUST = "let the run's own config.yaml name rewards that run Python code, or send pictures and a token to a server"
@@ -273,8 +273,8 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     add = protocol.add_argument
     add("--height", type=_number(1, 8192), metavar="PIXELS", help="(1024)")
     add("--width", type=_number(1, 8192), metavar="PIXELS", help="(1024)")
-    add("--num-steps", type=_number(2, 1000), metavar="N", help="ODE steps (50)")
-    add("--guidance", type=_number(0, 1000, float), metavar="SCALE", help="for models that embed it (3.5)")
+    add("--num-inference-steps", type=_number(2, 1000), metavar="N", help="ODE steps (50)")
+    add("--guidance-scale", type=_number(0, 1000, float), metavar="SCALE", help="for models that embed it (3.5)")
     add("--shift", type=_number(0.01, 100, float), metavar="S",
         help="time shift (3, as in training; not the size-dependent one of a model's scheduler)")  # fmt: skip
     add("--max-sequence-length", type=_number(1, 512), metavar="N", help="tokens of the prompt (512)")

@@ -37,7 +37,7 @@ class Objective:
     weights: one per reward. mix: 'reward' standardises the weighted sum of rewards inside a group, 'advantage' adds the
     standardised rewards; advantages of several views are added. clip_range: c, of per-element-averaged log-probs.
     advantage_clip: bound on |A|, in standard deviations. baseline: what a reward is compared with, the mean of all G or
-    of the G - 1 others. normalise: 'none' takes the advantage in units of the reward, not of its spread in the group.
+    of the G - 1 others. scale_rewards: 'none' takes the advantage in units of the reward, not of its group's spread.
     """
 
     ops: Ops
@@ -46,7 +46,7 @@ class Objective:
     clip_range: float = 1e-4
     advantage_clip: float = 5.0
     baseline: Literal["mean", "leave_one_out"] = "mean"
-    normalise: Literal["std", "none"] = "std"
+    scale_rewards: Literal["std", "none"] = "std"
 
     @classmethod
     def of(cls, config: Config, ops: Ops) -> "Objective":
@@ -55,7 +55,7 @@ class Objective:
         weights = tuple(reward.weight for reward in config.rewards if reward.weight)
         return cls(
             ops, weights, settings.mix, settings.clip_range, settings.advantage_clip, settings.baseline,
-            settings.normalise,
+            settings.scale_rewards,
         )  # fmt: skip
 
     def __call__(
@@ -91,7 +91,7 @@ class Objective:
         rewards, weights, mix = self._mixed(rewards.to(log_ratio.dtype), len(group.views))
         # What scales a whole group's advantages scales its loss: the op standardises, the rest is a factor.
         factor = group.weight * (group.size / (group.size - 1) if self.baseline == "leave_one_out" else 1.0)
-        if self.normalise == "std":
+        if self.scale_rewards == "std":
             loss, advantages, clip_fraction = self._surrogate(rewards, log_ratio, weights, mix)
             return GroupLoss(factor * loss, factor * advantages, log_ratio.detach(), clip_fraction)
         spreads = torch.einsum("k,kpg->pg", weights, rewards).std(-1)
@@ -140,9 +140,9 @@ class Objective:
         """Rewards [K V, P, G] -> the rewards, their weights and how the op is to mix them."""
         weights = on_device(self.weights, rewards.device, rewards.dtype)
         by_view = rewards.unflatten(0, (len(weights), num_views))
-        if self.normalise == "std" and self.mix == "reward" and num_views > 1:
+        if self.scale_rewards == "std" and self.mix == "reward" and num_views > 1:
             return torch.einsum("k,kvpg->vpg", weights, by_view), weights.new_ones(num_views), "advantage"
-        mix = "reward" if self.normalise == "none" else self.mix
+        mix = "reward" if self.scale_rewards == "none" else self.mix
         return rewards, weights.repeat_interleave(num_views), mix
 
     def _surrogate(

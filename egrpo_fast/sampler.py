@@ -79,7 +79,7 @@ class Sampler:
         }
         keep = config.objective.log_prob == "stored"
         self.wavefront = Wavefront(
-            plan_of(config, 0), config.rollout.prompts_per_call, **self._buffers, keep_samples=keep
+            plan_of(config, 0), config.rollout.prompts_per_rollout, **self._buffers, keep_samples=keep
         )
         self._held_out: Wavefront | None = None
         self.beside = Beside(world.device) if config.rollout.overlap else None
@@ -98,7 +98,7 @@ class Sampler:
         if exact := self._tail_guard.fallen:
             self.policy.tail = None
         self.wavefront.use(plan_of(self.config.with_tail() if exact else self.config, self._progress.iteration))
-        size = self.config.rollout.prompts_per_call
+        size = self.config.rollout.prompts_per_rollout
         chunks = list(_chunks([prompt.text for prompt in prompts], size))
         numbers = on_device([prompt.number for prompt in prompts], self._world.device)
         with self._progress.phase("rollout"):
@@ -110,7 +110,7 @@ class Sampler:
                 self.policy.tail_follows(module),
             ):
                 for chunk, conditioning, some in zip(chunks, conditionings, numbers.split(size)):
-                    if self.config.rollout.micro_batch == "auto" and self.wavefront.micro_batch is None:
+                    if self.config.rollout.max_rows_per_call == "auto" and self.wavefront.micro_batch is None:
                         self.wavefront.micro_batch = self._find_micro_batch(module, conditioning)
                     key = NoiseKey(self.config.seed, self._progress.iteration, some)
                     velocity, tail = self.policy.velocity(conditioning, module), self.policy.tail_velocity(conditioning)
@@ -160,8 +160,8 @@ class Sampler:
         settings, rank = self.config.evaluation, self._world.rank
         names = [reward.name for reward in self.config.rewards]
         if self._held_out is None:
-            size = min(settings.prompts_per_call, -(-len(prompts) // self._world.size))
-            plan = ode_plan(make_schedule(settings.num_steps, self.config.schedule.shift))
+            size = min(settings.batch_size, -(-len(prompts) // self._world.size))
+            plan = ode_plan(make_schedule(settings.num_inference_steps, self.config.schedule.shift))
             self._held_out = Wavefront(plan, size, **self._buffers)
         size = self._held_out.num_prompts
         # Every rank makes the same number of calls: the last ones are filled up with prompts that do not count.
@@ -184,7 +184,7 @@ class Sampler:
                 for place, row, picture in zip(chunk, scores.tolist(), pictures):
                     if place < len(prompts):
                         scored.append((place, row))
-                    if place < min(settings.grid_pictures, len(prompts)):
+                    if place < min(settings.grid_images, len(prompts)):
                         shown.append((place, picture.cpu()))
         every = [row for _, row in sorted(pair for rank in self._world.gather(scored) for pair in rank)]
         means = torch.tensor(every, dtype=torch.float64).nanmean(0).tolist()
@@ -220,7 +220,7 @@ class Sampler:
         }
 
     def _weights(self) -> contextlib.AbstractContextManager[nn.Module]:
-        return self._engine.inference(self.config.rollout.weights == "gathered")
+        return self._engine.inference(self.config.rollout.parameters == "gathered")
 
     def _roll_out(
         self,
@@ -235,7 +235,7 @@ class Sampler:
         The others hear of it at their next call, or after the last; a rollout is a function of its key, so it comes
         out the same. Sharded weights are collected within a call, which nobody can leave alone: there it ends the run.
         """
-        alone = self._world.size == 1 or not self._engine.sharded or self.config.rollout.weights == "gathered"
+        alone = self._world.size == 1 or not self._engine.sharded or self.config.rollout.parameters == "gathered"
         while True:
             with contextlib.suppress(OutOfMemory):
                 try:
@@ -253,11 +253,11 @@ class Sampler:
                 torch.cuda.empty_cache()
             if self._world.is_main:
                 told = f"out of memory with {rows} rows per model call; goes on with {rows // 2}"
-                warnings.warn(f"rollout.micro_batch: {told}", stacklevel=2)
+                warnings.warn(f"rollout.max_rows_per_call: {told}", stacklevel=2)
 
     def _find_micro_batch(self, module: nn.Module, conditioning: Any) -> int:
-        """What `rollout.micro_batch: auto` is, on the rank that can take least."""
-        self._progress.at("finding rollout.micro_batch")
+        """What `rollout.max_rows_per_call: auto` is, on the rank that can take least."""
+        self._progress.at("finding rollout.max_rows_per_call")
         shape, device = self.wavefront.shape, self._world.device
         tail = self.policy.tail_velocity(conditioning)
 
@@ -274,25 +274,25 @@ class Sampler:
 
         found = -self._world.agree(-find_micro_batch(seconds, self.wavefront.rows_per_call(tail)))
         if self._world.is_main:
-            print(f"rollout.micro_batch: auto, found {found}")
+            print(f"rollout.max_rows_per_call: auto, found {found}")
         return found
 
     def _score(self, rollout: Rollout, prompts: Sequence[str], tiny: bool = False) -> tuple[Tensor, Tensor]:
         """The trained rewards [K, P, pictures] of a rollout's pictures, and the share [] of them that was dropped.
 
-        `model.decode_batch` pictures are in memory at a time. tiny: decoded as `tail.decoder` says.
+        `model.decode_batch_size` pictures are in memory at a time. tiny: decoded as `tail.decoder` says.
         """
         self._progress.at("rewards")
         latents = rollout.final_latents
         repeated = [prompt for prompt in prompts for _ in range(latents.shape[1])]
-        size, scores = self.config.model.decode_batch, []
+        size, scores = self.config.model.decode_batch_size, []
         for some, of_prompts in zip(latents.flatten(0, 1).split(size), _chunks(repeated, size)):
             try:
                 images = self.policy.decode(some, tiny)
             except torch.OutOfMemoryError as error:
                 beside = " and rollout.overlap=false" if self.beside else ""
                 told = (
-                    f"model.decode_batch: no memory to decode {len(some)} pictures; take fewer{beside}, or vae_tiling"
+                    f"model.decode_batch_size: no memory for {len(some)} images; take fewer{beside}, or vae_tiling"
                 )
                 raise torch.OutOfMemoryError(f"{told} ({error})") from error
             scores.append(torch.stack([self._call(name, images, of_prompts) for name in self._trained]))

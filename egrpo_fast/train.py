@@ -42,11 +42,11 @@ DOWNLOAD_LIMIT = 24 * 3600.0
 
 def check_ranks(config: Config, world_size: int) -> None:
     """ConfigError where the prompts of an iteration cannot be dealt evenly to the ranks and their wavefronts."""
-    share = world_size * config.rollout.prompts_per_call
+    share = world_size * config.rollout.prompts_per_rollout
     if config.prompts.per_iteration % share:
         raise ConfigError(
             f"prompts.per_iteration: {config.prompts.per_iteration} is not a multiple of {share} "
-            f"({world_size} ranks x rollout.prompts_per_call {config.rollout.prompts_per_call})"
+            f"({world_size} ranks x rollout.prompts_per_rollout {config.rollout.prompts_per_rollout})"
         )
 
 

@@ -81,7 +81,7 @@ class TrainingLoop:
             config.output_dir / CHECKPOINTS,
             world.rank,
             world.size,
-            config.checkpoint.keep,
+            config.checkpoint.save_total_limit,
             config.checkpoint.asynchronous,
             local_ranks=world.local_size,
             claim=claim,

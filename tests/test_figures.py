@@ -238,7 +238,8 @@ def test_tails_on_other_prompts():
     alone, plain, both = int8["tails"]
     page = text("docs/tails.md")
     assert (
-        f"`tail.weights=int8` alone has {rho(alone)} and a rollout {alone['rollout_speedup']:.2f} times as fast" in page
+        f"`tail.quantization=int8` alone has {rho(alone)} and a rollout {alone['rollout_speedup']:.2f} times as fast"
+        in page
     )
     assert f"first row's strides {rho(both)} and {both['rollout_speedup']:.2f} times" in page
     assert f"float32 have {rho(plain)} and {plain['rollout_speedup']:.2f} times" in page

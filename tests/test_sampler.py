@@ -71,7 +71,7 @@ def check_memory(trainer, prompts, plain):
 
     before = trainer.sampler.config
     trainer.sampler.config = before.model_copy(
-        update={"rollout": before.rollout.model_copy(update={"micro_batch": "auto"})}
+        update={"rollout": before.rollout.model_copy(update={"max_rows_per_call": "auto"})}
     )
     velocity = out_of_memory_at(trainer, 1, lambda call, rows: rows > 2)
     assert_alike(trainer.sampler.sample(prompts), plain, exactly=False)
@@ -171,7 +171,7 @@ def roll_out(rank, agree, micro_batch, fails, sharded=False):
     sampler._world = SimpleNamespace(size=2, is_main=rank == 0, device=torch.device("cpu"), agree=agree)
     sampler._progress = Progress(sampler._world, SimpleNamespace(at=lambda *place: None), SimpleNamespace(signal=0))
     sampler._engine = SimpleNamespace(sharded=sharded)
-    sampler.config = load_config("shapes", ["rollout.weights=sharded"])
+    sampler.config = load_config("shapes", ["rollout.parameters=sharded"])
     wavefront = Wavefront(PLAN, 1, (6, 8), ops.choose("reference"), micro_batch=micro_batch)
 
     def velocity(latents, t, rows):
@@ -204,7 +204,7 @@ def two_ranks(*arguments, **options):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_out_of_memory_on_one_rank_halves_the_rows_of_all(rank, failing):
     plain = two_ranks(None, lambda *call: False)
-    with pytest.warns(UserWarning, match="rollout.micro_batch: out of memory with 6 rows per model call"):
+    with pytest.warns(UserWarning, match="rollout.max_rows_per_call: out of memory with 6 rows per model call"):
         halved = two_ranks(None, lambda *call: call[:2] == (rank, failing))
     for (ours, rows, calls), (theirs, all_rows, all_calls) in zip(halved, plain):
         assert torch.equal(ours, theirs) and (rows, all_rows) == (3, 6)
@@ -253,14 +253,14 @@ def test_what_is_done_beside_is_not_told_to_the_heartbeat():
 def test_no_memory_to_decode_names_what_to_change():
     sampler = Sampler.__new__(Sampler)
     sampler._progress, sampler.beside = SimpleNamespace(at=lambda *place: None), object()
-    sampler.config = load_config("shapes", ["model.decode_batch=3"])
+    sampler.config = load_config("shapes", ["model.decode_batch_size=3"])
 
     def decode(latents, tiny):
         raise torch.OutOfMemoryError("injected")
 
     sampler.policy = SimpleNamespace(decode=decode)
     rollout = SimpleNamespace(final_latents=torch.zeros(1, 5, 4, 4))
-    with pytest.raises(torch.OutOfMemoryError, match=r"model.decode_batch: .* 3 pictures; .*rollout.overlap=false"):
+    with pytest.raises(torch.OutOfMemoryError, match=r"model.decode_batch_size: .* 3 images; .*overlap=false"):
         sampler._score(rollout, ["a"])
 
 
@@ -283,9 +283,9 @@ def test_the_trial_of_rows_per_call():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["rollout.weights=sharded", "rollout.compile=true"], "rollout.compile: true needs rollout.weights gathered"),
-        (["rollout.weights=sharded", "rollout.micro_batch=auto"], "rollout.micro_batch: auto needs rollout.weights"),
-        (["rollout.micro_batch=all"], "rollout.micro_batch: .*'auto'"),
+        (["rollout.parameters=sharded", "rollout.compile=true"], "rollout.compile: true needs rollout.parameters"),
+        (["rollout.parameters=sharded", "rollout.max_rows_per_call=auto"], "rollout.max_rows_per_call: auto needs"),
+        (["rollout.max_rows_per_call=all"], "rollout.max_rows_per_call: .*'auto'"),
         (["model.attention=cudnn"], "model.attention: cudnn computes in bfloat16, model.dtype is float32"),
         (["model.attention=sage"], "model.attention: 'sage': Input should be 'native', 'cudnn', 'efficient', 'flash'"),
         (["model.attention=flash", "model.dtype=bfloat16"], "model.attention: flash is not installed: .*flash-attn"),

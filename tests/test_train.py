@@ -27,7 +27,8 @@ from egrpo_fast.train import check_inputs, open_rewards
 ROOT = Path(__file__).parents[1]
 TINY = [
     "iterations=4", "schedule.num_steps=4", "rollout.group_size=3", "prompts.per_iteration=2",
-    "evaluation.num_prompts=5", "evaluation.prompts_per_call=2", "evaluation.num_steps=4", "optimizer.warmup_steps=1",
+    "evaluation.num_prompts=5", "evaluation.batch_size=2", "evaluation.num_inference_steps=4",
+    "optimizer.warmup_steps=1",
     "checkpoint.every=2", "tail.stride=2", "tail.solver=ab2", "tail.check_every=3", "tail.target=0.01",
 ]  # fmt: skip
 
@@ -69,7 +70,7 @@ def test_a_run_leaves_everything_it_promises(uninterrupted):
     assert [line.get("tail/exact") for line in iterations] == [0, None, None, 0], "tail.check_every"
     for name in ("curve.png", "before_after.png", "config.yaml", "summary.json", "pictures/iteration-000000.png"):
         assert (uninterrupted / name).stat().st_size > 0
-    assert len(list((uninterrupted / "checkpoints").glob("iteration-*"))) == 2, "checkpoint.keep"
+    assert len(list((uninterrupted / "checkpoints").glob("iteration-*"))) == 2, "checkpoint.save_total_limit"
     assert list((uninterrupted / "tensorboard").iterdir())
     (uninterrupted.parent / "new").touch()
     modes = {path.stat().st_mode for path in uninterrupted.rglob("*") if path.is_file()}
@@ -100,7 +101,7 @@ def test_the_ratio_is_one_before_the_first_update(tmp_path):
     """With an optimizer step per active step the reference is a forward of its own: bit-equal to the update's, under
     ZeRO-3 and with rollouts at another batch size. Later steps of the iteration see a policy that has moved."""
     run = launch(
-        tmp_path / "steps", "objective.optimizer_step=active_step", "rollout.micro_batch=5", "iterations=2",
+        tmp_path / "steps", "objective.optimizer_step=active_step", "rollout.max_rows_per_call=5", "iterations=2",
         "rollout.group_size=6", "tail.stride=1", "tail.cache.name=taylor_seer", "tail.cache.interval=8",
         "tail.check_every=1", "tail.target=0.999",
     )  # fmt: skip
@@ -116,7 +117,7 @@ def test_the_ratio_is_one_before_the_first_update(tmp_path):
 def test_two_ranks_equal_one(rollout_weights, uninterrupted, tmp_path):
     """The same prompts, dealt to two ranks: the same rewards, and the same weights to float32 tolerance. However the
     rollout finds its weights."""
-    both = launch(tmp_path / "two", f"rollout.weights={rollout_weights}", "deepspeed.overrides="
+    both = launch(tmp_path / "two", f"rollout.parameters={rollout_weights}", "deepspeed.overrides="
                   "{zero_optimization: {stage3_param_persistence_threshold: 0}}", ranks=2)  # fmt: skip
     for ours, theirs in zip(metrics(uninterrupted)[0], metrics(both)[0], strict=True):
         assert ours["reward/shapes_soft"] == pytest.approx(theirs["reward/shapes_soft"], rel=1e-5)
@@ -152,7 +153,7 @@ BAD = {
     "prompts.train=/nowhere.txt": "prompts.train: cannot read /nowhere.txt",
     "model.path=/nowhere": "model.path: no folder /nowhere",
     "model.height=30": "model.height: 30 is not a multiple of 4",
-    "prompts.per_iteration=3 rollout.prompts_per_call=2": "prompts.per_iteration: 3 is not a multiple of 2",
+    "prompts.per_iteration=3 rollout.prompts_per_rollout=2": "prompts.per_iteration: 3 is not a multiple of 2",
     "model.height=36": "rewards.shapes_soft: judges pictures of 32x32 pixels, not 36x32",
     "rewards=[{name: beauty}]": "rewards: no reward 'beauty'; there are: clip",
     "rewards=[{name: shapes_soft, options: {sharp: 1}}]": "rewards.shapes_soft: .*unexpected keyword argument 'sharp'",
@@ -495,7 +496,7 @@ def test_the_command_tells_one_line_and_fails():
     "overrides",
     [
         pytest.param(["method={name: mix_grpo, window: 2, every: 2}", "objective.on_error=drop"], id="moving window"),
-        pytest.param(["method={name: dance_grpo, fraction: 0.4}", "objective.normalise=none"], id="steps at random"),
+        pytest.param(["method={name: dance_grpo, fraction: 0.4}", "objective.scale_rewards=none"], id="random steps"),
     ],
 )
 def test_a_plan_that_changes_over_training(overrides, tmp_path):

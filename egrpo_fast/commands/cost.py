@@ -72,7 +72,7 @@ class Cost:
 
     @property
     def _per_call(self) -> int:
-        return min(self.config.rollout.prompts_per_call, self.prompts)
+        return min(self.config.rollout.prompts_per_rollout, self.prompts)
 
     @property
     def _wavefronts(self) -> int:
@@ -91,7 +91,7 @@ class Cost:
     @property
     def checkpoints_on_disk(self) -> int:
         """At most: the newest, the best, and one being written."""
-        return self.config.checkpoint.keep + (self.config.checkpoint.best is not None) + 1
+        return self.config.checkpoint.save_total_limit + (self.config.checkpoint.best is not None) + 1
 
     @cached_property
     def memory(self) -> Memory:
@@ -108,8 +108,8 @@ class Cost:
             (host if away else always)[part] = amount
 
         shard = weights / gpus if stage == 3 else weights
-        if config.deepspeed.offload_weights != "nvme":
-            put("weights", shard, config.deepspeed.offload_weights == "cpu")
+        if config.deepspeed.offload_param != "nvme":
+            put("weights", shard, config.deepspeed.offload_param == "cpu")
         if self.hpz > 1:
             always["weights, hpZ copy"] = weights / self.hpz
         put("gradients", 4.0 * (self.trained if stage == 1 else share), (on_host or on_disk) and stage > 1)
@@ -123,7 +123,7 @@ class Cost:
         always |= self.sizes.frozen
         if config.prompts.embeddings is not None:
             del always["text encoders"]
-        tails = float(self.parameters * (size if config.tail.weights == "exact" else 1)) * config.tail.has_weights
+        tails = float(self.parameters * (size if config.tail.quantization == "none" else 1)) * config.tail.has_weights
         if config.tail.path is not None:
             always["the tail's model"] = tails
         rewards = {name: 4.0 * (count or 0) for name, count in self.reward_parameters.items()}
@@ -137,15 +137,15 @@ class Cost:
         always["context and reserve"] = self.cluster.reserve
 
         gathered = 0.0
-        if self.sharded or config.deepspeed.offload_weights != "none":
+        if self.sharded or config.deepspeed.offload_param != "none":
             gathered = float(min(self.max_live * size, weights))
         live = max(len(wave.sources) for wave in self.plan.waves) * self._per_call
-        evaluated = min(config.evaluation.prompts_per_call, -(-config.evaluation.num_prompts // gpus))
+        evaluated = min(config.evaluation.batch_size, -(-config.evaluation.num_prompts // gpus))
         micro_batch = min(config.rollout.most_rows or 10**9, max(live, evaluated))
-        pictures = min(config.model.decode_batch, len(self.plan.picture_rows) * self._per_call)
+        pictures = min(config.model.decode_batch_size, len(self.plan.picture_rows) * self._per_call)
         pixels = config.model.height * config.model.width
         activations = self.sizes.activations
-        whole = config.rollout.weights == "gathered" and (gathered > 0)
+        whole = config.rollout.parameters == "gathered" and (gathered > 0)
         sub_group = min(self.sub_group, share) if stage == 3 else share
         away = on_host or on_disk
         # torch's AdamW: the square root, and on a CPU its quotient too; bitsandbytes works in place.
@@ -229,7 +229,7 @@ class Cost:
         part = (gpus - 1) / gpus
         gather = (self.parameters + self.adapters) * self.itemsize * part if self.sharded else 0.0
         optimizer_steps = len(self.plan.groups) if self.config.objective.optimizer_step == "active_step" else 1
-        calls = 1 if self.config.rollout.weights == "gathered" else self.calls * self._wavefronts
+        calls = 1 if self.config.rollout.parameters == "gathered" else self.calls * self._wavefronts
         references = steps if optimizer_steps > 1 else 0
         return {
             "rollout": calls * gather,
@@ -251,9 +251,9 @@ class Cost:
         zero, moved = self.config.deepspeed, 0.0
         if zero.offload_optimizer != "none":
             moved += (16 if zero.offload_optimizer == "cpu" else 32) * self.trained / self.cluster.gpus
-        if zero.offload_weights != "none":
+        if zero.offload_param != "none":
             forwards = 2 * len(self.plan.groups) * self._wavefronts
-            calls = 1 if self.config.rollout.weights == "gathered" else self.calls * self._wavefronts
+            calls = 1 if self.config.rollout.parameters == "gathered" else self.calls * self._wavefronts
             moved += (calls + forwards) * self.parameters * self.itemsize / self.cluster.gpus
         parts = {name: flops[name] * self.prompts / rate for name in ("rollout", "decode", "update")}
         parts |= {"communication": sum(amount / speeds[name] for name, amount in self.traffic.items())}
@@ -325,14 +325,14 @@ class Cost:
 
 CHANGES: tuple[Mapping[str, Any], ...] = (
     {"model.gradient_checkpointing": True},
-    {"rollout.micro_batch": 1},
-    {"model.decode_batch": 1},
-    {"rollout.weights": "sharded"},
+    {"rollout.max_rows_per_call": 1},
+    {"model.decode_batch_size": 1},
+    {"rollout.parameters": "sharded"},
     {"optimizer.name": "adamw8bit"},
     {"prompts.embeddings": "FOLDER"},
     {"rewards.offload": True},
     {"optimizer.name": "adamw", "deepspeed.offload_optimizer": "cpu"},
-    {"deepspeed.offload_weights": "cpu"},
+    {"deepspeed.offload_param": "cpu"},
     {"optimizer.name": "adamw", "deepspeed.offload_optimizer": "none", "model.lora": {}},
     {"GPUs": 2},
     {"GPUs": 4},

@@ -67,8 +67,8 @@ class Settings:
     prompts: tuple[str, ...]
     height: int = 1024
     width: int = 1024
-    num_steps: int = 50
-    guidance: float = 3.5
+    num_inference_steps: int = 50
+    guidance_scale: float = 3.5
     shift: float = 3.0
     max_sequence_length: int = 512
     dtype: str = "bfloat16"
@@ -80,8 +80,8 @@ class Settings:
 
     def __str__(self) -> str:
         return (
-            f"{len(self.prompts)} prompts, {self.width}x{self.height} pixels, {self.num_steps} ODE steps, "
-            f"shift {self.shift:g}, guidance {self.guidance:g}, {self.dtype}, seed {self.seed}"
+            f"{len(self.prompts)} prompts, {self.width}x{self.height} pixels, {self.num_inference_steps} ODE steps, "
+            f"shift {self.shift:g}, guidance {self.guidance_scale:g}, {self.dtype}, seed {self.seed}"
         )
 
 
@@ -123,9 +123,9 @@ class Model:
         base = resolve(self.path)
         if self.lora is not None and self.run is not None:
             check_base(self.run, base)
-        names = ("height", "width", "guidance", "max_sequence_length", "dtype")
+        names = ("height", "width", "guidance_scale", "max_sequence_length", "dtype")
         given = {name: getattr(settings, name) for name in names}
-        model = ModelConfig.model_validate({"path": self.path, "decode_batch": batch, **given})
+        model = ModelConfig.model_validate({"path": self.path, "decode_batch_size": batch, **given})
         return Policy(model, base, fuse=self.lora)
 
 
@@ -198,9 +198,9 @@ def default_settings(model: Model) -> dict[str, Any]:
     if not model.is_shapes:
         return {}
     recipe = load_config("shapes")
-    names = ("height", "width", "guidance", "max_sequence_length", "dtype")
+    names = ("height", "width", "guidance_scale", "max_sequence_length", "dtype")
     return {name: getattr(recipe.model, name) for name in names} | {
-        "num_steps": recipe.evaluation.num_steps, "shift": recipe.schedule.shift
+        "num_inference_steps": recipe.evaluation.num_inference_steps, "shift": recipe.schedule.shift
     }  # fmt: skip
 
 
@@ -347,7 +347,7 @@ def draw(
     if not todo:
         return
     policy.load(device, tell=False)
-    plan = ode_plan(make_schedule(settings.num_steps, settings.shift))
+    plan = ode_plan(make_schedule(settings.num_inference_steps, settings.shift))
     wavefronts: dict[int, Wavefront] = {}
     with _progress(f"{model.label}: drawing", len(places), len(todo)) as bar:
         for chunk in _batches(todo, batch):

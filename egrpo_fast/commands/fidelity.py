@@ -145,7 +145,7 @@ class _Sampler:
     def _score(self, latents: Tensor, prompt: str, tiny: bool) -> Tensor:
         """[pictures, L, C] -> [K, pictures]."""
         scores = []
-        for some in latents.split(self._policy.model.decode_batch):
+        for some in latents.split(self._policy.model.decode_batch_size):
             images = self._policy.decode(some, tiny)
             scores.append(
                 torch.stack([score(name, judge, images, [prompt] * len(some)) for name, judge in self._judges.items()])

@@ -31,11 +31,11 @@ def describe(config: Config) -> dict[str, Any]:
 
 
 def _work(plan: Plan, config: Config) -> dict[str, Any]:
-    prompts = config.rollout.prompts_per_call
+    prompts = config.rollout.prompts_per_rollout
     rows = [len(wave.sources) * prompts for wave in plan.waves]
     micro_batch = config.rollout.most_rows
     return {
-        "prompts_per_call": prompts,
+        "prompts_per_rollout": prompts,
         "rows_by_step": rows,
         "model_calls": sum(-(-count // (micro_batch or count)) for count in rows),
         "evaluations_without_gradient": plan.evaluations * prompts,
@@ -57,7 +57,7 @@ def print_plan(description: dict[str, Any]) -> None:
     work = description["work"]
     print(
         f"\nH: per-dimension entropy sqrt(2 pi e) sigma sqrt(D) of the SDE step; D: time it spans, merged.\n\n"
-        f"one wavefront of {work['prompts_per_call']} prompt(s), {work['pictures']} pictures:\n"
+        f"one wavefront of {work['prompts_per_rollout']} prompt(s), {work['pictures']} pictures:\n"
         f"  rows by step                       {' '.join(map(str, work['rows_by_step']))}\n"
         f"  model calls                        {work['model_calls']}\n"
         f"  evaluations without gradient       {work['evaluations_without_gradient']}\n"

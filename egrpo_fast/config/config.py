@@ -169,18 +169,18 @@ class Config(Section):
             told = f"{self.checkpoint.best!r} is none of rewards: {', '.join(names)}"
             raise ValueError(f"checkpoint.best: {told}")
         zero = self.deepspeed
-        if "nvme" in (zero.offload_optimizer, zero.offload_weights) and zero.nvme_path is None:
+        if "nvme" in (zero.offload_optimizer, zero.offload_param) and zero.nvme_path is None:
             raise ValueError("deepspeed.nvme_path: a folder is needed to offload to nvme")
-        if zero.zero_stage < 3 and zero.offload_weights != "none":
-            raise ValueError(f"deepspeed.offload_weights: only ZeRO-3 shards weights, zero_stage is {zero.zero_stage}")
+        if zero.zero_stage < 3 and zero.offload_param != "none":
+            raise ValueError(f"deepspeed.offload_param: only ZeRO-3 shards weights, zero_stage is {zero.zero_stage}")
         if zero.zero_stage < 3 and zero.offload_optimizer == "nvme":
             raise ValueError("deepspeed.offload_optimizer: nvme needs zero_stage 3")
         if self.collects_weights:
-            told = "needs rollout.weights gathered: sharded ones are collected inside every call"
+            told = "needs rollout.parameters gathered: sharded ones are collected inside every call"
             if self.rollout.compile:
                 raise ValueError(f"rollout.compile: true {told}")
-            if self.rollout.micro_batch == "auto":
-                raise ValueError(f"rollout.micro_batch: auto {told}")
+            if self.rollout.max_rows_per_call == "auto":
+                raise ValueError(f"rollout.max_rows_per_call: auto {told}")
         if self.model.attention not in ("native", "efficient", "xformers") and self.model.dtype != "bfloat16":
             raise ValueError(f"model.attention: {self.model.attention} computes in bfloat16, model.dtype is float32")
         if zero.offload_optimizer != "none" and self.optimizer.name == "adamw8bit":
@@ -188,8 +188,8 @@ class Config(Section):
         if zero.offload_optimizer == "nvme" and self.optimizer.ema_decay is not None:
             raise ValueError("optimizer.ema_decay: the average cannot be kept on nvme; use offload_optimizer cpu")
         if self.tail.has_model and self.tail.path is None and self.collects_weights:
-            name = next(name for name in ("lora", "weights", "cache") if name in self.tail.approximated)
-            told = "its model follows the policy from rollout to rollout; needs rollout.weights gathered"
+            name = next(name for name in ("lora", "quantization", "cache") if name in self.tail.approximated)
+            told = "its model follows the policy from rollout to rollout; needs rollout.parameters gathered"
             raise ValueError(f"tail.{name}: {told}")
         if schedule.sde_form == "cps" and schedule.eta > 1.0:
             raise ValueError(f"schedule.eta: {schedule.eta:g}; with sde_form cps at most 1")
@@ -214,7 +214,7 @@ class Config(Section):
     @property
     def collects_weights(self) -> bool:
         """Whether a rollout's model calls gather sharded weights themselves."""
-        return self.deepspeed.zero_stage == 3 and self.rollout.weights == "sharded"
+        return self.deepspeed.zero_stage == 3 and self.rollout.parameters == "sharded"
 
     def build_schedule(self) -> Schedule:
         """The schedule as the method uses it: without merging where it knows none."""

@@ -10,6 +10,23 @@ from egrpo_fast.config.config import Config
 from egrpo_fast.config.recipe_files import ConfigError, override, read_recipe
 from egrpo_fast.methods import METHODS, Method
 
+RENAMED = {
+    "model.guidance": "model.guidance_scale",
+    "model.decode_batch": "model.decode_batch_size",
+    "rollout.micro_batch": "rollout.max_rows_per_call",
+    "rollout.prompts_per_call": "rollout.prompts_per_rollout",
+    "rollout.weights": "rollout.parameters",
+    "tail.weights": "tail.quantization",
+    "objective.normalise": "objective.scale_rewards",
+    "optimizer.decay": "optimizer.lr_scheduler",
+    "deepspeed.offload_weights": "deepspeed.offload_param",
+    "evaluation.num_steps": "evaluation.num_inference_steps",
+    "evaluation.prompts_per_call": "evaluation.batch_size",
+    "evaluation.grid_pictures": "evaluation.grid_images",
+    "checkpoint.keep": "checkpoint.save_total_limit",
+}
+"""What a setting was called in earlier versions, and what it is called now."""
+
 
 def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
     """The sections that a field may hold: by itself, or none, or in a list."""
@@ -66,8 +83,9 @@ def _explain(error: ValidationError) -> str:
         location = [part for part in location if unknown or part not in ("int", "list")]
         where, message = _shown(".".join(location)), item["msg"]
         if unknown:
-            near = _nearest(where, item["input"])
+            near = "" if where in RENAMED else _nearest(where, item["input"])
             message = "unknown key" + (f"; did you mean {near}?" if near else "")
+            message = f"is called {RENAMED[where]} now" if where in RENAMED else message
         elif item["type"] == "missing":
             message = "missing, and has no default"
         elif item["type"] == "value_error":

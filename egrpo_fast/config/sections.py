@@ -100,7 +100,7 @@ class Model(Section):
     """Picture height in pixels, a multiple of what the model family needs (16 for FLUX)."""
     width: Positive = 720
     """Picture width in pixels, likewise."""
-    guidance: float = Field(3.5, ge=0.0)
+    guidance_scale: float = Field(3.5, ge=0.0)
     """Guidance scale fed to models that embed it."""
     max_sequence_length: Annotated[int, Field(ge=1, le=512)] = 512
     """Tokens of a prompt that the model reads; longer prompts are cut."""
@@ -117,7 +117,7 @@ class Model(Section):
     """Train adapters instead of the whole transformer; none given: all weights."""
     text_encoder_quantization: Literal["none", "int8", "nf4"] = "none"
     """Weights of the large text encoder (T5): as loaded, or in 8 or 4 bits by bitsandbytes."""
-    decode_batch: Positive = 32
+    decode_batch_size: Positive = 32
     """Pictures that the VAE decodes and the rewards score at a time."""
     vae_tiling: bool = False
     """Decode large pictures tile by tile: less memory, seams are blended."""
@@ -167,24 +167,24 @@ OWN_ETA = {"flow_grpo": 0.7, "dance_grpo": 0.3, "cps": 0.8}
 class Rollout(Section):
     group_size: Annotated[int, Field(ge=2, le=65536)] | list[Annotated[int, Field(ge=2, le=65536)]] = 12
     """G, samples per active step: one number, or one per active step."""
-    prompts_per_call: Positive = 1
+    prompts_per_rollout: Positive = 1
     """Prompts of one rank that share a wavefront."""
-    micro_batch: Positive | Literal["auto"] | None = None
+    max_rows_per_call: Positive | Literal["auto"] | None = None
     """Most rows of one model call; `auto`: found by trial before the first rollout; none given: all live rows. Out of
     memory, a rollout is repeated with half of them, where no rank waits for another within a call."""
     compile: bool = False
     """Run the transformer's blocks through torch.compile, in rollouts and evaluations; the update stays as it is."""
     overlap: bool = False
     """Decode and score the pictures of one call's prompts while the next ones' are rolled out."""
-    weights: Literal["sharded", "gathered"] = "gathered"
+    parameters: Literal["sharded", "gathered"] = "gathered"
     """Under ZeRO-3, gather the weights at every layer of every call, or once per rollout."""
     backend: Literal["auto", "reference", "triton", "extension"] = "auto"
     """Who runs the ops between model calls."""
 
     @property
     def most_rows(self) -> int | None:
-        """`micro_batch` where it is a number. None: all live rows, or what a trial will find."""
-        return self.micro_batch if isinstance(self.micro_batch, int) else None
+        """`max_rows_per_call` where it is a number. None: all live rows, or what a trial will find."""
+        return self.max_rows_per_call if isinstance(self.max_rows_per_call, int) else None
 
 
 class TaylorSeer(Section):
@@ -200,7 +200,7 @@ class TaylorSeer(Section):
     """Highest order of the series."""
 
 
-APPROXIMATIONS = ("stride", "solver", "path", "lora", "weights", "cache", "decoder")
+APPROXIMATIONS = ("stride", "solver", "path", "lora", "quantization", "cache", "decoder")
 """Settings of `tail` that change its pictures."""
 
 
@@ -216,7 +216,7 @@ class Tail(Section):
     policy's."""
     lora: PathName | None = None
     """LoRA file or folder, in a layout that diffusers reads, on that transformer for its calls alone."""
-    weights: Literal["exact", "int8", "float8"] = "exact"
+    quantization: Literal["none", "int8", "float8"] = "none"
     """What its calls compute in: as the policy, or weights and activations in 8 bits (torchao); float8 wants a GPU of
     compute capability 8.9."""
     cache: TaylorSeer | None = None
@@ -237,7 +237,7 @@ class Tail(Section):
     @property
     def has_weights(self) -> bool:
         """Whether its calls have weights of their own."""
-        return self.path is not None or self.lora is not None or self.weights != "exact"
+        return self.path is not None or self.lora is not None or self.quantization != "none"
 
     @property
     def has_model(self) -> bool:
@@ -290,7 +290,7 @@ class Objective(Section):
     gradient for G times the memory."""
     baseline: Literal["mean", "leave_one_out"] = "mean"
     """What a reward is compared with: the mean of its group, or of the others in it."""
-    normalise: Literal["std", "none"] = "std"
+    scale_rewards: Literal["std", "none"] = "std"
     """Divide advantages by the spread of their group, or leave them in units of the reward."""
 
 
@@ -307,7 +307,7 @@ class Optimizer(Section):
     """Decoupled weight decay."""
     warmup_steps: Natural = 0
     """Optimizer steps of linear warm-up."""
-    decay: Literal["constant", "linear", "cosine"] = "constant"
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
     """What the learning rate does after the warm-up, until the last iteration."""
     ema_decay: float | None = Field(None, gt=0.0, lt=1.0)
     """Keep an exponential moving average of the weights, sharded like them, for `egrpo export --weights ema`."""
@@ -327,7 +327,7 @@ class DeepSpeed(Section):
     """What is sharded over ranks: 1 optimizer, 2 and gradients, 3 and weights."""
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
     """Where the optimizer's state and the float32 weights live: on the device, in host memory, on a disk."""
-    offload_weights: Literal["none", "cpu", "nvme"] = "none"
+    offload_param: Literal["none", "cpu", "nvme"] = "none"
     """Where the sharded weights live between uses (ZeRO-3)."""
     nvme_path: PathName | None = None
     """Folder on a fast local disk, for `nvme`."""
@@ -359,11 +359,11 @@ class Evaluation(Section):
     """Iterations between held-out evaluations; 0: only before and after."""
     num_prompts: Positive = 64
     """Held-out prompts used, from the top of the file."""
-    num_steps: Annotated[int, Field(ge=2, le=1000)] = 16
+    num_inference_steps: Annotated[int, Field(ge=2, le=1000)] = 16
     """ODE steps of an evaluation picture."""
-    prompts_per_call: Positive = 16
+    batch_size: Positive = 16
     """Pictures made together on one rank."""
-    grid_pictures: Positive = 16
+    grid_images: Positive = 16
     """Pictures shown in the grids."""
     stop_when: StopWhen | None = None
     """End the run when a watched reward falls while the trained ones rise; none given: never."""
@@ -372,7 +372,7 @@ class Evaluation(Section):
 class Checkpoint(Section):
     every: Natural = 50
     """Iterations between checkpoints; 0: only at the end."""
-    keep: Positive = 2
+    save_total_limit: Positive = 2
     """Newest checkpoints kept."""
     best: str | None = None
     """Keep also the checkpoint at which this held-out reward was highest; none given: only the newest."""

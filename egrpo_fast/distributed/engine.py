@@ -32,7 +32,7 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": config.deepspeed.zero_stage, "memory_efficient_linear": False}
     for part, device in (
         ("offload_optimizer", config.deepspeed.offload_optimizer),
-        ("offload_param", config.deepspeed.offload_weights),
+        ("offload_param", config.deepspeed.offload_param),
     ):
         if device != "none":
             zero[part] = {"device": device, "pin_memory": torch.cuda.is_available()}
@@ -140,11 +140,11 @@ def learning_rate_factor(settings: Optimizer, total_steps: int, step: int) -> fl
     """Share of the peak learning rate at optimizer step 0, 1, ...: linear warm-up, then constant, or decay to 0."""
     if step < settings.warmup_steps:
         return (step + 1) / (settings.warmup_steps + 1)
-    if settings.decay == "constant":
+    if settings.lr_scheduler == "constant":
         return 1.0
     done = (step - settings.warmup_steps) / max(1, total_steps - settings.warmup_steps)
     left = 1.0 - min(1.0, done)
-    return left if settings.decay == "linear" else 0.5 * (1.0 - math.cos(math.pi * left))
+    return left if settings.lr_scheduler == "linear" else 0.5 * (1.0 - math.cos(math.pi * left))
 
 
 class Engine:

@@ -55,7 +55,7 @@ class Backbone(ABC):
     _text: Text
     latent_shape: tuple[int, int]
     """(tokens, channels) of one image's latents."""
-    decode_batch: int
+    decode_batch_size: int
     """Most images that `decode` takes at a time."""
 
     def __init_subclass__(cls) -> None:

@@ -30,13 +30,13 @@ def check_tail(tail: Tail, pipeline: Path) -> None:
 
     pipeline: the folder whose transformer is trained. The model of the tail is checked where it is made.
     """
-    if tail.weights != "exact" and importlib.util.find_spec("torchao") is None:
-        raise ValueError(f"tail.weights: {tail.weights} needs torchao; pip install 'egrpo_fast[quantized]'")
-    if tail.weights == "float8":
+    if tail.quantization != "none" and importlib.util.find_spec("torchao") is None:
+        raise ValueError(f"tail.quantization: {tail.quantization} needs torchao; pip install 'egrpo_fast[quantized]'")
+    if tail.quantization == "float8":
         found = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
         if found is None or found < FLOAT8_CAPABILITY:
             told = f"this GPU's is {found[0]}.{found[1]}" if found else "there is no GPU"
-            raise ValueError(f"tail.weights: float8 needs a GPU of compute capability 8.9 (Ada, Hopper); {told}")
+            raise ValueError(f"tail.quantization: float8 needs a GPU of compute capability 8.9 (Ada, Hopper); {told}")
     if tail.decoder is not None:
         check_tiny_decoder(tail.decoder, pipeline)
 
@@ -52,9 +52,9 @@ def with_local_tail(config: Config) -> Config:
 def slow_tail(config: Config) -> str | None:
     """What of a tail's settings is slower than it seems: blocks that hooks skip cannot be compiled."""
     tail, compiled = config.tail, config.rollout.compile
-    if tail.weights != "exact" and (tail.cache is not None or not compiled):
+    if tail.quantization != "none" and (tail.cache is not None or not compiled):
         less = "without tail.cache" if compiled else "with rollout.compile"
-        return f"tail.weights: {tail.weights} saves memory, but is fast only where it is compiled: {less}"
+        return f"tail.quantization: {tail.quantization} saves memory, but is fast only where it is compiled: {less}"
     if compiled and tail.cache is not None:
         return "rollout.compile: calls of the tail, nearly all of a rollout, are not compiled because of tail.cache"
     return None
@@ -119,7 +119,7 @@ class TailModel:
             transformer = family.compiled(transformer)
         self.transformer = transformer.requires_grad_(False).eval()
         self._dtype = dtype
-        self._quantization = _quantization(settings.weights)
+        self._quantization = _quantization(settings.quantization)
         self._hollow = dict(self.transformer.named_parameters())
         cache = settings.cache
         self.cache = TailCache(cache, transformer, family.blocks(transformer), dtype) if cache else None
@@ -195,7 +195,7 @@ def _weight(policy: nn.Module, name: str) -> Tensor:
 
 
 def _quantization(weights: str) -> Callable[[nn.Module], Any] | None:
-    if weights == "exact":
+    if weights == "none":
         return None
     from torchao.quantization import (
         Float8DynamicActivationFloat8WeightConfig,

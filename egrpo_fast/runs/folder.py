@@ -27,7 +27,7 @@ BEFORE_A_RUN = {LOCK_FILE, RUN_FILE, f"{RUN_FILE}.tmp", f"{CONFIG_FILE}.tmp"}
 """What is left of a run that was ended before its settings were recorded. Nothing of it had begun."""
 MAY_CHANGE = (
     "resume", "iterations", "output_dir", "wandb", "evaluation.every", "checkpoint.", "guards.", "deepspeed.",
-    "rollout.weights", "rollout.micro_batch", "rollout.compile", "rollout.overlap", "model.decode_batch",
+    "rollout.parameters", "rollout.max_rows_per_call", "rollout.compile", "rollout.overlap", "model.decode_batch_size",
     "model.gradient_checkpointing", "model.attention", "model.tf32", "prompts.embeddings",
 )  # fmt: skip
 """Settings, and sections, that a resumed run may change: they change its length, speed, memory and rounding."""
@@ -74,7 +74,7 @@ def check_output(config: Config) -> bool:
     changed = [key for key in now | before if not key.startswith(MAY_CHANGE) and now.get(key) != before.get(key)]
     if config.model.lora is not None:  # what a LoRA file says is compared with that file, once the model is found
         changed = [key for key in changed if key not in {f"model.lora.{name}" for name in config.model.lora.follows}]
-    if config.optimizer.decay != "constant" and now["iterations"] != before["iterations"]:
+    if config.optimizer.lr_scheduler != "constant" and now["iterations"] != before["iterations"]:
         changed.append("iterations")  # the learning rate decays towards the last one
     if "model.path" in changed:
         from egrpo_fast.models.fingerprint import base_of

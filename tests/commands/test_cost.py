@@ -259,7 +259,7 @@ def small_run(folder, stage, dtype, checkpointing):
         [
             f"model.path={folder}",
             "model.height=256", "model.width=256", "model.max_sequence_length=64", f"model.dtype={dtype}",
-            f"model.gradient_checkpointing={checkpointing}", "prompts.per_iteration=2", "rollout.prompts_per_call=2",
+            f"model.gradient_checkpointing={checkpointing}", "prompts.per_iteration=2", "rollout.prompts_per_rollout=2",
             f"deepspeed.zero_stage={stage}", "deepspeed.overrides={zero_optimization: {reduce_bucket_size: 1000000}}",
         ],
     )  # fmt: skip
@@ -345,7 +345,8 @@ def test_partitions_shrink_with_ranks():
 def test_what_saves_memory_does():
     peak = flux().memory.peak
     for change in (
-        "rollout.weights=sharded", "rollout.micro_batch=1", "optimizer.name=adamw8bit", "prompts.embeddings=folder",
+        "rollout.parameters=sharded", "rollout.max_rows_per_call=1", "optimizer.name=adamw8bit",
+        "prompts.embeddings=folder",
         "deepspeed.offload_optimizer=cpu", "model.lora={rank: 8}", "model.text_encoder_quantization=nf4",
     ):  # fmt: skip
         assert flux(change).memory.peak < peak, change
@@ -366,7 +367,7 @@ def test_what_saves_memory_does():
     ],
 )
 def test_a_checkpoint_is_copied_to_host_memory_by_each_rank_and_kept_on_the_disk(changes, per_weight):
-    estimate = flux("checkpoint.keep=3", "checkpoint.best=clip", *changes)
+    estimate = flux("checkpoint.save_total_limit=3", "checkpoint.best=clip", *changes)
     assert estimate.checkpoint == pytest.approx(per_weight * 11_901_408_320)
     assert estimate.memory.host["copy of a checkpoint"] == pytest.approx(estimate.checkpoint / 8)
     assert estimate.checkpoints_on_disk == 5
@@ -385,7 +386,7 @@ def test_the_plan_tells_host_memory_by_machine_and_the_checkpoints(monkeypatch, 
 
 
 def test_gathered_weights_are_received_once():
-    gathered, sharded = flux(), flux("rollout.weights=sharded")
+    gathered, sharded = flux(), flux("rollout.parameters=sharded")
     assert gathered.traffic["rollout"] == 2 * 11_901_408_320 * 7 / 8
     assert sharded.traffic["rollout"] == sharded.calls * gathered.traffic["rollout"]
     assert sharded.calls == sum(-(-rows // 8) for rows in (1, 13, 25, 25, 37, 49, 61, 61, 72, 84, *[96] * 6))
@@ -398,7 +399,7 @@ def test_advice_fits():
     (together,) = tight.advice
     assert together["fits"] and len(together["settings"]) > 1
     assert together["peak"] <= tight.cluster.gpu.memory
-    near = flux("model.gradient_checkpointing=false", "prompts.per_iteration=16", "rollout.prompts_per_call=2")
+    near = flux("model.gradient_checkpointing=false", "prompts.per_iteration=16", "rollout.prompts_per_rollout=2")
     assert not near.fits and near.advice[0]["settings"] == {"model.gradient_checkpointing": True}
     assert not flux().advice
 
@@ -406,16 +407,16 @@ def test_advice_fits():
 def test_advice_knows_what_helps_only_together():
     """On one GPU sharded rollouts save nothing, and weights on the host nothing while a rollout gathers them all."""
     alone = {"cluster": Cluster(1, 1, "RTX4090")}
-    for sharded, settings in (("gathered", []), ("sharded", ["rollout.weights=sharded"])):
+    for sharded, settings in (("gathered", []), ("sharded", ["rollout.parameters=sharded"])):
         lora = flux("model.lora={rank: 8}", *settings, **alone)
-        assert not flux("model.lora={rank: 8}", *settings, "deepspeed.offload_weights=cpu", **alone).fits or settings
+        assert not flux("model.lora={rank: 8}", *settings, "deepspeed.offload_param=cpu", **alone).fits or settings
         (told,) = lora.advice[:1]
-        assert told["fits"] and told["settings"]["deepspeed.offload_weights"] == "cpu"
-        assert ("rollout.weights" in told["settings"]) == (sharded == "gathered")
+        assert told["fits"] and told["settings"]["deepspeed.offload_param"] == "cpu"
+        assert ("rollout.parameters" in told["settings"]) == (sharded == "gathered")
         assert "model.lora" not in told["settings"], "there is one"
     (whole,) = flux(**alone).advice
     assert whole["fits"] and whole["settings"] == {
-        "rollout.weights": "sharded", "deepspeed.offload_optimizer": "cpu", "deepspeed.offload_weights": "cpu",
+        "rollout.parameters": "sharded", "deepspeed.offload_optimizer": "cpu", "deepspeed.offload_param": "cpu",
     }  # fmt: skip
 
 

@@ -57,7 +57,8 @@ def run(monkeypatch, *arguments):
 
 
 def command(trained, out, *more):
-    return "shapes", trained, "--prompts", "shapes", "--num-prompts", NUM_PROMPTS, "--num-steps", 4, "--out", out, *more
+    count = "--num-prompts", NUM_PROMPTS, "--num-inference-steps", 4
+    return "shapes", trained, "--prompts", "shapes", *count, "--out", out, *more
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +148,7 @@ def test_nothing_is_loaded_when_all_is_there(evaluated, trained, monkeypatch):
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        (["--num-steps", "5"], "num_steps: 5 differs from 4 in .*settings.json"),
+        (["--num-inference-steps", "5"], "num_inference_steps: 5 differs from 4 in .*settings.json"),
         (["--seed", "1"], "seed: 1 differs from 0"),
         (["--num-prompts", "4"], "prompts: 4, SHA-256 .* differs from 5, SHA-256"),
         (["--rewards", "clip={model: shapes, micro_batch: 2}"], "clip: .* differs from .* in .*rewards.json"),
@@ -238,7 +239,7 @@ def test_a_reward_that_cannot_be_loaded_is_told_before_anything_is_drawn(trained
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        (["--num-steps", "1"], "--num-steps: '1' is no number from 2 to 1000"),
+        (["--num-inference-steps", "1"], "--num-inference-steps: '1' is no number from 2 to 1000"),
         (["--shift", "nan"], "--shift: 'nan' is no number"),
         (["--seed", "-1"], "--seed: '-1' is no number from 0"),
         (["--part", "2/2"], "--part: '2/2' is not I/N"),
@@ -393,7 +394,8 @@ def lora_run(tmp_path_factory):
 def test_a_lora_run_draws_as_its_fused_pipeline_and_not_as_its_base(lora_run, tmp_path, monkeypatch):
     base, fused = lora_run.parent / "base", lora_run.parent / "fused"
     out = tmp_path / "out"
-    run(monkeypatch, base, lora_run, fused, "--prompts", "shapes", "--num-prompts", 2, "--num-steps", 3, "--out", out,
+    run(monkeypatch, base, lora_run, fused, "--prompts", "shapes", "--num-prompts", 2,
+        "--num-inference-steps", 3, "--out", out,
         "--rewards", "shapes_soft")  # fmt: skip
     drawn = {
         label: evaluate._read_pictures(sorted((out / "models" / label / "pictures").iterdir()), 32, 32)
@@ -431,10 +433,10 @@ def test_adapters_on_another_base_or_without_one_are_refused(lora_run, tmp_path,
 def test_defaults_are_the_papers_for_flux_and_the_recipes_for_shapes(trained):
     flux, shapes = (evaluate.find_model(name) for name in ("black-forest-labs/FLUX.1-dev", str(trained)))
     protocol = evaluate.Settings(("a",), **evaluate.default_settings(flux))
-    assert (protocol.height, protocol.width, protocol.num_steps) == (1024, 1024, 50)
-    assert (protocol.guidance, protocol.shift, protocol.max_sequence_length) == (3.5, 3.0, 512)
+    assert (protocol.height, protocol.width, protocol.num_inference_steps) == (1024, 1024, 50)
+    assert (protocol.guidance_scale, protocol.shift, protocol.max_sequence_length) == (3.5, 3.0, 512)
     small = evaluate.Settings(("a",), **evaluate.default_settings(shapes))
-    assert (small.height, small.num_steps, small.max_sequence_length, small.dtype) == (32, 16, 24, "float32")
+    assert (small.height, small.num_inference_steps, small.max_sequence_length, small.dtype) == (32, 16, 24, "float32")
     assert [reward.name for reward in evaluate.default_rewards([flux])] == [
         "hps", "clip", "pick_score", "image_reward"
     ]  # fmt: skip

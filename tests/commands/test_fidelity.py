@@ -121,8 +121,8 @@ BAD = {
     "tail.target=1": "tail.target: 1: .*less than 1",
     "tail.stride=[2,3]": "tail.stride: 2 numbers, one per active step needed \\(8\\)",
     "tail.solver=heun": "tail.solver: 'heun': .*'euler', 'ab2' or 'dpm2m'",
-    "tail.lora=/nowhere rollout.weights=sharded": "tail.lora: .*needs rollout.weights gathered",
-    "tail.cache=taylor_seer rollout.weights=sharded": "tail.cache: .*needs rollout.weights gathered",
+    "tail.lora=/nowhere rollout.parameters=sharded": "tail.lora: .*needs rollout.parameters gathered",
+    "tail.cache=taylor_seer rollout.parameters=sharded": "tail.cache: .*needs rollout.parameters gathered",
     "tail.cache=mag": "tail.cache.name: .*'mag'.*'taylor_seer'",
     "tail.cache.threshold=0.1": "tail.cache.name: missing",
     "tail.cache.name=taylor_seer tail.cache.threshold=0.1": "tail.cache.threshold: unknown key",
@@ -139,7 +139,7 @@ def test_settings_that_cannot_be_are_refused_by_name(overrides):
 @pytest.mark.parametrize(
     ("overrides", "count", "cached"),
     [
-        ([], 17, 2), (["rollout.weights=sharded"], 15, 0), (["tail.lora=/nowhere"], 18, 2),
+        ([], 17, 2), (["rollout.parameters=sharded"], 15, 0), (["tail.lora=/nowhere"], 18, 2),
         (["method=granular_grpo"], 3, 1), (["method=branch_grpo"], 0, 0),
     ],
 )  # fmt: skip

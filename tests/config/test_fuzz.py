@@ -279,9 +279,9 @@ def across(draw):
                 ({"schedule.shift": 10.0 ** draw(st.integers(25, 300))}, "schedule"),
                 ({"schedule.eta": 10.0 ** draw(st.integers(170, 300))}, "schedule"),
                 ({"deepspeed.overrides": {owned: 1}}, "deepspeed.overrides"),
-                ({"rollout.weights": "sharded", "tail.lora": unknown}, "tail.lora"),
-                ({"rollout.weights": "sharded", "tail.weights": "int8"}, "tail.weights"),
-                ({"rollout.weights": "sharded", "tail.cache": "taylor_seer"}, "tail.cache"),
+                ({"rollout.parameters": "sharded", "tail.lora": unknown}, "tail.lora"),
+                ({"rollout.parameters": "sharded", "tail.quantization": "int8"}, "tail.quantization"),
+                ({"rollout.parameters": "sharded", "tail.cache": "taylor_seer"}, "tail.cache"),
                 ({"rewards": [{"name": unknown, "weight": 0}]}, "rewards"),
                 ({"rewards": [{"name": unknown}] * draw(st.integers(2, 4))}, "rewards"),
                 ({"evaluation.stop_when": {"reward": unknown}}, "evaluation.stop_when.reward"),
@@ -289,8 +289,8 @@ def across(draw):
                 ({"evaluation.every": 0}, "evaluation.stop_when"),
                 ({"checkpoint.best": unknown}, "checkpoint.best"),
                 ({"deepspeed.offload_optimizer": "nvme"}, "deepspeed.nvme_path"),
-                ({"deepspeed.offload_weights": "nvme"}, "deepspeed.nvme_path"),
-                ({"deepspeed.offload_weights": "cpu", "deepspeed.zero_stage": rank}, "deepspeed.offload_weights"),
+                ({"deepspeed.offload_param": "nvme"}, "deepspeed.nvme_path"),
+                ({"deepspeed.offload_param": "cpu", "deepspeed.zero_stage": rank}, "deepspeed.offload_param"),
                 (
                     {
                         "deepspeed.offload_optimizer": "nvme", "deepspeed.nvme_path": unknown,
@@ -361,8 +361,8 @@ CROSS = {  # fields whose range depends on others
     "schedule.merge_lengths", "schedule.active_steps",
     "schedule.max_merge", "rewards.0.weight", "rewards.0.name", "rewards.1.name", "evaluation.stop_when",
     "evaluation.stop_when.reward", "evaluation.every", "checkpoint.best", "deepspeed.offload_optimizer",
-    "deepspeed.offload_weights", "deepspeed.zero_stage", "model.lora", "rewards", "model.attention", "rollout.weights",
-    "tail.lora", "tail.weights",
+    "deepspeed.offload_param", "deepspeed.zero_stage", "model.lora", "rewards", "model.attention", "rollout.parameters",
+    "tail.lora", "tail.quantization",
 }  # fmt: skip
 
 

@@ -278,7 +278,7 @@ def test_a_world_that_is_told_by_half_is_refused(lacking, monkeypatch):
     [
         "deepspeed.overrides={zero_optimization: {zero_hpz_partition_size: 2, stage3_param_persistence_threshold: 0}}",
         "deepspeed.offload_optimizer=cpu",
-        "deepspeed.offload_weights=cpu",
+        "deepspeed.offload_param=cpu",
     ],
     ids=["hierarchical partitions", "optimizer on the host", "weights on the host"],
 )
@@ -301,7 +301,7 @@ def test_an_iteration_in_bfloat16(stage, tmp_path):
     [
         pytest.param(["method={name: flow_grpo, fraction: 0.7}"], id="flow_grpo"),
         pytest.param(["method=dance_grpo"], id="dance_grpo"),
-        pytest.param(["method={name: mix_grpo, window: 2}", "objective.normalise=none"], id="mix_grpo"),
+        pytest.param(["method={name: mix_grpo, window: 2}", "objective.scale_rewards=none"], id="mix_grpo"),
         pytest.param(["rollout={}", "method={name: branch_grpo, splits: [0, 1], branching: 3}"], id="branch_grpo"),
         pytest.param(["method=granular_grpo", "objective.antithetic=true"], id="granular_grpo"),
         pytest.param(["method=tempflow_grpo", "objective.baseline=leave_one_out"], id="tempflow_grpo"),
@@ -318,8 +318,8 @@ def test_an_iteration_of_every_method(overrides, tmp_path):
     [
         ({}, [1, 1, 1, 1, 1, 1]),
         ({"warmup_steps": 3}, [0.25, 0.5, 0.75, 1, 1, 1]),
-        ({"warmup_steps": 1, "decay": "linear"}, [0.5, 1, 0.8, 0.6, 0.4, 0.2]),
-        ({"warmup_steps": 2, "decay": "cosine"}, [1 / 3, 2 / 3, 1, 0.853553, 0.5, 0.146447]),
+        ({"warmup_steps": 1, "lr_scheduler": "linear"}, [0.5, 1, 0.8, 0.6, 0.4, 0.2]),
+        ({"warmup_steps": 2, "lr_scheduler": "cosine"}, [1 / 3, 2 / 3, 1, 0.853553, 0.5, 0.146447]),
     ],
 )
 def test_the_learning_rate(settings, expected):

@@ -20,7 +20,8 @@ from egrpo_fast.runs.metrics import METRICS
 
 TINY = [
     "iterations=8", "schedule.num_steps=4", "rollout.group_size=3", "optimizer.lr=1e-3", "optimizer.warmup_steps=2",
-    "optimizer.ema_decay=0.5", "evaluation.num_prompts=4", "evaluation.prompts_per_call=2", "evaluation.num_steps=2",
+    "optimizer.ema_decay=0.5", "evaluation.num_prompts=4", "evaluation.batch_size=2",
+    "evaluation.num_inference_steps=2",
     "evaluation.every=3", "checkpoint.every=1", "checkpoint.best=clip", "prompts.per_iteration=2",
 ]  # fmt: skip
 BOUND = 900

@@ -10,7 +10,7 @@ from forked import BOUND, iterations, newest, unsound
 
 from egrpo_fast.distributed.checkpoint import CheckpointReader
 
-FEW = ["iterations=4", "checkpoint.keep=9", "checkpoint.best=null", "evaluation.every=0"]
+FEW = ["iterations=4", "checkpoint.save_total_limit=9", "checkpoint.best=null", "evaluation.every=0"]
 
 
 def faulty(fault, **options):

@@ -81,7 +81,7 @@ def fill(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("freed", [True, False], ids=["for a while", "to the end"])
 def test_a_full_disk(freed, server, tmp_path, small_disk, figures):
-    settings = ["iterations=8", "optimizer.ema_decay=null", "checkpoint.best=null", "checkpoint.keep=1"]
+    settings = ["iterations=8", "optimizer.ema_decay=null", "checkpoint.best=null", "checkpoint.save_total_limit=1"]
     server.run(tmp_path / "reference", *settings)
     run = small_disk / "run"
     started = server.start(run, *settings)

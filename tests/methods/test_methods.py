@@ -242,7 +242,7 @@ def test_gradient_equals_brute_force_score_function(name, mix, normalise, baseli
     rollout, seen = rolled_out(plan, weight.detach())
     pictures = rollout.final_latents
     rewards = torch.stack((pictures.sin().mean((2, 3)), pictures.square().mean((2, 3))))
-    objective = Objective(REFERENCE, (0.7, 0.3), mix, baseline=baseline, normalise=normalise)
+    objective = Objective(REFERENCE, (0.7, 0.3), mix, baseline=baseline, scale_rewards=normalise)
     by_group, kept = plan.by_group(rewards), plan.unpruned(objective.mixed(rewards))
     place = {row: i for i, row in enumerate(plan.picture_rows)}
     ours = brute = 0.0
@@ -480,7 +480,7 @@ for wrong in ("method.first=13", "method.last=5", "method.window=2", "tail.strid
         load_config("shapes", ["method.name=late_pairs", wrong])
     except ConfigError as error:
         print(error)
-short = {"schedule": {"num_steps": 8}, "evaluation": {"num_prompts": 1, "num_steps": 2}}
+short = {"schedule": {"num_steps": 8}, "evaluation": {"num_prompts": 1, "num_inference_steps": 2}}
 folder = Trainer("shapes", method={"name": "late_pairs"}, iterations=1, **short).train().folder
 lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 assert [list(line["spread_by_step"]["shapes_soft"]) for line in lines if "spread_by_step" in line] == [["3", "4", "5"]]

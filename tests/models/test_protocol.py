@@ -21,7 +21,7 @@ def redness(images, prompts):
 model = {"path": "toy", "height": 8, "width": 8, "dtype": "float32"}
 settings = dict(model=model, iterations=6, optimizer={"lr": 0.01},
     schedule={"num_steps": 6}, rollout={"group_size": 8}, checkpoint={"every": 6},
-    evaluation={"num_prompts": 4, "num_steps": 4}, output_dir="run")
+    evaluation={"num_prompts": 4, "num_inference_steps": 4}, output_dir="run")
 result = Trainer("shapes", rewards={"redness": redness}, prompts=["a bad leg", "a red tag", "glad", "dear"],
     **settings).train()
 cost = Cost(load_config("shapes", ["model.path=toy", "model.height=8", "model.width=8"]), Cluster(1, 1, "cpu"))

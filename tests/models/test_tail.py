@@ -146,7 +146,7 @@ def test_a_copy_of_a_policy_that_trains_adapters_has_them_merged(backbone, condi
 
 def test_eight_bits_follow_the_policy(backbone, conditioning, latents):
     pytest.importorskip("torchao")
-    model = model_of(backbone, weights="int8")
+    model = model_of(backbone, quantization="int8")
     for policy in (backbone.transformer, another(backbone)):
         with model.following(policy):
             found = model.velocity(latents, TIME, conditioning, ROWS)
@@ -154,12 +154,12 @@ def test_eight_bits_follow_the_policy(backbone, conditioning, latents):
         assert 0 < ((found - expected).norm() / expected.norm()).item() < 0.03
 
 
-@pytest.mark.parametrize("weights", ["exact", pytest.param("int8", marks=pytest.mark.slow)])
-def test_compiled_it_is_the_same_and_compiled_once(weights, backbone, conditioning, latents, monkeypatch):
+@pytest.mark.parametrize("quantization", ["none", pytest.param("int8", marks=pytest.mark.slow)])
+def test_compiled_it_is_the_same_and_compiled_once(quantization, backbone, conditioning, latents, monkeypatch):
     """Whatever the policy's weights, and for any number of rows; in 8 bits too."""
     pytest.importorskip("torchao")
     monkeypatch.setattr(FluxBackbone, "compiled", partial(CompiledFlux.of, backend="aot_eager"))
-    settings = Tail(weights=weights), backbone
+    settings = Tail(quantization=quantization), backbone
     model, eager = loaded(*settings, compiled=True), loaded(*settings)
     graphs, made = torch._dynamo.utils.counters["stats"], []
     for policy in (backbone.transformer, another(backbone)):
@@ -215,12 +215,12 @@ def test_a_cache_that_warms_up_for_all_steps_skips_nothing(backbone):
     assert model.cache.computed == model.cache.asked == BLOCKS * PLAN.tail_evaluations
 
 
-@pytest.mark.parametrize("other", ["lora", "weights"])
+@pytest.mark.parametrize("other", ["lora", "quantization"])
 def test_a_cache_combines_with_what_else_is_the_tails(backbone, adapters, other, tmp_path):
-    if other == "weights":
+    if other == "quantization":
         pytest.importorskip("torchao")
     save_lora(tmp_path, adapters, ADAPTERS, FluxPipeline)
-    settings = {other: {"lora": str(tmp_path), "weights": "int8"}[other]}
+    settings = {other: {"lora": str(tmp_path), "quantization": "int8"}[other]}
     plain, skipping = model_of(backbone, **settings), model_of(backbone, **settings, cache=CACHE)
     nothing = model_of(backbone, **settings, cache=CACHE.model_copy(update={"warm_up": 100}))
     exact, fast, slow = (roll_out(backbone, model) for model in (plain, skipping, nothing))
@@ -355,13 +355,14 @@ def test_what_is_not_there_is_refused_by_name(tmp_path, monkeypatch):
     assert "it is a AutoencoderKL; AutoencoderTiny is" in refused(f"tail.decoder={PIPELINE / 'vae'}")
     monkeypatch.setitem(sys.modules, "torchao", None)
     monkeypatch.setattr(tail_models.importlib.util, "find_spec", lambda name: None)
-    assert refused("tail.weights=int8").startswith("tail.weights: int8 needs torchao; pip install")
+    assert refused("tail.quantization=int8").startswith("tail.quantization: int8 needs torchao; pip install")
     monkeypatch.setattr(tail_models.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "float8 needs a GPU of compute capability 8.9 (Ada, Hopper); there is no" in refused("tail.weights=float8")
+    told = refused("tail.quantization=float8")
+    assert "float8 needs a GPU of compute capability 8.9 (Ada, Hopper); there is no" in told
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    assert refused("tail.weights=float8").endswith("this GPU's is 8.0")
+    assert refused("tail.quantization=float8").endswith("this GPU's is 8.0")
 
 
 def test_a_hub_id_is_found_before_it_is_looked_at(monkeypatch):
@@ -385,9 +386,9 @@ def test_a_hub_id_is_found_before_it_is_looked_at(monkeypatch):
         ([], None),
         (["tail.stride=3", "rollout.compile=true"], None),
         (["tail.cache=taylor_seer"], None),
-        (["tail.weights=int8", "rollout.compile=true"], None),
-        (["tail.weights=int8"], "tail.weights: int8 .* compiled: with rollout.compile$"),
-        (["tail.weights=int8", "rollout.compile=true", "tail.cache=taylor_seer"], "compiled: without tail.cache$"),
+        (["tail.quantization=int8", "rollout.compile=true"], None),
+        (["tail.quantization=int8"], "tail.quantization: int8 .* compiled: with rollout.compile$"),
+        (["tail.quantization=int8", "rollout.compile=true", "tail.cache=taylor_seer"], "compiled: without tail.cache$"),
         (["rollout.compile=true", "tail.cache=taylor_seer"], "^rollout.compile: .* because of tail.cache$"),
     ],
 )

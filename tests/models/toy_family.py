@@ -89,7 +89,7 @@ class ToyBackbone(Backbone):
         return {"VAE": 0.0, "text encoders": 0.0}
 
     def __init__(self, transformer, decoder, text, model):
-        self.transformer, self._text, self.decode_batch = transformer, text, model.decode_batch
+        self.transformer, self._text, self.decode_batch_size = transformer, text, model.decode_batch_size
         self._size = 3, model.height, model.width
         self.latent_shape = model.height * model.width, 3
 

@@ -207,7 +207,7 @@ def drawn(pipeline, config):
     tokens = (config.model.height // 16) * (config.model.width // 16)
     common = {
         "prompt": PROMPTS, "height": config.model.height, "width": config.model.width, "num_inference_steps": 4,
-        "guidance_scale": config.model.guidance, "max_sequence_length": config.model.max_sequence_length,
+        "guidance_scale": config.model.guidance_scale, "max_sequence_length": config.model.max_sequence_length,
         "latents": noise.initial_noise(config.seed, 0, torch.arange(2), (tokens, 64)),
     }  # fmt: skip
     return [pipeline(**common, output_type=kind).images for kind in ("latent", "pt")]

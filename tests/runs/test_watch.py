@@ -220,7 +220,7 @@ def rises(images, prompts):
 def train(folder, *overrides, ranks=1):
     arguments = [
         "iterations=9", "schedule.num_steps=4", "rollout.group_size=2", "prompts.per_iteration=2",
-        "evaluation.num_prompts=2", "evaluation.num_steps=2", "evaluation.every=1", "checkpoint.every=0",
+        "evaluation.num_prompts=2", "evaluation.num_inference_steps=2", "evaluation.every=1", "checkpoint.every=0",
         "rewards=[{name: 'made_rewards:rises'}, {name: 'made_rewards:falls', weight: 0}]",
         "evaluation.stop_when={reward: 'made_rewards:falls', drop: 0.0, patience: 2}",
         f"output_dir={folder / 'run'}",
@@ -253,7 +253,7 @@ def check_stopped_at_2(folder, told, lines):
 def test_an_interrupted_run_remembers_its_alarms_and_stays_stopped(tmp_path):
     """One alarm, then a resumed run: the second alarm stops it. Resumed again, it trains no further."""
     assert train(tmp_path, "iterations=1")[1][-1]["watch/alarms"] == 1
-    check_stopped_at_2(tmp_path, *train(tmp_path, "resume=true", "checkpoint.keep=1"))
+    check_stopped_at_2(tmp_path, *train(tmp_path, "resume=true", "checkpoint.save_total_limit=1"))
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ BACKWARD = 8.5
 
 
 class FluxBackbone(Backbone):
-    """FLUX.1-dev, -schnell and their kin. `model.guidance` is for transformers that embed it, others ignore it."""
+    """FLUX.1-dev, -schnell and their kin. `model.guidance_scale` is for transformers that embed it."""
 
     pipeline, transformer_class, text_encoder = FluxPipeline, FluxTransformer2DModel, FluxTextEncoder
     parts = ("transformer", "vae", *FluxTextEncoder.encoders, *FluxTextEncoder.tokenizers, "scheduler")
@@ -72,8 +72,8 @@ class FluxBackbone(Backbone):
         return {"VAE": vae, "text encoders": FluxTextEncoder.weight_bytes(folder, model)}
 
     def __init__(self, transformer: Any, decoder: AutoencoderKL, text: Text, model: Model) -> None:
-        self.transformer, self._vae, self._text, self._guidance = transformer, decoder, text, model.guidance
-        self.height, self.width, self.decode_batch = model.height, model.width, model.decode_batch
+        self.transformer, self._vae, self._text, self._guidance = transformer, decoder, text, model.guidance_scale
+        self.height, self.width, self.decode_batch_size = model.height, model.width, model.decode_batch_size
         self._tiny: AutoencoderTiny | None = None
         self._scale_factor = scale_factor(decoder.config)
         rows, columns = (size // (self._scale_factor * LATENT_PATCH) for size in (self.height, self.width))
@@ -118,7 +118,7 @@ class FluxBackbone(Backbone):
     def decode(self, latents: Tensor, tiny: bool = False) -> Tensor:
         vae = self._tiny if tiny and self._tiny is not None else self._vae
         images = []
-        for chunk in latents.split(self.decode_batch):
+        for chunk in latents.split(self.decode_batch_size):
             unpacked = FluxPipeline._unpack_latents(chunk, self.height, self.width, self._scale_factor)
             scaled = unpacked / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
             images.append(vae.decode(scaled.to(vae.dtype), return_dict=False)[0])

@@ -109,7 +109,7 @@ def test_flux_layouts_are_sampled_as_the_pipeline_samples_them(guided, scheduler
     pipeline = FluxPipeline.from_pretrained(tmp_path / "pipeline")
     if shift is None:
         shift = math.exp(calculate_shift(height * width // 256))
-    changes = {"height": height, "width": width, "guidance": 2.0, "max_sequence_length": 40}
+    changes = {"height": height, "width": width, "guidance_scale": 2.0, "max_sequence_length": 40}
     model = SMALL.model_copy(update=changes)
     backbone = Policy(model, tmp_path / "pipeline").load(torch.device("cpu")).backbone
     prompts = CAPTIONS[:2] if height < 720 else CAPTIONS[:1]

@@ -29,7 +29,8 @@ PROMPTS = ["a café at night", "two dogs in the snow", "a red kite over the sea"
 SETTINGS = [
     "model.height=32", "model.width=48", "model.max_sequence_length=32", "model.dtype=float32",
     "prompts.per_iteration=2", "schedule.num_steps=4", "schedule.active_steps=[0]", "rollout.group_size=2",
-    "evaluation.num_steps=4", "evaluation.num_prompts=3", "checkpoint.every=1", "checkpoint.keep=4", "iterations=3",
+    "evaluation.num_inference_steps=4", "evaluation.num_prompts=3", "checkpoint.every=1",
+    "checkpoint.save_total_limit=4", "iterations=3",
     "optimizer.lr=1e-3", "objective.mix=advantage",
     # Of two samples each reward prefers one: with equal weights two that disagree would leave nothing to learn.
     "rewards=[{name: jpeg, weight: 2.0}, {name: clip, options: {model: shapes}}]",
@@ -169,7 +170,7 @@ def drawn(pipeline, config):
     shape = (config.model.height * config.model.width // 256, 64)
     return pipeline(
         PROMPTS[: len(number)], height=config.model.height, width=config.model.width, output_type="pt",
-        num_inference_steps=config.evaluation.num_steps, guidance_scale=config.model.guidance,
+        num_inference_steps=config.evaluation.num_inference_steps, guidance_scale=config.model.guidance_scale,
         max_sequence_length=config.model.max_sequence_length,
         latents=noise.initial_noise(config.seed, 0, number, shape, step=noise.EVALUATION),
     ).images  # fmt: skip
