@@ -55,9 +55,9 @@ def main() -> None:
     tables = plan.tables(1, device, torch.float32)
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}")
-    print(f"{'picture':>10} {'wave':>8} {'sources':>7} {'edges':>5} {'noisy':>5} "
+    print(f"{'image':>10} {'wave':>8} {'sources':>7} {'edges':>5} {'noisy':>5} "
           f"{'extension ms':>12} {'reference ms':>12} {'GB/s':>6} {'ratio':>6}")  # fmt: skip
-    for picture, tokens in TOKENS.items():
+    for image, tokens in TOKENS.items():
         for wave, index in indices.items():
             table = tables[index]
             latents = torch.randn(plan.num_rows, tokens, CHANNELS, device=device)
@@ -76,7 +76,7 @@ def main() -> None:
             ratio = statistics.median(r / e for e, r in zip(times["extension"], times["reference"]))
             moved = 6 * tokens * CHANNELS * (len(table.sources) + len(table.destinations))
             noisy = int((table.coefficients[:, 2] > 0).sum())
-            print(f"{picture:>10} {wave:>8} {len(table.sources):>7} {len(table.destinations):>5} {noisy:>5} "
+            print(f"{image:>10} {wave:>8} {len(table.sources):>7} {len(table.destinations):>5} {noisy:>5} "
                   f"{ours * 1e3:>12.2f} {theirs * 1e3:>12.2f} {moved / ours * 1e-9:>6.1f} {ratio:>6.1f}")  # fmt: skip
 
 

@@ -1,11 +1,11 @@
-"""FLUX's own layout on CPU ranks, end to end: load sharded, train, export, load into diffusers, draw the same pictures.
+"""FLUX's own layout on CPU ranks, end to end: load sharded, train, export, load into diffusers, draw the same images.
 
     python benchmarks/flux_layout.py --prompts FILE [--size small medium] [--ranks 2] [--iterations 3]
 
 Per size: a folder with random weights in several shards (`egrpo_fast.models.flux.random`); loaded under ZeRO-3 by
 1, 2 and 4 ranks, with the memory it took; then trained by `deepspeed egrpo_fast/train.py flux-dev` on the prompts of
 FILE, a prompt per rank and iteration, on the rewards `jpeg` and `clip` (embedded model); exported by `egrpo export`;
-and pictures of `FluxPipeline.from_pretrained(export)` compared with those of the trainer, resumed from its checkpoint.
+and images of `FluxPipeline.from_pretrained(export)` compared with those of the trainer, resumed from its checkpoint.
 Writes benchmarks/results/flux-layout-cpu.json.
 """
 
@@ -46,9 +46,9 @@ RUNS = {
     "float32": ["model.dtype=float32", "optimizer.lr=1e-4"],
     "float32, LoRA, EMA": ["model.dtype=float32", "optimizer.lr=1e-3", LORA, "optimizer.ema_decay=0.9"],
 }
-PICTURE = ["model.height=64", "model.width=48", "model.max_sequence_length=32"]
+IMAGE = ["model.height=64", "model.width=48", "model.max_sequence_length=32"]
 SETTINGS = [
-    *PICTURE, "schedule.num_steps=4", "schedule.active_steps=[0]", "rollout.group_size=2",
+    *IMAGE, "schedule.num_steps=4", "schedule.active_steps=[0]", "rollout.group_size=2",
     "evaluation.num_inference_steps=4",
     "evaluation.num_prompts=2", "checkpoint.every=0", "rewards=[{name: jpeg}, {name: clip, options: {model: shapes}}]",
 ]  # fmt: skip
@@ -122,7 +122,7 @@ def load_as_rank(folder, dtype, out):
 
 
 def draw_as_rank(run, out):
-    """On every rank: the trainer, resumed from the run's checkpoint, and its held-out pictures."""
+    """On every rank: the trainer, resumed from the run's checkpoint, and its held-out images."""
     from egrpo_fast.distributed.heartbeat import Heartbeat, group_store
     from egrpo_fast.distributed.world import World
     from egrpo_fast.train import check_inputs, make_trainer
@@ -131,14 +131,14 @@ def draw_as_rank(run, out):
     prompts = check_inputs(config)
     world = World()
     with Heartbeat(world.rank, world.size, group_store(), 600.0) as heart:
-        pictures = make_trainer(config, world, heart, *prompts).evaluate().pictures
+        images = make_trainer(config, world, heart, *prompts).evaluate().images
         if world.is_main:
-            save_file({"pictures": pictures.contiguous()}, out)
+            save_file({"images": images.contiguous()}, out)
     world.close()
 
 
 def draw_by_diffusers(config, exported):
-    """Held-out pictures of the exported folder: of the pipeline itself, and of its parts under our sampler, which like
+    """Held-out images of the exported folder: of the pipeline itself, and of its parts under our sampler, which like
     the trainer keeps latents in float32 between steps."""
     dtype, model = getattr(torch, config.model.dtype), config.model
     if model.lora:
@@ -215,15 +215,15 @@ def measure(size, name, folder, arguments):
         average = run.with_name(f"{run.name}-ema")
         shutil.rmtree(average, ignore_errors=True)
         export(run, average, "--weights", "ema")
-    file = arguments.out / size / "pictures.safetensors"
+    file = arguments.out / size / "images.safetensors"
     ranks(arguments.ranks, __file__, "--draw", run, file)
-    pictures = load_file(file)["pictures"]
+    images = load_file(file)["images"]
     theirs, ours = draw_by_diffusers(config, exported)
-    base = load_file(run / "base_pictures.safetensors")["pictures"]
+    base = load_file(run / "base_images.safetensors")["images"]
     return told | {
-        "pipeline_differs_by": (theirs - pictures).abs().max().item(),
-        "its_parts_differ_by": (ours - pictures).abs().max().item(),
-        "training_moved_pictures_by": (pictures - base).abs().max().item(),
+        "pipeline_differs_by": (theirs - images).abs().max().item(),
+        "its_parts_differ_by": (ours - images).abs().max().item(),
+        "training_moved_images_by": (images - base).abs().max().item(),
     }
 
 
@@ -286,7 +286,7 @@ def main():
         for name, run in found["runs"].items():
             seconds = ", ".join(f"{value:.1f}" for value in run["seconds_per_iteration"])
             print(f"{name}: {seconds} s per iteration; export {run['export']['seconds']:.1f} s, peak "
-                  f"{run['export']['peak_mib']:.0f} MiB; pictures differ by {run['pipeline_differs_by']:.1e} "
+                  f"{run['export']['peak_mib']:.0f} MiB; images differ by {run['pipeline_differs_by']:.1e} "
                   f"(its parts, our sampler: {run['its_parts_differ_by']:.1e})")  # fmt: skip
 
 

@@ -5,14 +5,14 @@
     python benchmarks/iteration.py --model flux          FLUX.1-dev's own size with random weights, 720x720, on a GPU
     python benchmarks/iteration.py --profile OUT         a trace of the exact wavefront iteration, and tables of it
 
-- naive:      one picture per model call, its whole prefix computed again, decoded, scored and trained on by itself, as
+- naive:      one image per model call, its whole prefix computed again, decoded, scored and trained on by itself, as
               public trainers work
-- batched:    the same for a group of pictures at a time: nothing is shared across active steps
+- batched:    the same for a group of images at a time: nothing is shared across active steps
 - exact:      the trainer's own: one prefix, one wavefront, one update forward per active step
 - compiled:   the same through `rollout.compile`
 - fast:       compiled, with two thirds of the tail's steps left out (`tail.stride`), of second order (`tail.solver`)
 
-Variants take turns, round by round. All but the last do the same work: their pictures, rewards and the norm of their
+Variants take turns, round by round. All but the last do the same work: their images, rewards and the norm of their
 gradient are compared. Ratios are to the first variant that is not left out. On a CPU each one's memory is that of a
 process of its own, what compiling takes included (`--together`: that of this one, which is sooner done). Written to
 `benchmarks/results/iteration-<device>.json`, one entry per model.
@@ -78,7 +78,7 @@ class RandomText:
 
 
 class RandomScore:
-    """ViT-H/14 with random weights: the work of HPSv2.1's or PickScore's picture tower."""
+    """ViT-H/14 with random weights: the work of HPSv2.1's or PickScore's image tower."""
 
     def __init__(self, device):
         from torchvision.models import vit_h_14
@@ -103,7 +103,7 @@ def shapes(device, folder):
 
 def flux_30m(device, folder):
     make_pipeline("30m").save_pretrained(folder)
-    # 960 tokens of the picture and 64 of the prompt.
+    # 960 tokens of the image and 64 of the prompt.
     model = SMALL.model_copy(update={"height": 512, "width": 480, "max_sequence_length": 64})
     backbone = Policy(model, folder).load(device).backbone
     plan = ["schedule.num_steps=4", "rollout.group_size=4", "model.height=512", "model.width=480"]
@@ -113,8 +113,8 @@ def flux_30m(device, folder):
 def flux(device, folder):
     if device.type != "cuda" or torch.cuda.get_device_properties(device).total_memory < 40 * 2**30:
         raise SystemExit("error: --model flux needs a GPU of at least 40 GiB")
-    picture = ["model.height=720", "model.width=720", "model.decode_batch_size=4"]
-    settings = [*picture, "model.dtype=bfloat16", "model.lora={}"]
+    image = ["model.height=720", "model.width=720", "model.decode_batch_size=4"]
+    settings = [*image, "model.dtype=bfloat16", "model.lora={}"]
     lora = load_config("flux-dev-lora-8x24gb").model.lora
     configs = configs_of(FLUX_DEV)
     torch.set_default_dtype(torch.bfloat16)
@@ -242,8 +242,8 @@ def unshared(trainer, meter, prompt, size):
                         index += schedule.merges[index]
                     else:
                         x, index = x + schedule.ode(index, index + 1).c_v * v, index + 1
-                pictures = [backbone.decode(some) for some in x.split(trainer.config.model.decode_batch_size)]
-                scores = [meter.score(some, [prompt.text] * len(some)) for some in pictures]
+                images = [backbone.decode(some) for some in x.split(trainer.config.model.decode_batch_size)]
+                scores = [meter.score(some, [prompt.text] * len(some)) for some in images]
                 parts.append((group, rows, state, sample, coefficients, log_prob, x, torch.cat(scores)))
     rewards = torch.cat([part[-1] for part in parts])
     advantages = torch.cat(
@@ -266,7 +266,7 @@ def unshared(trainer, meter, prompt, size):
 
 
 def shared(trainer, meter, prompt):
-    """The trainer's own iteration. Returns pictures' latents, their rewards, and the gradient's norm."""
+    """The trainer's own iteration. Returns images' latents, their rewards, and the gradient's norm."""
     trainer.progress.committed = False
     batch = trainer.sampler.sample([prompt])
     with meter.phase("update"):

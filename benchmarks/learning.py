@@ -1,4 +1,4 @@
-"""Does it learn? The embedded recipe over several seeds, against the ground-truth pictures' own score.
+"""Does it learn? The embedded recipe over several seeds, against the ground-truth images' own score.
 
     python benchmarks/learning.py [--seeds 0 1 2] [--out runs/learning] [key.path=value ...]
 
@@ -28,12 +28,12 @@ REWARDS = ("shapes_soft", "clip", "shapes_strict")
 
 
 def ground_truth(captions):
-    """Scores of the world's own pictures of the held-out captions, jittered as the training pictures were."""
+    """Scores of the world's own images of the held-out captions, jittered as the training images were."""
     generator = torch.Generator().manual_seed(0)
-    pictures = torch.stack([render(parse(caption), generator) for caption in captions])
+    images = torch.stack([render(parse(caption), generator) for caption in captions])
     options = {"clip": {"model": "shapes"}}
     rewards = {name: make_reward(name, options.get(name, {})) for name in REWARDS}
-    return {name: score(name, reward, pictures, captions).mean().item() for name, reward in rewards.items()}
+    return {name: score(name, reward, images, captions).mean().item() for name, reward in rewards.items()}
 
 
 def train(folder, seed, overrides):
@@ -62,7 +62,7 @@ def plot(path, curves, truth):
     for axis, name, title in zip(axes, REWARDS, titles):
         for seed, curve in curves.items():
             axis.plot(*zip(*curve[name]), marker="o", markersize=3, label=f"seed {seed}")
-        axis.axhline(truth[name], color="gray", linestyle="--", linewidth=1, label="ground-truth pictures")
+        axis.axhline(truth[name], color="gray", linestyle="--", linewidth=1, label="ground-truth images")
         axis.set(title=title, xlabel="iteration")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)

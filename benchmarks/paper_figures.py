@@ -1,4 +1,4 @@
-"""The paper's pictures of the schedule: entropy by step and merge, reward spread by step, merged and not.
+"""The paper's images of the schedule: entropy by step and merge, reward spread by step, merged and not.
 
     python benchmarks/paper_figures.py                 docs/images/entropy.png, and spread.png from the recorded file
     python benchmarks/paper_figures.py --measure       first measures benchmarks/results/spread.json anew: minutes
@@ -59,9 +59,9 @@ def measure(num_prompts):
                 ),
                 NoiseKey(config.seed, 0, torch.tensor([number])),
             )
-            pictures = backbone.decode(rollout.final_latents[0])
+            images = backbone.decode(rollout.final_latents[0])
             for name, reward in rewards.items():
-                groups = plan.by_group(score(name, reward, pictures, [caption] * len(pictures))[None, None])
+                groups = plan.by_group(score(name, reward, images, [caption] * len(images))[None, None])
                 spreads[name].append([round(values.std().item(), 6) for values in groups])
         told["steps"] = [group.index for group in plan.groups]
         told["group_size"] = plan.groups[0].size

@@ -96,7 +96,7 @@ STUDIES = {"compare": COMPARE, "ablations": ABLATIONS}
 
 
 def evaluations_of(overrides: Iterable[str]) -> Iterator[int]:
-    """Model evaluations done after 0, 1, ... iterations, without end; those of held-out pictures apart."""
+    """Model evaluations done after 0, 1, ... iterations, without end; those of held-out images apart."""
     config = load_config("shapes", list(overrides))
     return accumulate((_evaluations(config, iteration) for iteration in count()), initial=0)
 

@@ -25,7 +25,7 @@ class Result:
     """What a run came to."""
 
     folder: Path
-    """The run's folder: metrics.jsonl, pictures, checkpoints, curve.png, before_after.png."""
+    """The run's folder: metrics.jsonl, images, checkpoints, curve.png, before_after.png."""
     pipeline: Path | None
     """The trained pipeline, which `DiffusionPipeline.from_pretrained` loads; None: a signal ended the run before."""
     iterations: int

@@ -85,7 +85,7 @@ def _device(asked: str | None) -> str:
 SETTINGS = ("height", "width", "num_inference_steps", "guidance_scale", "shift", "max_sequence_length", "dtype", "seed")
 
 
-TRUST = "let the run's own config.yaml name rewards that run Python code, or send pictures and a token to a server"
+TRUST = "let the run's own config.yaml name rewards that run Python code, or send images and a token to a server"
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -107,11 +107,11 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     rewards = rewards or evaluate.default_rewards(models, arguments.trust_run)
     device = _device(arguments.device)
     print(settings)
-    told = evaluate.evaluate(
+    message = evaluate.evaluate(
         models, settings, rewards, arguments.out, arguments.batch, device, arguments.part, arguments.page_prompts
     )
-    whole = "table.md, scores.parquet, page.html, and the pictures in models/"
-    print(f"\n{told}\n{arguments.out}: {whole if arguments.part is None else 'the pictures of this part in models/'}")
+    whole = "table.md, scores.parquet, page.html, and the images in models/"
+    print(f"\n{message}\n{arguments.out}: {whole if arguments.part is None else 'the images of this part in models/'}")
 
 
 def _serve(arguments: argparse.Namespace) -> None:
@@ -163,11 +163,11 @@ def _export(arguments: argparse.Namespace) -> None:
 def _fidelity(arguments: argparse.Namespace) -> None:
     from egrpo_fast.commands.fidelity import fidelity
 
-    told = fidelity(
+    message = fidelity(
         arguments.recipe, arguments.overrides, arguments.tails or (), arguments.target, arguments.num_prompts,
         arguments.checkpoint, _device(arguments.device), arguments.json, arguments.trust_run,
     )  # fmt: skip
-    print(f"\n{told}", end="")
+    print(f"\n{message}", end="")
 
 
 def _number(least: float, most: float = 2**63 - 1, kind: type = int) -> Any:
@@ -228,16 +228,16 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     train.add_argument("--verbose", action="store_true", help="show also what DeepSpeed, torch and others print")
     options = train.add_argument_group("options of the deepspeed launcher")
     kinds = {"N": _number(0), "PORT": _number(1, 65535)}
-    for name, (metavar, told) in launch.OPTIONS.items():
-        options.add_argument(f"--{name}", metavar=metavar, type=kinds.get(metavar, str), help=told)
-    for name, told in launch.FLAGS.items():
-        options.add_argument(f"--{name}", action="store_true", help=told)
+    for name, (metavar, message) in launch.OPTIONS.items():
+        options.add_argument(f"--{name}", metavar=metavar, type=kinds.get(metavar, str), help=message)
+    for name, message in launch.FLAGS.items():
+        options.add_argument(f"--{name}", action="store_true", help=message)
 
     plan = commands.add_parser("plan", help="print a recipe's schedule, rows, and estimated memory and time")
     plan.set_defaults(run=_plan)
     _recipe(plan)
     plan.add_argument("--json", action="store_true", help="for machines")
-    plan.add_argument("--plot", type=_path, metavar="PNG", help="entropy by step and merge length, as a picture")
+    plan.add_argument("--plot", type=_path, metavar="PNG", help="entropy by step and merge length, as an image")
     estimate = plan.add_argument_group("what the cost is estimated for")
     add = estimate.add_argument
     add("--gpus", type=_number(1, 65536), metavar="N", help="in all (as many, up to 8, as share the prompts evenly)")
@@ -269,7 +269,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     add("--out", type=_path, default=Path("runs/evaluation"), metavar="DIR",
         help="continued where it already holds this evaluation (%(default)s)")  # fmt: skip
     about = "the defaults are for large models; a Shapes model has its own"
-    protocol = evaluate.add_argument_group("how pictures are made", about)
+    protocol = evaluate.add_argument_group("how images are made", about)
     add = protocol.add_argument
     add("--height", type=_number(1, 8192), metavar="PIXELS", help="(1024)")
     add("--width", type=_number(1, 8192), metavar="PIXELS", help="(1024)")
@@ -282,10 +282,10 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     add("--seed", type=_number(0), metavar="N", help="of the noise (0)")
     work = evaluate.add_argument_group("how the work is done", "changes no score beyond rounding")
     add = work.add_argument
-    add("--batch", type=_number(1), metavar="N", help="pictures at a time (4; Shapes 64)")
+    add("--batch", type=_number(1), metavar="N", help="images at a time (4; Shapes 64)")
     add("--device", help="(cuda where there is one, else cpu)")
     add("--part", type=_part, metavar="I/N", help="draw every N-th prompt from I on, and stop: N processes, N devices")
-    add("--page-prompts", type=_number(0), default=64, metavar="N", help="prompts on the picture page (%(default)s)")
+    add("--page-prompts", type=_number(0), default=64, metavar="N", help="prompts on the image page (%(default)s)")
 
     about = "run prompts through the text encoders once, into a folder for `prompts.embeddings`, or go on there"
     encode = commands.add_parser("encode", help=about, description=about)
@@ -331,7 +331,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     add("--device", help="(cuda where there is one, else cpu)")
     add("--json", type=_path, metavar="FILE", help="write the figures there as well")
 
-    about = "score pictures for trainers elsewhere, over HTTP (the reward `http`)"
+    about = "score images for trainers elsewhere, over HTTP (the reward `http`)"
     serve = commands.add_parser("serve-rewards", help=about, description=about)
     serve.set_defaults(run=_serve)
     add = serve.add_argument
@@ -340,7 +340,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     add("--port", type=_number(1, 65535), default=8017, help="(%(default)s)")
     add("--token-file", type=_path, metavar="FILE", help="bearer token; else the variable EGRPO_REWARD_TOKEN")
     add("--device", help="(cuda where there is one, else cpu)")
-    add("--batch", type=_number(1), default=32, metavar="N", help="pictures scored at a time (%(default)s)")
+    add("--batch", type=_number(1), default=32, metavar="N", help="images scored at a time (%(default)s)")
 
     about = "look at this installation and test it, in seconds; a report for bug reports, without secrets"
     doctor = commands.add_parser("doctor", help=about, description=f"{about}. Status 1 where something failed.")

@@ -55,5 +55,5 @@ class Claim:
     def check(self) -> None:
         """OSError: the folder was moved or deleted, or another run took its place; nothing may be written there."""
         if not self.holds():
-            told = f"{self.lock_file.parent} is not the folder any more that this run began to write to; move it back"
-            raise OSError(errno.ESTALE, told)
+            message = f"{self.lock_file.parent} is not the folder any more that this run began in; move it back"
+            raise OSError(errno.ESTALE, message)

@@ -7,7 +7,7 @@ A stream is (iteration, prompt, step, sample). Its normals come from Philox4x32-
 
 and position mod 4 selects the output (see `kernels/reference/philox.py` for the bits from words to normals).
 
-- position:  index of the element in the packed latents [tokens, channels] of one picture, row-major; < 2^34
+- position:  index of the element in the packed latents [tokens, channels] of one image, row-major; < 2^34
 - iteration: training iteration, from 0; 0 in evaluation
 - prompt:    number of the prompt in the endless order of draws over all epochs and ranks (`prompts/order.py`), so that
              noise knows nothing of ranks, batches or micro-batches; in evaluation its index in the prompt file
@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # who only plans needs the words of streams, and does not wai
 INITIAL = 0xFFFF
 """Step word of the noise that a training prompt's trajectories start from."""
 EVALUATION = 0xFFFE
-"""Step word of the noise that an evaluation picture starts from, the same at every evaluation."""
+"""Step word of the noise that an evaluation image starts from, the same at every evaluation."""
 
 
 def draw_word(step: int, sample: int) -> int:

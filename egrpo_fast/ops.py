@@ -1,6 +1,6 @@
 """The public ops, their argument checks, and the one place that chooses reference, Triton or extension.
 
-Shapes: R rows, S source rows or groups, E edges, G samples of a group, K rewards, P prompts. A row is one picture's
+Shapes: R rows, S source rows or groups, E edges, G samples of a group, K rewards, P prompts. A row is one image's
 packed latents [tokens, channels], or any trailing shape; rows may lie anywhere (`x[::2]`, `x[3:]`), each contiguous in
 itself. State is float32 (float64 on the reference, for tests); velocity and model copies may be bfloat16, float16 or
 float32 (float64 on the reference).

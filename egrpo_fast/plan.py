@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from egrpo_fast.noise import draw_word
 from egrpo_fast.schedule import AffineStep, Schedule, Solver
 
-if TYPE_CHECKING:  # a plan is integers: only its tables and the scores of its pictures are tensors
+if TYPE_CHECKING:  # a plan is integers: only its tables and the scores of its images are tensors
     import torch
     from torch import Tensor
 
@@ -28,7 +28,7 @@ ANCHOR = 0
 """The row that a plan's first trajectory lives in."""
 
 View = tuple[tuple[int, ...], ...]
-"""For every sample of a group the picture rows, equally many each, whose mean reward is the sample's."""
+"""For every sample of a group the image rows, equally many each, whose mean reward is the sample's."""
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,8 @@ class Plan:
     """The wavefront of one prompt.
 
     num_rows: state rows of one prompt. waves: by grid index; only steps at which some row is live. groups: at most one
-    per grid index, increasing; several may share pictures.
-    starts: rows that begin as noise, each with the sample word of its stream. extremes: of every prompt's pictures only
+    per grid index, increasing; several may share images.
+    starts: rows that begin as noise, each with the sample word of its stream. extremes: of every prompt's images only
     so many best and worst ones train what led to them; 0: all do.
     """
 
@@ -151,8 +151,8 @@ class Plan:
             mirrors = (edge for edge in wave.edges if edge.sign != 1)
             _require(all(_noise(edge) in twins for edge in mirrors), f"{where}: a mirror without its twin")
             words = [(edge.draw, edge.sign) for edge in wave.edges if edge.step.s]
-            told = "two samples have the same noise; draw all samples of a step at once"
-            _require(len(set(words)) == len(words), f"{where}: {told}")
+            message = "two samples have the same noise; draw all samples of a step at once"
+            _require(len(set(words)) == len(words), f"{where}: {message}")
         self._check_history()
         edges = {wave.index: {(e.source, e.step, e.draw, e.sign) for e in wave.edges} for wave in self.waves}
         for group in self.groups:
@@ -165,8 +165,8 @@ class Plan:
             samples = {(source, group.step, *word) for source, word in zip(left, zip(group.draws, group.signs))}
             _require(samples <= edges.get(group.index, set()), f"{where}: a sample that no edge makes")
             _require(all(len(view) == group.size for view in group.views), f"{where}: a view of more or fewer samples")
-        pictures = self.picture_rows
-        _require(len(set(pictures)) == len(pictures), "a picture compared with two different sets of others")
+        images = self.image_rows
+        _require(len(set(images)) == len(images), "an image compared with two different sets of others")
 
     def _check_history(self) -> None:
         """Only a tail extrapolates, one velocity per row and from a step of its own: never what a group trains."""
@@ -222,9 +222,9 @@ class Plan:
         return tuple(dict.fromkeys(sets))
 
     @property
-    def picture_rows(self) -> tuple[int, ...]:
-        """Rows of the pictures that are rewarded, once each: one set that is compared after the other. Without groups
-        every row is a picture."""
+    def image_rows(self) -> tuple[int, ...]:
+        """Rows of the images that are rewarded, once each: one set that is compared after the other. Without groups
+        every row is an image."""
         if not self.groups:
             return tuple(range(self.num_rows))
         return tuple(row for rows in self._compared for row in rows)
@@ -242,16 +242,16 @@ class Plan:
         return sum(len(group.sources) for group in self.groups)
 
     def compared(self, values: Tensor) -> tuple[Tensor, ...]:
-        """[..., pictures] in the order of `picture_rows` -> one [..., n] per set of pictures that is compared."""
+        """[..., images] in the order of `image_rows` -> one [..., n] per set of images that is compared."""
         return values.split([len(rows) for rows in self._compared], dim=-1)
 
     def by_group(self, values: Tensor) -> tuple[Tensor, ...]:
-        """[K, P, pictures] -> per group [K V, P, G]: each sample's mean over its pictures; V views vary fastest."""
+        """[K, P, images] -> per group [K V, P, G]: each sample's mean over its images; V views vary fastest."""
         import torch
 
         from egrpo_fast.host_to_device import on_device
 
-        place = {row: i for i, row in enumerate(self.picture_rows)}
+        place = {row: i for i, row in enumerate(self.image_rows)}
         result = []
         for group in self.groups:
             views = [[[place[row] for row in rows] for rows in view] for view in group.views]
@@ -260,7 +260,7 @@ class Plan:
         return tuple(result)
 
     def unpruned(self, scores: Tensor) -> tuple[Tensor | None, ...]:
-        """Scores [P, pictures] -> per group bool [P, G]: samples that led to one of the `extremes`. None: all train."""
+        """Scores [P, images] -> per group bool [P, G]: samples that led to one of the `extremes`. None: all train."""
         if not self.extremes:
             return (None,) * len(self.groups)
         import torch
@@ -277,10 +277,10 @@ class Plan:
 
     @property
     def evaluations_alone(self) -> int:
-        """What sampling every picture by itself would take: one for each of its steps from the noise on."""
+        """What sampling every image by itself would take: one for each of its steps from the noise on."""
         came_from = [{edge.destination: edge.source for edge in wave.edges} for wave in reversed(self.waves)]
         count = 0
-        for row in self.picture_rows:
+        for row in self.image_rows:
             for sources in came_from:
                 if row in sources:
                     row, count = sources[row], count + 1
@@ -402,7 +402,7 @@ def tail_grid(start: int, num_steps: int, stride: int) -> list[int]:
 
 
 def singly(rows: Sequence[int]) -> View:
-    """The view in which every sample gets the reward of its own picture."""
+    """The view in which every sample gets the reward of its own image."""
     return tuple((row,) for row in rows)
 
 

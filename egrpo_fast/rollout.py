@@ -61,7 +61,7 @@ class Rollout:
 
     states, velocities: per group [P * S, L, C], the S states that each prompt's samples left, and the velocities that
     the rollout left them with.
-    final_latents: [P, pictures, L, C] in the order of `plan.picture_rows`.
+    final_latents: [P, images, L, C] in the order of `plan.image_rows`.
     samples: per group [P * G, L, C], where the stochastic step led, if they were kept. Else (None) their noise can be
     replayed.
     """
@@ -77,7 +77,7 @@ class Rollout:
 class Wavefront:
     """A plan made ready for `num_prompts` prompts at a time: tables and row buffers, reused as long as they fit.
 
-    shape: (tokens, channels) of one picture. dtype: of the state, float32 (float64 in tests). model_dtype: what the
+    shape: (tokens, channels) of one image. dtype: of the state, float32 (float64 in tests). model_dtype: what the
     model reads. micro_batch: most rows of one model call; None: all live rows. keep_samples: in `Rollout.samples`.
     """
 
@@ -113,7 +113,7 @@ class Wavefront:
             self._copy = None if same else torch.empty_like(self._latents, dtype=self._model_dtype)
         if self._before is None and any(table.kept is not None for table in self.tables):
             self._before = torch.empty_like(self._latents, dtype=self._model_dtype)
-        self._picture_rows = self._index(plan.picture_rows)
+        self._image_rows = self._index(plan.image_rows)
         waves = {wave.index: wave.sources for wave in plan.waves}
         # By grid index: the rows of a group's states, and their places among their wave's sources.
         self._left = {
@@ -221,7 +221,7 @@ class Wavefront:
         noise_step: int = noise.INITIAL,
         tail: TailVelocity | None = None,
     ) -> Rollout:
-        """Roll the plan out from the prompts' initial noise (stream word `noise_step`) to the pictures.
+        """Roll the plan out from the prompts' initial noise (stream word `noise_step`) to the images.
 
         tail: another model for rows in their tail; None: the same.
         Between host and device nothing is copied and nothing is waited for.
@@ -255,7 +255,7 @@ class Wavefront:
             key=key,
             states=tuple(states),
             velocities=tuple(velocities),
-            final_latents=self._by_prompt[:, self._picture_rows],
+            final_latents=self._by_prompt[:, self._image_rows],
             samples=tuple(samples) if self._keep_samples else None,
         )
 

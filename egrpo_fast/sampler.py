@@ -32,7 +32,7 @@ from egrpo_fast.schedule import make_schedule
 
 @dataclass(frozen=True)
 class Experience:
-    """A scored rollout of one wavefront. rewards [K, P, pictures]: K trained ones; dropped []: share of samples.
+    """A scored rollout of one wavefront. rewards [K, P, images]: K trained ones; dropped []: share of samples.
 
     finite []: whether all latents and rewards are.
     """
@@ -118,7 +118,7 @@ class Sampler:
                     rollouts.append(rollout)
                     scoring = partial(self._score, rollout, chunk, tiny=not exact)
                     scored.append(self.beside.begin(scoring) if self.beside else scoring)
-        # The gathered weights are given back before the pictures need their memory, where they are not scored beside.
+        # The gathered weights are given back before the images need their memory, where they are not scored beside.
         with self._progress.phase("rewards"):
             batch = []
             for rollout, conditioning, chunk, scores in zip(rollouts, conditionings, chunks, scored):
@@ -152,8 +152,8 @@ class Sampler:
 
     def judge_tail(self, check: TailCheck) -> tuple[dict[str, float], str | None]:
         """The same verdict on every rank. Returns metrics, and why the tail is exact from now on, if it is."""
-        told = self._tail_guard.judge(check.correlations) if check.correlations else None
-        return check.metrics | {"tail/exact": float(self._tail_guard.fallen)}, told
+        message = self._tail_guard.judge(check.correlations) if check.correlations else None
+        return check.metrics | {"tail/exact": float(self._tail_guard.fallen)}, message
 
     def evaluate(self, prompts: Sequence[str]) -> HeldOut:
         """Every reward on these prompts, each from its own fixed noise, whatever the ranks and batches."""
@@ -177,21 +177,21 @@ class Sampler:
                     velocity = self.policy.velocity(self.policy.encode([prompts[place] for place in places]), module)
                     key = NoiseKey(self.config.seed, 0, on_device(places, self._world.device))
                     latents.append(self._roll_out(self._held_out, velocity, key, noise.EVALUATION).final_latents[:, 0])
-            # As in `sample`, the pictures get the memory of the gathered weights.
+            # As in `sample`, the images get the memory of the gathered weights.
             for chunk, some in zip(mine, latents):
-                pictures, texts = self.policy.decode(some), [prompts[place % len(prompts)] for place in chunk]
-                scores = torch.stack([self._call(name, pictures, texts, drop=True) for name in names], dim=1)
-                for place, row, picture in zip(chunk, scores.tolist(), pictures):
+                images, texts = self.policy.decode(some), [prompts[place % len(prompts)] for place in chunk]
+                scores = torch.stack([self._call(name, images, texts, drop=True) for name in names], dim=1)
+                for place, row, image in zip(chunk, scores.tolist(), images):
                     if place < len(prompts):
                         scored.append((place, row))
                     if place < min(settings.grid_images, len(prompts)):
-                        shown.append((place, picture.cpu()))
+                        shown.append((place, image.cpu()))
         every = [row for _, row in sorted(pair for rank in self._world.gather(scored) for pair in rank)]
         means = torch.tensor(every, dtype=torch.float64).nanmean(0).tolist()
         if failed := [name for name, mean in zip(names, means) if math.isnan(mean)]:
-            raise RewardError(f"rewards.{failed[0]}: scored none of the held-out pictures")
+            raise RewardError(f"rewards.{failed[0]}: scored none of the held-out images")
         collected = sorted((pair for rank in self._world.gather(shown) for pair in rank), key=lambda pair: pair[0])
-        grid = torch.stack([picture for _, picture in collected]) if self._world.is_main else None
+        grid = torch.stack([image for _, image in collected]) if self._world.is_main else None
         return HeldOut(dict(zip(names, means)), grid)
 
     def statistics(self, batch: Sequence[Experience]) -> tuple[dict[str, float], dict[str, dict[int, float]]]:
@@ -201,7 +201,7 @@ class Sampler:
         """
         plan = batch[0].rollout.plan
         rewards = torch.cat([experience.rewards for experience in batch], dim=1)
-        spread = torch.stack([pictures.std(-1).mean(-1) for pictures in plan.compared(rewards)]).mean(0)
+        spread = torch.stack([images.std(-1).mean(-1) for images in plan.compared(rewards)]).mean(0)
         by_step = torch.stack(
             [values.std(-1).unflatten(0, (len(rewards), -1)).mean((1, 2)) for values in plan.by_group(rewards)]
         )
@@ -252,8 +252,8 @@ class Sampler:
             if self._world.device.type == "cuda":
                 torch.cuda.empty_cache()
             if self._world.is_main:
-                told = f"out of memory with {rows} rows per model call; goes on with {rows // 2}"
-                warnings.warn(f"rollout.max_rows_per_call: {told}", stacklevel=2)
+                message = f"out of memory with {rows} rows per model call; goes on with {rows // 2}"
+                warnings.warn(f"rollout.max_rows_per_call: {message}", stacklevel=2)
 
     def _find_micro_batch(self, module: nn.Module, conditioning: Any) -> int:
         """What `rollout.max_rows_per_call: auto` is, on the rank that can take least."""
@@ -278,9 +278,9 @@ class Sampler:
         return found
 
     def _score(self, rollout: Rollout, prompts: Sequence[str], tiny: bool = False) -> tuple[Tensor, Tensor]:
-        """The trained rewards [K, P, pictures] of a rollout's pictures, and the share [] of them that was dropped.
+        """The trained rewards [K, P, images] of a rollout's images, and the share [] of them that was dropped.
 
-        `model.decode_batch_size` pictures are in memory at a time. tiny: decoded as `tail.decoder` says.
+        `model.decode_batch_size` images are in memory at a time. tiny: decoded as `tail.decoder` says.
         """
         self._progress.at("rewards")
         latents = rollout.final_latents
@@ -291,10 +291,10 @@ class Sampler:
                 images = self.policy.decode(some, tiny)
             except torch.OutOfMemoryError as error:
                 beside = " and rollout.overlap=false" if self.beside else ""
-                told = (
+                message = (
                     f"model.decode_batch_size: no memory for {len(some)} images; take fewer{beside}, or vae_tiling"
                 )
-                raise torch.OutOfMemoryError(f"{told} ({error})") from error
+                raise torch.OutOfMemoryError(f"{message} ({error})") from error
             scores.append(torch.stack([self._call(name, images, of_prompts) for name in self._trained]))
         rewards = torch.cat(scores, dim=1).unflatten(1, latents.shape[:2])
         if self.config.objective.on_error == "drop":
@@ -304,7 +304,7 @@ class Sampler:
     def _call(self, name: str, images: Tensor, prompts: Sequence[str], drop: bool = False) -> Tensor:
         """A reward's scores [B]; what it fails on: NaN, or the end of the run, by `objective.on_error`.
 
-        drop: NaN only for the pictures at fault, where it is not to end the run.
+        drop: NaN only for the images at fault, where it is not to end the run.
         """
         self._progress.at(f"reward {name}")
         on_error = self.config.objective.on_error

@@ -1,6 +1,6 @@
 """Time grid, affine steps, entropy and merging: the closed forms of the algorithm (paper, sections 3.1 to 3.3).
 
-t = 1 is noise, t = 0 the picture; grid index 0 is the noisiest step. Pure functions of numbers, in Python floats.
+t = 1 is noise, t = 0 the image; grid index 0 is the noisiest step. Pure functions of numbers, in Python floats.
 """
 
 import math

@@ -68,7 +68,7 @@ def keep_clean(verbose: bool = False) -> None:
 
 
 class Attempts:
-    """Runs what only tells something, such as a log or a picture. A failure is a warning and ends nothing.
+    """Runs what only tells something, such as a log or an image. A failure is a warning and ends nothing.
 
     Where the same thing fails again and again there is one warning, and another one when it fails after it had worked.
     """

@@ -58,8 +58,8 @@ def check_launcher() -> None:
     """ConfigError where this is one of several processes that do not know of each other: each would train alone."""
     started = next((name for name in MPI_SIZES if os.environ.get(name, "1") != "1"), None)
     if started and "RANK" not in os.environ:
-        told = "set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, or start by `egrpo train` or torchrun"
-        raise ConfigError(f"{started}: {os.environ[started]} processes were started without ranks; {told}")
+        message = "set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, or start by `egrpo train` or torchrun"
+        raise ConfigError(f"{started}: {os.environ[started]} processes were started without ranks; {message}")
 
 
 def check_inputs(config: Config) -> "tuple[Sequence[str], Sequence[str], Policy | None]":
@@ -113,7 +113,7 @@ def open_rewards(config: Config, world: "World", heart: "Heartbeat", prompt: str
     """Load every reward and call it once. ConfigError, on all ranks, where that fails on one.
 
     First of all that is loaded: a mistake in a reward is told before the minutes that a model takes. Where
-    `objective.on_error` is `drop`, a reward may raise for a picture that it cannot judge, so that is only a warning.
+    `objective.on_error` is `drop`, a reward may raise for an image that it cannot judge, so that is only a warning.
     """
     from egrpo_fast.rewards import RewardError, make_reward, try_reward
 
@@ -127,7 +127,7 @@ def open_rewards(config: Config, world: "World", heart: "Heartbeat", prompt: str
             except RewardError as error:
                 if config.objective.on_error != "drop":
                     raise
-                warnings.warn(f"{error.trace}{error}, called on a picture of noise", stacklevel=2)
+                warnings.warn(f"{error.trace}{error}, called on an image of noise", stacklevel=2)
     except ValueError as error:
         failure = str(error), getattr(error, "trace", "")
     if failures := [(rank, *one) for rank, one in enumerate(world.gather(failure)) if one]:

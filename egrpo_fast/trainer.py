@@ -111,7 +111,7 @@ class TrainingLoop:
         try:
             held_out = self._iterate()
             self.checkpoints.wait()
-            held_out = held_out or self.evaluate()  # its pictures, where a resumed run had ended
+            held_out = held_out or self.evaluate()  # its images, where a resumed run had ended
         except Asked as asked:
             self.save(needed=True)
             self.report.close()
@@ -228,7 +228,7 @@ class TrainingLoop:
         """Every reward on the held-out prompts."""
         return self.sampler.evaluate(self.held_out)
 
-    def _tell(self, values: dict[str, float], batch: Sequence[Experience], told: Sequence[str]) -> None:
+    def _tell(self, values: dict[str, float], batch: Sequence[Experience], message: Sequence[str]) -> None:
         """Metrics, alarms (`told` are there already), and whose prompts a skipped step was of.
 
         BadSteps after too many of those in a row.
@@ -236,7 +236,7 @@ class TrainingLoop:
         of_rewards, spread_by_step = self.sampler.statistics(batch)
         values = values | of_rewards | self.progress.stopwatch.read()
         skipped, notes = int(values["skipped_steps"]), dict[str, Any](spread_by_step=spread_by_step)
-        alarms, why = [*told, *self.guard.alarms(values)], f"a loss or gradient of iteration {self.iteration}"
+        alarms, why = [*message, *self.guard.alarms(values)], f"a loss or gradient of iteration {self.iteration}"
         if skipped:  # the same on every rank
             mine = [prompt for experience in batch if not experience.finite for prompt in experience.prompts]
             concerned = [prompt for rank in self.world.gather(mine) for prompt in rank]
@@ -307,9 +307,9 @@ class TrainingLoop:
 
         ValueError: the run has written checkpoints, and none of them can be used.
         """
-        paths, told = self.world.from_main(self._resumable() if self.world.is_main else None)
-        if told:
-            raise ValueError(f"resume: {told}")
+        paths, message = self.world.from_main(self._resumable() if self.world.is_main else None)
+        if message:
+            raise ValueError(f"resume: {message}")
         for path in paths:
             with self.progress.phase("verifying"):
                 found = [problem for rank in self.world.gather(self._problems(path)) for problem in rank]
@@ -322,15 +322,15 @@ class TrainingLoop:
                 self.history = [(iteration, rewards) for iteration, rewards in reader.state["held_out"]]
                 self._saved = self.iteration, len(self.history)
                 if self.world.is_main and self.iteration > self.config.iterations:
-                    told = f"{self.iteration} are done already; the run ends with these"
-                    warnings.warn(f"iterations: {self.config.iterations} are asked for, {told}", stacklevel=2)
+                    message = f"{self.iteration} are done already; the run ends with these"
+                    warnings.warn(f"iterations: {self.config.iterations} are asked for, {message}", stacklevel=2)
                 return
             if self.world.is_main:
                 warnings.warn(f"resume: {path} is damaged and passed over: {'; '.join(found)}", stacklevel=2)
         folder = self.config.output_dir / CHECKPOINTS
         if paths:
-            told = "is damaged or another run's; put a sound one back, or begin anew in another output_dir"
-            raise ValueError(f"resume: every checkpoint in {folder} {told}")
+            message = "is damaged or another run's; put a sound one back, or begin anew in another output_dir"
+            raise ValueError(f"resume: every checkpoint in {folder} {message}")
         if self.world.is_main:  # killed before its first one
             warnings.warn(f"resume: there is no checkpoint in {folder}; the run begins again", stacklevel=2)
 
@@ -348,12 +348,12 @@ class TrainingLoop:
         done = max((line["iteration"] for line in log), default=0)
         folder, every = self.config.output_dir, self.config.checkpoint.every
         if not paths and ((folder / SUMMARY).exists() or (every and done > 2 * every)):
-            told = f"there is no checkpoint in {self.checkpoints.folder}, though {done} iterations were done"
-            return [], f"{told}; put one back, or begin anew in another output_dir"
+            message = f"there is no checkpoint in {self.checkpoints.folder}, though {done} iterations were done"
+            return [], f"{message}; put one back, or begin anew in another output_dir"
         nameless = self.claim and not self.claim.run and not (folder / RUN_FILE).exists()
         if nameless and any(map(_bears_a_name, paths)):
-            told = f"{folder / RUN_FILE} is missing, which says whose the checkpoints are"
-            return [], f"{told}; put {RUN_FILE} back, or begin anew in another output_dir"
+            message = f"{folder / RUN_FILE} is missing, which says whose the checkpoints are"
+            return [], f"{message}; put {RUN_FILE} back, or begin anew in another output_dir"
         return paths, ""
 
     def _problems(self, path: Path) -> list[str]:

@@ -1,9 +1,9 @@
-"""Trains the embedded pipeline on a reward of one's own: bright pictures. About a minute on two CPU cores.
+"""Trains the embedded pipeline on a reward of one's own: bright images. About a minute on two CPU cores.
 
     python examples/own_reward.py
     deepspeed --num_gpus 2 examples/own_reward.py        # the same on several ranks
 
-A reward is a function of pictures and prompts. It may do anything that gives a number for each picture: a network, a
+A reward is a function of images and prompts. It may do anything that gives a number for each image: a network, a
 rule, a call of a service.
 """
 
@@ -32,7 +32,7 @@ def main(iterations=8, **settings):
     result = trainer.train()
     for name, before in result.before.items():
         print(f"{name}: {before:.3f} before, {result.after[name]:.3f} after {result.iterations} iterations")
-    print("brightness of the training pictures, by iteration:", " ".join(f"{value:.3f}" for value in curve))
+    print("brightness of the training images, by iteration:", " ".join(f"{value:.3f}" for value in curve))
     print(f"trained pipeline: {result.pipeline}")
     return result
 

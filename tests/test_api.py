@@ -27,7 +27,7 @@ def dark(images, prompts):
     assert images.dtype == torch.float32 and 0 <= images.min() and images.max() <= 1 and len(prompts) == len(images)
     return -images.mean((1, 2, 3))
 def broken(images, prompts):
-    raise KeyError("no such picture")
+    raise KeyError("no such image")
 SMALL = {
     "schedule": {"num_steps": 4}, "rollout.group_size": 3, "evaluation": {"num_prompts": 2, "every": 1},
     "checkpoint": {"every": 1}, "prompts": ["a red circle", "a blue square"],
@@ -111,7 +111,7 @@ def test_a_result_says_what_the_run_came_to(told):
 def test_a_reward_that_fails_is_an_exception_and_ends_no_process(told):
     kind, message = told[1]["failed"]
     assert kind == "ConfigError" and "rewards.broken" not in message
-    assert "rewards.dark: KeyError" in message and "no such picture" in message
+    assert "rewards.dark: KeyError" in message and "no such image" in message
 
 
 def test_the_prompts_are_recorded_and_the_command_line_does_not_guess_the_reward(told):

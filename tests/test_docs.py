@@ -93,7 +93,7 @@ def test_every_block_is_of_a_language_that_is_looked_at(page):
 
 
 @every_page
-def test_pictures_are_pictures(page):
+def test_images_are_images(page):
     for target in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", prose(page)):
         assert (page.parent / target).read_bytes().startswith(b"\x89PNG"), target
 
@@ -239,7 +239,7 @@ def defined():
 @every_page
 def test_dotted_names_are_defined(page, defined):
     """In inline code and diagrams: settings, and what modules and classes hold."""
-    for text in (*spans(page), *(picture for _, picture in blocks(page, "mermaid"))):
+    for text in (*spans(page), *(image for _, image in blocks(page, "mermaid"))):
         for head, name, rest in DOTTED.findall(text.replace("egrpo_fast.", "")):
             if head in defined and name not in SUFFIXES:
                 assert name in defined[head] or name + rest in defined[head], f"{text}: no {head}.{name}{rest}"
@@ -257,19 +257,19 @@ def test_every_setting_has_its_line_in_the_reference():
     assert {name.replace("[]", "") for name in listed} == leaves
 
 
-def test_the_picture_of_the_rooms_is_what_the_imports_are_held_to():
+def test_the_image_of_the_rooms_is_what_the_imports_are_held_to():
     spec = importlib.util.spec_from_file_location("architecture", Path(__file__).with_name("test_architecture.py"))
     held = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(held)
     page = ROOT / "docs" / "architecture.md"
-    picture = blocks(page, "mermaid")[0][1]
+    image = blocks(page, "mermaid")[0][1]
     floors = [
         tuple(re.findall(r"\w+", floor))
-        for floor in re.findall(r"subgraph floor\d+ .*?\]\n(.*?)end\n", picture, re.DOTALL)
+        for floor in re.findall(r"subgraph floor\d+ .*?\]\n(.*?)end\n", image, re.DOTALL)
     ]
     assert [set(floor) for floor in floors] == [set(floor) for floor in held.ROOMS]
     known = {(module.split(".")[1], package) for package, modules in held.KNOWN_TO.items() for module in modules}
-    assert set(re.findall(r"(\w+) -\.- (\w+)", picture)) == known
+    assert set(re.findall(r"(\w+) -\.- (\w+)", image)) == known
     table = " ".join(spans(page))
     assert all(re.search(rf"\b{room}(\.py|/)", table) for floor in held.ROOMS for room in floor)
 

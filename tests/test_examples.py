@@ -40,7 +40,7 @@ def test_own_reward_is_learned(tmp_path):
         [sys.executable, "-c", RUN, EXAMPLES], cwd=tmp_path, capture_output=True, text=True, timeout=1800
     )
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
-    assert "brightness of the training pictures, by iteration: " in run.stdout
+    assert "brightness of the training images, by iteration: " in run.stdout
 
 
 @pytest.mark.slow
@@ -49,7 +49,7 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path):
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     checks = [
         "assert result.after['redness'] > result.before['redness'] + 0.02",
-        "assert more.iterations == 12 and picture.size == (32, 32) and len(rewards_seen) == 10",
+        "assert more.iterations == 12 and image.size == (32, 32) and len(rewards_seen) == 10",
     ]
     program = "\n".join([*code, *checks])
     run = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=1800)

@@ -130,7 +130,7 @@ def test_the_wavefront():
     plan, page = plan_of(load_config("shapes"), 0), text("README.md")
     ratio = plan.evaluations_alone / plan.evaluations
     assert (
-        f"{len(plan.picture_rows)} pictures take {plan.evaluations:,} model evaluations in {len(plan.waves)} batched"
+        f"{len(plan.image_rows)} images take {plan.evaluations:,} model evaluations in {len(plan.waves)} batched"
         in page
     )
     assert f"take {plan.evaluations_alone:,} evaluations, {ratio:.1f} times as many" in page
@@ -184,10 +184,10 @@ def test_flux_in_numbers():
 
 
 def test_methods():
-    for name, pictures, evaluations, states, forwards in table("docs/methods.md", "| `method.name`"):
+    for name, images, evaluations, states, forwards in table("docs/methods.md", "| `method.name`"):
         config = load_config("shapes", [f"method={name.strip('`')}"])
         plans = [plan_of(config, iteration) for iteration in (0, 1, 2, 3, 400)]
-        assert {len(plan.picture_rows) for plan in plans} == {int(pictures)}
+        assert {len(plan.image_rows) for plan in plans} == {int(images)}
         found = [plan.evaluations for plan in plans]
         assert evaluations == (f"{found[0]:,}" if len(set(found)) == 1 else f"{found[0]:,} falling to {found[-1]:,}")
         assert {plan.trained_states for plan in plans} == set(map(int, states.split(" or ")))
@@ -365,7 +365,7 @@ def test_the_peak_of_a_core():
     told, page = recorded("iteration-cpu.json")["shapes"], text("docs/performance.md")
     exact, compiled = told["variants"]["exact"], told["variants"]["compiled"]
     assert (
-        f"{exact['ratio']:.1f} times as fast as one picture at a time, and {compiled['ratio']:.1f} times with" in page
+        f"{exact['ratio']:.1f} times as fast as one image at a time, and {compiled['ratio']:.1f} times with" in page
     )
     assert f"{exact['share_of_peak']:.0%} and {compiled['share_of_peak']:.0%} of what a large matrix product" in page
     assert f"same core, {told['matmul_peak'] / 1e9:.0f} GFLOP/s" in page

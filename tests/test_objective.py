@@ -34,8 +34,8 @@ def rollout_of(weight):
 
 
 def made_up_rewards(rollout, n, first):
-    pictures = rollout.final_latents[:, first : first + PLAN.groups[n].size]
-    return torch.stack((pictures.sin().mean((2, 3)), pictures.square().mean((2, 3))))
+    images = rollout.final_latents[:, first : first + PLAN.groups[n].size]
+    return torch.stack((images.sin().mean((2, 3)), images.square().mean((2, 3))))
 
 
 @pytest.mark.parametrize("mix", ["reward", "advantage"])

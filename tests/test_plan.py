@@ -44,7 +44,7 @@ def test_small_plan_by_hand():
     ]
     assert plan.waves[2].edges[0] == Edge(0, 3, schedule.sde(2, 2), draw_word(2, 0))
     assert plan.waves[1].edges[1].step == schedule.ode(1, 3)
-    assert plan.picture_rows == (1, 2, 3, 4, 5)
+    assert plan.image_rows == (1, 2, 3, 4, 5)
     assert [group.views for group in plan.groups] == [(((1,), (2,)),), (((3,), (4,), (5,)),)]
 
 
@@ -98,7 +98,7 @@ def test_tail_grid():
 
 def test_ode_plan():
     plan = ode_plan(make_schedule(5))
-    assert (plan.num_rows, plan.evaluations, plan.picture_rows, plan.evaluations_alone) == (1, 5, (ANCHOR,), 5)
+    assert (plan.num_rows, plan.evaluations, plan.image_rows, plan.evaluations_alone) == (1, 5, (ANCHOR,), 5)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_a_plan_that_would_clash_is_refused(edges, told):
         ({"sources": (0, 1, 2)}, "states left by different numbers of samples"),
         ({"sources": ()}, "states left by different numbers of samples"),
         ({"signs": (1,)}, "states left by different numbers of samples"),
-        ({"views": (((0,), (1,)), ((0,), (0,)))}, "a picture compared with two different sets"),
+        ({"views": (((0,), (1,)), ((0,), (0,)))}, "an image compared with two different sets"),
     ],
 )
 def test_a_group_that_is_no_group_is_refused(changes, told):

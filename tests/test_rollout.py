@@ -69,10 +69,10 @@ def alone(prompt, n, sample, dtype=torch.float64, solver="euler", tail=matrix):
 
 def assert_alone(rollout, **options):
     for p, prompt in enumerate(PROMPTS):
-        pictures = iter(rollout.final_latents[p])
+        images = iter(rollout.final_latents[p])
         for n, size in enumerate(SIZES):
             for sample in range(size):
-                assert torch.allclose(next(pictures), alone(prompt, n, sample, **options), rtol=0, atol=1e-10)
+                assert torch.allclose(next(images), alone(prompt, n, sample, **options), rtol=0, atol=1e-10)
 
 
 def test_the_wavefront_equals_every_branch_alone():
@@ -101,7 +101,7 @@ def test_forked_tails_have_a_history_each():
     """Granular-GRPO: a second tail leaves from its sample's row; both are as if they were the only one."""
     plans = [granular_grpo(SCHEDULE, SIZES, strides, solver="ab2") for strides in ([1, 3], [1], [3])]
     both, *each = (plan.compared(wavefront(PROMPTS, plan=plan).final_latents.movedim(1, -1)) for plan in plans)
-    expected = [pictures for group in zip(*each) for pictures in group]
+    expected = [images for group in zip(*each) for images in group]
     assert all(torch.allclose(a, b, rtol=0, atol=1e-10) for a, b in zip(both, expected, strict=True))
 
 
@@ -149,12 +149,12 @@ def plans(draw):
     strides = [draw(st.integers(1, steps)) for _ in active]
     solver, pairs = draw(st.sampled_from(["euler", "ab2", "dpm2m"])), draw(st.booleans())
     window = range(active[0], active[0] + draw(st.integers(1, steps - 1 - active[0])))
-    picture = draw(st.booleans())
+    image = draw(st.booleans())
     drawn = draw(
         st.sampled_from(
             [
                 lambda strides, solver: e_grpo(schedule, sizes, strides, pairs, solver),
-                lambda strides, solver: mix_grpo(schedule, 3, window, picture, strides[0], pairs, solver),
+                lambda strides, solver: mix_grpo(schedule, 3, window, image, strides[0], pairs, solver),
                 lambda _, solver: granular_grpo(schedule, sizes, [1, 2], pairs, solver),
                 lambda strides, solver: tempflow_grpo(schedule, 2, active, strides[0], pairs, solver),
             ]
@@ -301,7 +301,7 @@ def test_states_and_velocities_are_those_of_the_active_steps():
         assert torch.allclose(rollout.velocities[n], v, rtol=0, atol=1e-12)
 
 
-def test_without_groups_the_picture_is_the_ode_sample():
+def test_without_groups_the_image_is_the_ode_sample():
     rollout = wavefront(PROMPTS, plan=ode_plan(SCHEDULE))
     x = noise.initial_noise(7, 3, torch.tensor(PROMPTS), SHAPE, torch.float64)
     for i, t in enumerate(SCHEDULE.times[:-1]):
@@ -326,8 +326,8 @@ def test_the_model_reads_its_own_dtype():
         return element_wise([5])(x, t, rows)
 
     made = Wavefront(PLAN, 1, SHAPE, ops.choose("reference"), model_dtype=torch.bfloat16)
-    pictures = made.run(velocity, NoiseKey(7, 3, torch.tensor([5]))).final_latents
-    assert seen == {torch.bfloat16} and pictures.dtype == torch.float32
+    images = made.run(velocity, NoiseKey(7, 3, torch.tensor([5]))).final_latents
+    assert seen == {torch.bfloat16} and images.dtype == torch.float32
 
 
 def test_the_rollouts_noise_is_what_the_update_replays():

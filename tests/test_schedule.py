@@ -88,7 +88,7 @@ def test_plan_command(threshold):
         assert told["work"]["model_calls"] == 16
         assert told["work"]["evaluations_without_gradient"] == 1004
         assert told["work"]["evaluations_with_gradient"] == 8
-        assert told["work"]["evaluations_one_picture_at_a_time"] == 1428
+        assert told["work"]["evaluations_one_image_at_a_time"] == 1428
 
 
 def ode_error(num_steps, solver):

@@ -68,7 +68,7 @@ def test_a_run_leaves_everything_it_promises(uninterrupted):
     assert [line["iteration"] for line in evaluations] == [0, 4]
     assert all(line["spread_by_step"]["shapes_soft"].keys() == {"0", "1"} for line in iterations)
     assert [line.get("tail/exact") for line in iterations] == [0, None, None, 0], "tail.check_every"
-    for name in ("curve.png", "before_after.png", "config.yaml", "summary.json", "pictures/iteration-000000.png"):
+    for name in ("curve.png", "before_after.png", "config.yaml", "summary.json", "images/iteration-000000.png"):
         assert (uninterrupted / name).stat().st_size > 0
     assert len(list((uninterrupted / "checkpoints").glob("iteration-*"))) == 2, "checkpoint.save_total_limit"
     assert list((uninterrupted / "tensorboard").iterdir())
@@ -154,7 +154,7 @@ BAD = {
     "model.path=/nowhere": "model.path: no folder /nowhere",
     "model.height=30": "model.height: 30 is not a multiple of 4",
     "prompts.per_iteration=3 rollout.prompts_per_rollout=2": "prompts.per_iteration: 3 is not a multiple of 2",
-    "model.height=36": "rewards.shapes_soft: judges pictures of 32x32 pixels, not 36x32",
+    "model.height=36": "rewards.shapes_soft: judges images of 32x32 pixels, not 36x32",
     "rewards=[{name: beauty}]": "rewards: no reward 'beauty'; there are: clip",
     "rewards=[{name: shapes_soft, options: {sharp: 1}}]": "rewards.shapes_soft: .*unexpected keyword argument 'sharp'",
     "rewards=[{name: clip}]": "rewards.clip: missing a required argument: 'model'",
@@ -342,10 +342,10 @@ def test_a_reward_that_fails_is_told_by_rank_and_line(mine, capsys):
         open_rewards(config, others, SILENT, "red")
 
 
-def test_where_pictures_are_dropped_a_reward_may_raise_for_one(mine):
+def test_where_images_are_dropped_a_reward_may_raise_for_one(mine):
     world = SimpleNamespace(**vars(ALONE), device="cpu")
     config = load_config("shapes", ["output_dir=x", COLOR, "objective.on_error=drop"])
-    with pytest.warns(UserWarning, match="(?s)Traceback.*line 2.*KeyError: 'green' .*called on a picture of noise"):
+    with pytest.warns(UserWarning, match="(?s)Traceback.*line 2.*KeyError: 'green' .*called on an image of noise"):
         assert open_rewards(config, world, SILENT, "green").keys() == {"mine_alone:color"}
 
 

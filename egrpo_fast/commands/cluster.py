@@ -40,8 +40,8 @@ def parse_gpu(text: str) -> tuple[str, Gpu]:
     name, equals, numbers = text.partition("=")
     if not equals:
         if name not in GPUS:
-            told = f"there are {', '.join(GPUS)}; of another give the numbers: {name}={{{': N, '.join(UNITS)}: N}}"
-            raise ValueError(f"--gpu: {name!r} is unknown; {told}")
+            message = f"there are {', '.join(GPUS)}; of another give the numbers: {name}={{{': N, '.join(UNITS)}: N}}"
+            raise ValueError(f"--gpu: {name!r} is unknown; {message}")
         return name, GPUS[name]
     given = read_yaml(numbers, "--gpu")
     if not isinstance(given, dict) or given.keys() != UNITS.keys():

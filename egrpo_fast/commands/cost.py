@@ -142,7 +142,7 @@ class Cost:
         live = max(len(wave.sources) for wave in self.plan.waves) * self._per_call
         evaluated = min(config.evaluation.batch_size, -(-config.evaluation.num_prompts // gpus))
         micro_batch = min(config.rollout.most_rows or 10**9, max(live, evaluated))
-        pictures = min(config.model.decode_batch_size, len(self.plan.picture_rows) * self._per_call)
+        images = min(config.model.decode_batch_size, len(self.plan.image_rows) * self._per_call)
         pixels = config.model.height * config.model.width
         activations = self.sizes.activations
         whole = config.rollout.parameters == "gathered" and (gathered > 0)
@@ -150,9 +150,9 @@ class Cost:
         away = on_host or on_disk
         # torch's AdamW: the square root, and on a CPU its quotient too; bitsandbytes works in place.
         temporaries = 0 if config.optimizer.name == "adamw8bit" else 2 if self.cluster.kind == "cpu" else 1
-        # Every prompt's picture latents stay until the update; so do the shared states.
+        # Every prompt's image latents stay until the update; so do the shared states.
         samples = sum(group.size for group in self.plan.groups) if config.objective.log_prob == "stored" else 0
-        rows_kept = len(self.plan.picture_rows) + samples
+        rows_kept = len(self.plan.image_rows) + samples
         kept = float(self.prompts * latents * (4 * rows_kept + (4 + size) * self.plan.trained_states))
         states = self._per_call * max(len(group.sources) for group in self.plan.groups)
         phases = {
@@ -162,19 +162,19 @@ class Cost:
                 "the tail's cache": self._tail_cache(),
                 "activations": micro_batch * activations.forward,
                 "velocities": 2.0 * size * live * latents,
-                "pictures' latents": kept,
+                "images' latents": kept,
             },
             "rewards": {
-                "VAE activations": pictures * activations.decode,
-                "pictures": 2.0 * 4 * 3 * pictures * pixels,
+                "VAE activations": images * activations.decode,
+                "images": 2.0 * 4 * 3 * images * pixels,
                 "visiting reward": max((rewards[name] for name in offloaded), default=0.0),
-                "pictures' latents": kept,
+                "images' latents": kept,
             },
             "update": {
                 "gathered weights": gathered,
                 "activations": states * activations.update(config.model.gradient_checkpointing),
                 "gradients in reduction": (4.0 if size == 2 else 0.0) * min(self.bucket, self.trained),
-                "pictures' latents": kept,
+                "images' latents": kept,
             },
             "optimizer step": {
                 "gradient of a sub-group": 0.0 if away else 4.0 * sub_group,
@@ -219,7 +219,7 @@ class Cost:
             "attention": attention,
             "rollout": self.plan.evaluations * evaluation,
             "update": (passes * steps + references) * evaluation,
-            "decode": len(self.plan.picture_rows) * self.sizes.decode_flops,
+            "decode": len(self.plan.image_rows) * self.sizes.decode_flops,
         }
 
     @cached_property
@@ -294,7 +294,7 @@ class Cost:
         tree = self.config.model_dump()
         cluster = self.cluster
         settings: dict[str, Any] = {}
-        told: dict[str, Any] = {}
+        changed: dict[str, Any] = {}
         for change in changes:
             settings |= change
         for name, value in settings.items():
@@ -302,25 +302,26 @@ class Cost:
                 count = cluster.gpus * value
                 cluster = replace(cluster, gpus=count, nodes=cluster.nodes * value)
                 tree["prompts"]["per_iteration"] = max(tree["prompts"]["per_iteration"], count)
-                told[name] = count
+                changed[name] = count
             elif name == "rewards.offload":
                 for reward in tree["rewards"]:
                     if self.reward_parameters[reward["name"]] and not reward["options"].get("offload"):
-                        reward["options"]["offload"] = told[name] = True
+                        reward["options"]["offload"] = changed[name] = True
             else:
                 *sections, leaf = name.split(".")
                 node = tree
                 for section in sections:
                     node = node[section]
                 if node[leaf] != value and not (name == "model.lora" and node[leaf]):
-                    node[leaf] = told[name] = value
-        if not told:
+                    node[leaf] = changed[name] = value
+        if not changed:
             return None
         try:
             cost = Cost(Config.model_validate(tree), cluster, self.sizes)
         except ValueError:
             return None
-        return {"settings": told, "peak": cost.memory.peak, "host": sum(cost.memory.host.values()), "fits": cost.fits}
+        host = sum(cost.memory.host.values())
+        return {"settings": changed, "peak": cost.memory.peak, "host": host, "fits": cost.fits}
 
 
 CHANGES: tuple[Mapping[str, Any], ...] = (
@@ -411,8 +412,8 @@ def report(cost: Mapping[str, Any]) -> str:
         lines.append(f"  of unknown size, counted as 0: {', '.join(memory['unknown_rewards'])}")
     for change in memory["advice"]:
         settings = " ".join(f"{name}={value}" for name, value in change["settings"].items())
-        told = "would fit" if change["fits"] else "not enough either"
-        lines.append(f"  {told} at {change['peak'] / GIB:.1f} GiB: {settings}")
+        message = "would fit" if change["fits"] else "not enough either"
+        lines.append(f"  {message} at {change['peak'] / GIB:.1f} GiB: {settings}")
     if not memory["fits"] and not memory["advice"]:
         lines.append("  no change known here makes it fit")
     total = sum(flops[part] for part in ("rollout", "update", "decode"))

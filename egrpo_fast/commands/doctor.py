@@ -107,18 +107,18 @@ def machine() -> Iterator[Finding]:
     if match := re.search("Model name: *(.+)", found["cpu_info"] or ""):
         yield Finding("machine", "cpu", OK, f"{match[1]}, {len(os.sched_getaffinity(0))} cores for this process")
     free = psutil.virtual_memory().available / GIB
-    told = f"{free:.1f} GiB free"
+    message = f"{free:.1f} GiB free"
     with contextlib.suppress(OSError, ValueError):
-        told += f"; the container may use {int(Path('/sys/fs/cgroup/memory.max').read_text()) / GIB:.1f}"
-    yield judged("machine", "memory", free < 4, told, "a rank of the embedded recipe takes about 2 GiB: free some")
+        message += f"; the container may use {int(Path('/sys/fs/cgroup/memory.max').read_text()) / GIB:.1f}"
+    yield judged("machine", "memory", free < 4, message, "a rank of the embedded recipe takes about 2 GiB: free some")
     shared = shutil.disk_usage("/dev/shm").total / GIB
     remedy = "NCCL and workers share it: docker run --shm-size=8g"
     yield judged("machine", "/dev/shm", shared < 1, f"{shared:.2f} GiB", remedy)
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
-        told = f"{gpu.name}, {gpu.total_memory / GIB:.0f} GiB, compute capability {gpu.major}.{gpu.minor}"
+        message = f"{gpu.name}, {gpu.total_memory / GIB:.0f} GiB, compute capability {gpu.major}.{gpu.minor}"
         old = (gpu.major, gpu.minor) < (8, 0)
-        yield judged("machine", f"gpu {index}", old, told, "kernels and bfloat16 need 8.0 or later (A100)")
+        yield judged("machine", f"gpu {index}", old, message, "kernels and bfloat16 need 8.0 or later (A100)")
     remedy = "the embedded recipe runs on the CPU. Large models need a GPU, a CUDA build of torch and a driver as new"
     yield judged("machine", "gpus", not torch.cuda.is_available(), f"{torch.cuda.device_count()} for torch", remedy)
 
@@ -193,8 +193,8 @@ def storage(output_dir: Path) -> Iterator[Finding]:
         free = shutil.disk_usage(there).free / GIB
         remedy = f"a model of 12 billion parameters takes about {needed} GiB here; the embedded recipe 1"
         yield judged("storage", name, free < needed, f"{folder}, {free:.1f} GiB free", remedy)
-    told = "there is one" if get_token() else "none; gated models need one: hf auth login"
-    yield Finding("storage", "hub token", OK, told)
+    message = "there is one" if get_token() else "none; gated models need one: hf auth login"
+    yield Finding("storage", "hub token", OK, message)
 
 
 def _existing(folder: Path) -> Path:
@@ -249,8 +249,8 @@ class Child:
         except subprocess.TimeoutExpired:
             return Finding("self test", self.name, FAILED, f"no answer within {CHILD_SECONDS:g} s", self.remedy)
         code = self._process.returncode
-        told = f"status {code}: {(errors.strip().splitlines() or ['no message'])[-1]}" if code else "works"
-        return judged("self test", self.name, code != 0, told, self.remedy, FAILED)
+        message = f"status {code}: {(errors.strip().splitlines() or ['no message'])[-1]}" if code else "works"
+        return judged("self test", self.name, code != 0, message, self.remedy, FAILED)
 
     def end(self) -> None:
         self._process.kill()
@@ -264,9 +264,9 @@ def check_ops(backend: str, device: str) -> Iterator[Finding]:
     found, expected = _op_results(chosen, device), _op_results(truth, device)
     own = [op for op, name in chosen.chosen.items() if name == backend]
     wrong = [op for op in own if not torch.allclose(found[op], expected[op], rtol=1e-4, atol=1e-5)]
-    told = f"{', '.join(wrong)}: not as the reference" if wrong else f"{', '.join(own)}: as the reference"
+    message = f"{', '.join(wrong)}: not as the reference" if wrong else f"{', '.join(own)}: as the reference"
     remedy = "build the extension again with this torch, or train with rollout.backend=reference; please report it"
-    yield judged("self test", f"ops, {backend} on {device}", bool(wrong), told, remedy, FAILED)
+    yield judged("self test", f"ops, {backend} on {device}", bool(wrong), message, remedy, FAILED)
 
 
 def _op_results(chosen: ops.Ops, device: str) -> dict[str, Tensor]:
@@ -292,7 +292,7 @@ def _op_results(chosen: ops.Ops, device: str) -> dict[str, Tensor]:
 
 
 def _small_rollout(chosen: ops.Ops, device: str, dtype: torch.dtype) -> Tensor:
-    """Pictures of 2 prompts under the velocity of Gaussian data, N(1, 1 / 4): a closed form in place of a model."""
+    """Images of 2 prompts under the velocity of Gaussian data, N(1, 1 / 4): a closed form in place of a model."""
 
     def velocity(x: Tensor, t: float, rows: Tensor) -> Tensor:
         return (t - (1 - t) / 4) / ((1 - t) ** 2 / 4 + t**2) * (x - (1 - t)) - 1
@@ -304,12 +304,12 @@ def _small_rollout(chosen: ops.Ops, device: str, dtype: torch.dtype) -> Tensor:
 
 def check_rollout(device: str) -> Iterator[Finding]:
     with _without_warnings():
-        pictures = _small_rollout(ops.choose("auto", device), device, torch.float32)
+        images = _small_rollout(ops.choose("auto", device), device, torch.float32)
     truth = _small_rollout(ops.choose("reference", device), device, torch.float64)
-    error = (pictures - truth).abs().max().item()
-    told = f"largest error against float64 {error:.1e}"
+    error = (images - truth).abs().max().item()
+    message = f"largest error against float64 {error:.1e}"
     remedy = "a wrong sampler trains nothing: compare rollout.backend=reference, and please report it"
-    yield judged("self test", f"rollout on {device}", not error < 1e-4, told, remedy, FAILED)
+    yield judged("self test", f"rollout on {device}", not error < 1e-4, message, remedy, FAILED)
 
 
 def check_writing(output_dir: Path) -> Iterator[Finding]:
@@ -321,10 +321,11 @@ def check_writing(output_dir: Path) -> Iterator[Finding]:
             file.flush()
             os.fsync(file.fileno())
             same = Path(file.name).read_bytes() == content
-        told = f"{there}: " + ("written and read back" if same else "read back other bytes than were written")
+        message = f"{there}: " + ("written and read back" if same else "read back other bytes than were written")
     except OSError as error:
-        same, told = False, f"{there}: {error.strerror}"
-    yield judged("self test", "output folder", not same, told, "choose another output_dir that can be written", FAILED)
+        same, message = False, f"{there}: {error.strerror}"
+    remedy = "choose another output_dir that can be written"
+    yield judged("self test", "output folder", not same, message, remedy, FAILED)
 
 
 def guarded(section: str, look: Callable[..., Iterable[Finding]], *arguments: object) -> Iterator[Finding]:
@@ -370,6 +371,6 @@ def main(output_dir: Path, as_json: bool) -> int:
             json.dumps({"findings": [asdict(finding) for finding in findings], **count, "seconds": seconds}, indent=2)
         )
     else:
-        told = ", ".join(f"{number} {verdict}" for verdict, number in count.items())
-        print(f"{told}; {seconds:.1f} s. No secrets above: paste it as it is.")
+        message = ", ".join(f"{number} {verdict}" for verdict, number in count.items())
+        print(f"{message}; {seconds:.1f} s. No secrets above: paste it as it is.")
     return int(count[FAILED] > 0)

@@ -21,10 +21,10 @@ from egrpo_fast.terminal import printable
 def read_all(files: Iterable[str | Path], column: str = "prompt") -> tuple[list[str], list[str]]:
     """(prompts of all files, warnings). `shapes` stands for the captions that ship with the package."""
     paths = [path for file in files for path in (PROMPTS.values() if str(file) == EMBEDDED else (file,))]
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         prompts = [prompt for path in paths for prompt in read_prompts(path, column=column)]
-    return prompts, [str(warning.message) for warning in told]
+    return prompts, [str(warning.message) for warning in caught]
 
 
 def default_settings(model: str) -> dict[str, Any]:
@@ -58,8 +58,8 @@ def encode(
     ValueError, before any weight is loaded, for what the user must mend. A row depends on which prompts shared its
     batch by rounding alone; after an interruption the same call makes the same batches.
     """
-    prompts, told = read_all(files, column)
-    for warning in told:
+    prompts, repeats = read_all(files, column)
+    for warning in repeats:
         print(printable(f"warning: {warning}"))
     pipeline = pipeline_path(model)
     kind = family_of(configs_of(pipeline)).text_encoder

@@ -1,12 +1,12 @@
 """`egrpo evaluate`: the same prompts from the same noise through several models, judged by the same rewards.
 
-First every model draws its pictures, 8-bit PNG files; then every reward judges the files. So no reward shares the
+First every model draws its images, 8-bit PNG files; then every reward judges the files. So no reward shares the
 device with a model, anyone can check a score from its file, and an interrupted evaluation continues where it stopped.
 In the folder of an evaluation:
 
     settings.json                      what must not change between its parts
     models/MODEL/model.json            where the model came from, and fingerprints of its parts
-    models/MODEL/pictures/00012.png    of prompt 12, counted from 0
+    models/MODEL/images/00012.png    of prompt 12, counted from 0
     models/MODEL/scores/REWARD.jsonl   {"prompt": 12, "score": 0.31} a line, whole lines only
     scores.parquet, table.md, page.html
 """
@@ -62,7 +62,7 @@ RESAMPLES = 10_000
 
 @dataclass(frozen=True)
 class Settings:
-    """How pictures are made, the same for every model. prompts: all of them, in the order that numbers their noise."""
+    """How images are made, the same for every model. prompts: all of them, in the order that numbers their noise."""
 
     prompts: tuple[str, ...]
     height: int = 1024
@@ -75,8 +75,8 @@ class Settings:
     seed: int = 0
 
     def recorded(self) -> dict[str, Any]:
-        told = json.dumps(self.prompts).encode()
-        return {**asdict(self), "prompts": f"{len(self.prompts)}, SHA-256 {hashlib.sha256(told).hexdigest()}"}
+        spelled = json.dumps(self.prompts).encode()
+        return {**asdict(self), "prompts": f"{len(self.prompts)}, SHA-256 {hashlib.sha256(spelled).hexdigest()}"}
 
     def __str__(self) -> str:
         return (
@@ -119,7 +119,7 @@ class Model:
         return found
 
     def open(self, settings: Settings, batch: int) -> Policy:
-        """What draws its pictures, not loaded yet. ValueError: it is no pipeline, or not the base of its adapters."""
+        """What draws its images, not loaded yet. ValueError: it is no pipeline, or not the base of its adapters."""
         base = resolve(self.path)
         if self.lora is not None and self.run is not None:
             check_base(self.run, base)
@@ -255,12 +255,12 @@ class Folder:
         scored = any(path.name == file for path in self.path.glob("models/*/scores/*"))
         weights = {key: value for key, value in found.items() if scored and not key.startswith(SOURCE)}
         which = self.path / "models" / "*" / "scores" / file
-        way_out = f"choose another --out, or delete {which} to score the same pictures again"
+        way_out = f"choose another --out, or delete {which} to score the same images again"
         before = self.keep("reward_fingerprints.json", weights, anew=True, notes=found, way_out=way_out)
         for key in found:
             if scored and before.get(key, found[key]) != found[key]:
-                told = f"the {key} has changed since scores in {self.path} were made; they are kept"
-                warnings.warn(f"{told}. To score the same pictures again, delete {which}", stacklevel=3)
+                message = f"the {key} has changed since scores in {self.path} were made; they are kept"
+                warnings.warn(f"{message}. To score the same images again, delete {which}", stacklevel=3)
 
     def open(self, settings: Settings, models: Sequence[Model], rewards: Sequence[Reward]) -> None:
         # Another part of the same evaluation may be writing its settings at this moment.
@@ -277,8 +277,8 @@ class Folder:
             places = {"path": model.path} | ({"lora": model.lora} if model.lora else {})
             self.keep(f"models/{model.label}/model.json", model.identity, anew=True, notes=places)
 
-    def picture(self, model: Model, prompt: int) -> Path:
-        return self.path / "models" / model.label / "pictures" / f"{prompt:05d}.png"
+    def image(self, model: Model, prompt: int) -> Path:
+        return self.path / "models" / model.label / "images" / f"{prompt:05d}.png"
 
     def scores_file(self, model: Model, reward: str) -> Path:
         return self.path / "models" / model.label / "scores" / self._scores_name(reward)
@@ -313,7 +313,7 @@ def _batches(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
 
 
 def _progress(what: str, total: int, todo: int) -> "tqdm[Any]":
-    return tqdm(total=total, initial=total - todo, desc=what, unit=" pictures", disable=not todo, dynamic_ncols=True)
+    return tqdm(total=total, initial=total - todo, desc=what, unit=" images", disable=not todo, dynamic_ncols=True)
 
 
 def _opened(models: Sequence[Model], settings: Settings, batch: int) -> dict[str, Policy]:
@@ -336,14 +336,14 @@ def draw(
     device: torch.device,
     places: Sequence[int] | None = None,
 ) -> None:
-    """Pictures of those prompts (`places`; None: all) that have none yet, each from its own noise, whatever the batch.
+    """Images of those prompts (`places`; None: all) that have none yet, each from its own noise, whatever the batch.
 
     policy: the model's, not loaded yet.
-    x_1 of prompt n is the stream (iteration 0, prompt n, EVALUATION, 0) of the seed: the trainer's held-out pictures of
+    x_1 of prompt n is the stream (iteration 0, prompt n, EVALUATION, 0) of the seed: the trainer's held-out images of
     the same file, seed and settings start from it as well.
     """
     places = range(len(settings.prompts)) if places is None else places
-    todo = [place for place in places if not folder.picture(model, place).exists()]
+    todo = [place for place in places if not folder.image(model, place).exists()]
     if not todo:
         return
     policy.load(device, tell=False)
@@ -359,25 +359,25 @@ def draw(
             velocity = policy.velocity(policy.encode([settings.prompts[place] for place in chunk]))
             key = NoiseKey(settings.seed, 0, torch.tensor(chunk, device=device))
             rollout = wavefronts[len(chunk)].run(velocity, key, noise.EVALUATION)
-            pictures = policy.decode(rollout.final_latents[:, 0])
-            for place, picture in zip(chunk, pictures):
-                if not torch.isfinite(picture).all():
-                    raise ValueError(f"models: {model.label} drew a picture that is not finite for prompt {place}")
-                folder.picture(model, place).parent.mkdir(parents=True, exist_ok=True)
-                write_whole(folder.picture(model, place), _png(picture))
+            images = policy.decode(rollout.final_latents[:, 0])
+            for place, image in zip(chunk, images):
+                if not torch.isfinite(image).all():
+                    raise ValueError(f"models: {model.label} drew an image that is not finite for prompt {place}")
+                folder.image(model, place).parent.mkdir(parents=True, exist_ok=True)
+                write_whole(folder.image(model, place), _png(image))
             bar.update(len(chunk))
 
 
-def _png(picture: Tensor) -> bytes:
-    pixels = picture.mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
+def _png(image: Tensor) -> bytes:
+    pixels = image.mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG", compress_level=4)
     return buffer.getvalue()
 
 
-def _read_pictures(paths: Sequence[Path], height: int, width: int) -> Tensor:
+def _read_images(paths: Sequence[Path], height: int, width: int) -> Tensor:
     """[B, 3, H, W], float32 in [0, 1]."""
-    pictures = []
+    images = []
     for path in paths:
         try:
             pixels = np.asarray(Image.open(path).convert("RGB"))
@@ -385,8 +385,8 @@ def _read_pictures(paths: Sequence[Path], height: int, width: int) -> Tensor:
             raise ValueError(f"out: {path} is damaged ({error}); remove it to draw it again") from None
         if pixels.shape != (height, width, 3):
             raise ValueError(f"out: {path} is not of {width}x{height} pixels; remove it to draw it again")
-        pictures.append(torch.from_numpy(pixels.copy()))
-    return torch.stack(pictures).permute(0, 3, 1, 2).float() / 255
+        images.append(torch.from_numpy(pixels.copy()))
+    return torch.stack(images).permute(0, 3, 1, 2).float() / 255
 
 
 def judge(
@@ -410,10 +410,10 @@ def judge(
                 folder.keep_reward(reward.name, judge_of)
             with _progress(f"{model.label}: {reward.name}", len(everything), len(todo)) as bar:
                 for chunk in _batches(todo, batch):
-                    files = [folder.picture(model, place) for place in chunk]
-                    pictures = _read_pictures(files, settings.height, settings.width).to(device)
+                    files = [folder.image(model, place) for place in chunk]
+                    images = _read_images(files, settings.height, settings.width).to(device)
                     assert judge_of is not None
-                    values = score(reward.name, judge_of, pictures, [settings.prompts[place] for place in chunk])
+                    values = score(reward.name, judge_of, images, [settings.prompts[place] for place in chunk])
                     fresh = dict(zip(chunk, values.tolist()))
                     folder.add_scores(model, reward.name, fresh)
                     scores |= fresh
@@ -485,8 +485,8 @@ def report(
         "model": [label for label in labels for _ in prompts],
         "prompt_number": list(range(len(prompts))) * len(models),
         "prompt": list(prompts) * len(models),
-        "picture": [
-            str(folder.picture(model, place).relative_to(folder.path))
+        "image": [
+            str(folder.image(model, place).relative_to(folder.path))
             for model in models
             for place in range(len(prompts))
         ],
@@ -504,25 +504,25 @@ def report(
             yield (
                 prompt,
                 [
-                    Shown(label, _thumbnail(folder.picture(model, place), page_side), dict(zip(names, row)))
+                    Shown(label, _thumbnail(folder.image(model, place), page_side), dict(zip(names, row)))
                     for label, model, row in zip(labels, models, scores[:, :, place].tolist())
                 ],
             )
 
-    told = f"{settings}. The first {min(page_prompts, len(prompts))} prompts of the file are shown, none left out."
+    message = f"{settings}. The first {min(page_prompts, len(prompts))} prompts of the file are shown, none left out."
     title = f"{', '.join(labels[1:])} against {labels[0]}" if len(labels) > 1 else labels[0]
-    write_page(folder.path / "page.html", title, told, found, shown())
+    write_page(folder.path / "page.html", title, message, found, shown())
     return markdown
 
 
 def _thumbnail(path: Path, side: int) -> bytes:
-    """The picture as PNG, its longer side at most `side` pixels."""
-    picture = Image.open(path)
-    if max(picture.size) <= side:
+    """The image as PNG, its longer side at most `side` pixels."""
+    image = Image.open(path)
+    if max(image.size) <= side:
         return path.read_bytes()
-    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", optimize=True)
+    image.save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
 
 
@@ -538,7 +538,7 @@ def evaluate(
 ) -> str:
     """Draw, judge, report; returns the table. ValueError, before any weight is read, for what the user must mend.
 
-    batch: pictures made or judged at a time; it changes no score beyond rounding. part: (i, n) draws every n-th prompt
+    batch: images made or judged at a time; it changes no score beyond rounding. part: (i, n) draws every n-th prompt
     from i on, and no more, so that n processes share the work.
     """
     device = torch.device(device)
@@ -552,10 +552,10 @@ def evaluate(
     policies |= _opened(hub, settings, batch)
     folder = Folder(out)
     folder.open(settings, models, rewards)
-    for told in doubts(models):
-        warnings.warn(told, stacklevel=2)
+    for message in doubts(models):
+        warnings.warn(message, stacklevel=2)
     everything = range(len(settings.prompts))
-    if not part and not all(folder.picture(model, place).exists() for model in models for place in everything):
+    if not part and not all(folder.image(model, place).exists() for model in models for place in everything):
         for reward in rewards:  # hours of drawing are not to end at a weight file that is not there, or at a KeyError
             made = make_reward(reward.name, reward.options, device)
             try_reward(reward.name, made, settings.prompts[0], settings.height, settings.width, device)

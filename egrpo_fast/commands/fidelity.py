@@ -79,7 +79,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class _Sampled:
-    """rewards [K, P, pictures]; seconds: of the rollouts alone; computed: share of the blocks that tails ask for."""
+    """rewards [K, P, images]; seconds: of the rollouts alone; computed: share of the blocks that tails ask for."""
 
     rewards: Tensor
     seconds: float
@@ -112,7 +112,7 @@ class _Sampler:
         self._ops = ops.choose(config.rollout.backend, device)
         self.objective = Objective.of(config, self._ops)
 
-    def __call__(self, config: Config, prompts: Sequence[Prompt], told: str) -> _Sampled:
+    def __call__(self, config: Config, prompts: Sequence[Prompt], title: str) -> _Sampled:
         """Iteration 0's samples of the prompts."""
         plan = plan_of(config, 0)
         policy = self._policy
@@ -126,7 +126,7 @@ class _Sampler:
         cache = policy.tail.cache if policy.tail else None
 
         def latents_of(prompt: Prompt, text: Any) -> Tensor:
-            """[pictures, L, C]."""
+            """[images, L, C]."""
             key = NoiseKey(config.seed, 0, torch.tensor([prompt.number], device=self._device))
             velocity, tail = policy.velocity(text, policy.compiled), policy.tail_velocity(text)
             return wavefront.run(velocity, key, tail=tail).final_latents[0]
@@ -134,7 +134,7 @@ class _Sampler:
         with policy.tail_follows(policy.transformer):
             if config.rollout.compile:  # that takes its time at the first calls
                 latents_of(prompts[0], policy.encode([prompts[0].text]))
-            for prompt in tqdm(prompts, desc=told, unit=" prompts", leave=False, dynamic_ncols=True):
+            for prompt in tqdm(prompts, desc=title, unit=" prompts", leave=False, dynamic_ncols=True):
                 text = policy.encode([prompt.text])
                 with watch.phase("rollout"):
                     latents = latents_of(prompt, text)
@@ -143,7 +143,7 @@ class _Sampler:
         return _Sampled(torch.stack(rewards, dim=1), watch.read()["seconds/rollout"], computed)
 
     def _score(self, latents: Tensor, prompt: str, tiny: bool) -> Tensor:
-        """[pictures, L, C] -> [K, pictures]."""
+        """[images, L, C] -> [K, images]."""
         scores = []
         for some in latents.split(self._policy.model.decode_batch_size):
             images = self._policy.decode(some, tiny)
@@ -273,7 +273,7 @@ def fidelity(
     recipe: one, or a run's folder, whose `checkpoint` is then the policy. tails: settings each, as on the command line;
     none given: strides, solvers and caches. The prompts are the first `num_prompts` of the run's own order; what is
     suggested was measured once more on the next ones. out: also write everything there as JSON. trust_run: the run's
-    own rewards may run code, and send pictures and a token elsewhere; so may those that `overrides` name.
+    own rewards may run code, and send images and a token elsewhere; so may those that `overrides` name.
     """
     reader = None
     with ExitStack() as stack:
@@ -311,12 +311,12 @@ def fidelity(
     chosen = search.suggest(measured, target)
     header = ["tail", "rank correlation", "sign flips", "reward bias", "tail evaluations", "rollout"]
     what = f"Tails against the exact one: {config.method.name}, {num_prompts} prompts, {model.path}"
-    told = Table(what, header, [one.row() for one in measured]).markdown()
+    message = Table(what, header, [one.row() for one in measured]).markdown()
     if chosen:
         again = Table("Suggested, on further prompts", header, [chosen.row()]).markdown()
-        told += f"\n\n{again}\n\nsuggested for a correlation of {target:g}: {chosen.settings}\n"
+        message += f"\n\n{again}\n\nsuggested for a correlation of {target:g}: {chosen.settings}\n"
     else:
-        told += f"\n\nno tail that was measured reaches {target:g}: keep the exact one, or ask for less\n"
+        message += f"\n\nno tail that was measured reaches {target:g}: keep the exact one, or ask for less\n"
     if out:
         everything = {
             "recipe": recipe,
@@ -331,4 +331,4 @@ def fidelity(
             "suggested": chosen.recorded() if chosen else None,
         }
         out.write_text(json.dumps(everything, indent=2) + "\n")
-    return told
+    return message

@@ -1,4 +1,4 @@
-"""Pictures side by side with their scores: one HTML file that needs nothing else, and the tables above it."""
+"""Images side by side with their scores: one HTML file that needs nothing else, and the tables above it."""
 
 import base64
 import html
@@ -23,8 +23,8 @@ class Table:
         widths = [max(3, *map(len, column)) for column in zip(*lines)]
         rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
         padded = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in lines]
-        told = (f"| {' | '.join(row)} |" for row in (padded[0], rule, *padded[1:]))
-        return "\n".join((f"**{self.title}**", "", *told))
+        message = (f"| {' | '.join(row)} |" for row in (padded[0], rule, *padded[1:]))
+        return "\n".join((f"**{self.title}**", "", *message))
 
     def html(self) -> str:
         def row(cells: Sequence[str], tag: str) -> str:
@@ -47,7 +47,7 @@ def _cell(text: str) -> str:
 
 @dataclass(frozen=True)
 class Shown:
-    """One model's picture of a prompt, as PNG, and its score by every reward."""
+    """One model's image of a prompt, as PNG, and its score by every reward."""
 
     label: str
     png: bytes
@@ -72,7 +72,7 @@ HEAD = """<!doctype html>
 body {{ margin: 0 auto; max-width: 72rem; padding: 1rem; background: var(--back); color: var(--ink);
   font: 16px/1.45 system-ui, sans-serif; }}
 h1 {{ font-size: 1.5rem; margin: .5rem 0; overflow-wrap: anywhere; }}
-p.told {{ color: var(--dim); margin: 0 0 1rem; }}
+p.about {{ color: var(--dim); margin: 0 0 1rem; }}
 .table {{ overflow-x: auto; margin: 0 0 1.25rem; }}
 table {{ border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }}
 caption {{ text-align: left; font-weight: 600; padding-bottom: .25rem; }}
@@ -99,17 +99,17 @@ dd.best {{ color: var(--best); font-weight: 600; }}
 </head>
 <body>
 <h1>{title}</h1>
-<p class="told">{told}</p>
+<p class="about">{about}</p>
 """
 
 
 def write_page(
-    path: Path, title: str, told: str, tables: Sequence[Table], rows: Iterable[tuple[str, Sequence[Shown]]]
+    path: Path, title: str, about: str, tables: Sequence[Table], rows: Iterable[tuple[str, Sequence[Shown]]]
 ) -> None:
-    """rows: a prompt and what every model made of it. Written row by row: pictures are never all in memory."""
+    """rows: a prompt and what every model made of it. Written row by row: images are never all in memory."""
     part = path.with_name(f".{path.name}")
     with part.open("w", encoding="utf-8") as page:
-        page.write(HEAD.format(title=html.escape(title), told=html.escape(told)))
+        page.write(HEAD.format(title=html.escape(title), about=html.escape(about)))
         page.writelines(table.html() + "\n" for table in tables)
         page.write("<main>\n")
         for number, (prompt, shown) in enumerate(rows):

@@ -40,9 +40,9 @@ def _work(plan: Plan, config: Config) -> dict[str, Any]:
         "model_calls": sum(-(-count // (micro_batch or count)) for count in rows),
         "evaluations_without_gradient": plan.evaluations * prompts,
         "evaluations_with_gradient": plan.trained_states * prompts,
-        "pictures": len(plan.picture_rows) * prompts,
-        # What sampling every picture by itself would take, from the noise on: a prefix of ODE steps, then its branch.
-        "evaluations_one_picture_at_a_time": prompts * plan.evaluations_alone,
+        "images": len(plan.image_rows) * prompts,
+        # What sampling every image by itself would take, from the noise on: a prefix of ODE steps, then its branch.
+        "evaluations_one_image_at_a_time": prompts * plan.evaluations_alone,
     }
 
 
@@ -57,10 +57,10 @@ def print_plan(description: dict[str, Any]) -> None:
     work = description["work"]
     print(
         f"\nH: per-dimension entropy sqrt(2 pi e) sigma sqrt(D) of the SDE step; D: time it spans, merged.\n\n"
-        f"one wavefront of {work['prompts_per_rollout']} prompt(s), {work['pictures']} pictures:\n"
+        f"one wavefront of {work['prompts_per_rollout']} prompt(s), {work['images']} images:\n"
         f"  rows by step                       {' '.join(map(str, work['rows_by_step']))}\n"
         f"  model calls                        {work['model_calls']}\n"
         f"  evaluations without gradient       {work['evaluations_without_gradient']}\n"
         f"  evaluations with gradient          {work['evaluations_with_gradient']}\n"
-        f"  one picture at a time: evaluations {work['evaluations_one_picture_at_a_time']}"
+        f"  one image at a time: evaluations {work['evaluations_one_image_at_a_time']}"
     )

@@ -25,7 +25,7 @@ from egrpo_fast.rewards import Reward, RewardError, make_reward, score
 from egrpo_fast.rewards.http import TOKEN_VARIABLE, UNFIT, unpack_request
 
 LARGEST_BODY = 512 << 20
-"""Bytes of a request: 32 pictures of 1024x1024 in float32 are 384 MiB."""
+"""Bytes of a request: 32 images of 1024x1024 in float32 are 384 MiB."""
 SLOWEST_BODY = 120.0
 """Seconds in which a request must have arrived."""
 MOST_AT_ONCE = 64
@@ -97,7 +97,7 @@ def make_app(
         try:
             body = await asyncio.wait_for(_body(request), SLOWEST_BODY)
             if body is None:
-                return _refuse(413, f"a request of more than {LARGEST_BODY >> 20} MiB; send fewer pictures at a time")
+                return _refuse(413, f"a request of more than {LARGEST_BODY >> 20} MiB; send fewer images at a time")
             scores = await run_in_threadpool(judge, name, body)
         except ClientDisconnect:
             return Response(status_code=400)  # nobody is there to read it
@@ -129,7 +129,7 @@ async def _body(request: Request) -> bytes | None:
 
 
 def check_access(host: str, token: str | None) -> None:
-    """ValueError where pictures and scores would be open to a network."""
+    """ValueError where images and scores would be open to a network."""
     if token is not None and (len(token) < 16 or not token.isascii() or not token.isprintable() or " " in token):
         raise ValueError("token: 16 or more ASCII characters without blanks are expected (openssl rand -hex 32)")
     if token is None and not is_loopback(host):
@@ -182,21 +182,21 @@ class _Bounded(H11Protocol):
 class _Server(uvicorn.Server):
     """Says where it serves, once it does."""
 
-    told = ""
+    message = ""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        print(self.told, flush=True)
+        print(self.message, flush=True)
 
 
-def make_server(app: Starlette, told: str = "") -> uvicorn.Server:
+def make_server(app: Starlette, message: str = "") -> uvicorn.Server:
     """The application behind uvicorn; `run(sockets=[...])` prints `told` and answers until interrupted."""
     server = _Server(
         uvicorn.Config(
             app, http=_Bounded, ws="none", lifespan="off", proxy_headers=False, server_header=False, log_level="warning"
         )
     )
-    server.told = told
+    server.message = message
     return server
 
 
@@ -220,6 +220,6 @@ def serve(rewards: Sequence[RewardConfig], host: str, port: int, token: str | No
     with bind(host, port) as listener:  # an address that is taken is told before minutes of loading
         made: dict[str, Reward] = {reward.name: make_reward(reward.name, reward.options, device) for reward in rewards}
         where = f"[{host}]" if ":" in host else host
-        told = f"serving {', '.join(made)} on http://{where}:{port} ({'with' if token else 'without'} a token)"
+        message = f"serving {', '.join(made)} on http://{where}:{port} ({'with' if token else 'without'} a token)"
         with contextlib.suppress(KeyboardInterrupt):
-            make_server(make_app(made, token, device, batch), told).run(sockets=[listener])
+            make_server(make_app(made, token, device, batch), message).run(sockets=[listener])

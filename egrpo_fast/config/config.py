@@ -39,8 +39,8 @@ def _method(given: Any) -> Any:
         return given
     name = given.get("name", "e_grpo")
     if not isinstance(name, str) or name not in METHODS:
-        told = f"{name!r} is no method; there are: {', '.join(map(repr, sorted(METHODS)))}"
-        raise ValueError(f"{told}; one of your own is known once its file is imported")
+        message = f"{name!r} is no method; there are: {', '.join(map(repr, sorted(METHODS)))}"
+        raise ValueError(f"{message}; one of your own is known once its file is imported")
     return METHODS[name].model_validate(given)
 
 
@@ -89,8 +89,8 @@ class Config(Section):
         kind = METHODS.get(str(method["name"]), Method)
         theirs = {field for other in METHODS.values() for field in other.model_fields}
         if kind is not Method and (unused := sorted(theirs.intersection(method) - kind.model_fields.keys())):
-            told = ", ".join(f"method.{field}" for field in unused)
-            raise ValueError(f"{told}: not used by method {method['name']}; leave it out")
+            message = ", ".join(f"method.{field}" for field in unused)
+            raise ValueError(f"{message}: not used by method {method['name']}; leave it out")
         form = schedule.get("sde_form", kind.sde_form)
         own = {"sde_form": form, "eta": OWN_ETA.get(str(form), 0.7)}
         return tree | {"method": method, "schedule": own | schedule}
@@ -124,8 +124,8 @@ class Config(Section):
         if not isinstance(zero_keys, dict):
             raise ValueError("deepspeed.overrides: zero_optimization must be a mapping")
         if owned := sorted({"stage", "offload_optimizer", "offload_param", "mics_shard_size"} & set(zero_keys)):
-            told = "deepspeed.zero_stage and deepspeed.offload_* say it; MiCS is not supported"
-            raise ValueError(f"deepspeed.overrides: zero_optimization.{owned[0]}: {told}")
+            message = "deepspeed.zero_stage and deepspeed.offload_* say it; MiCS is not supported"
+            raise ValueError(f"deepspeed.overrides: zero_optimization.{owned[0]}: {message}")
         active = schedule.active_steps
         if active is not None:
             if max(active) >= steps:
@@ -145,8 +145,8 @@ class Config(Section):
         if isinstance(merges, int):
             reach = steps - (max(active) if active is not None else steps // 2 - 1)
             if merges > reach:
-                told = f"{merges} passes the end from the last active step; at most {reach}"
-                raise ValueError(f"schedule.merge_lengths: {told}")
+                message = f"{merges} passes the end from the last active step; at most {reach}"
+                raise ValueError(f"schedule.merge_lengths: {message}")
         if merges is not None and schedule.max_merge is not None:
             raise ValueError("schedule.max_merge: caps the threshold's merges; not allowed beside merge_lengths")
         num_active = len(active) if active is not None else steps // 2
@@ -166,8 +166,8 @@ class Config(Section):
             if not self.evaluation.every:
                 raise ValueError("evaluation.stop_when: nothing to watch with evaluation.every 0")
         if self.checkpoint.best is not None and self.checkpoint.best not in names:
-            told = f"{self.checkpoint.best!r} is none of rewards: {', '.join(names)}"
-            raise ValueError(f"checkpoint.best: {told}")
+            message = f"{self.checkpoint.best!r} is none of rewards: {', '.join(names)}"
+            raise ValueError(f"checkpoint.best: {message}")
         zero = self.deepspeed
         if "nvme" in (zero.offload_optimizer, zero.offload_param) and zero.nvme_path is None:
             raise ValueError("deepspeed.nvme_path: a folder is needed to offload to nvme")
@@ -176,11 +176,11 @@ class Config(Section):
         if zero.zero_stage < 3 and zero.offload_optimizer == "nvme":
             raise ValueError("deepspeed.offload_optimizer: nvme needs zero_stage 3")
         if self.collects_weights:
-            told = "needs rollout.parameters gathered: sharded ones are collected inside every call"
+            message = "needs rollout.parameters gathered: sharded ones are collected inside every call"
             if self.rollout.compile:
-                raise ValueError(f"rollout.compile: true {told}")
+                raise ValueError(f"rollout.compile: true {message}")
             if self.rollout.max_rows_per_call == "auto":
-                raise ValueError(f"rollout.max_rows_per_call: auto {told}")
+                raise ValueError(f"rollout.max_rows_per_call: auto {message}")
         if self.model.attention not in ("native", "efficient", "xformers") and self.model.dtype != "bfloat16":
             raise ValueError(f"model.attention: {self.model.attention} computes in bfloat16, model.dtype is float32")
         if zero.offload_optimizer != "none" and self.optimizer.name == "adamw8bit":
@@ -189,8 +189,8 @@ class Config(Section):
             raise ValueError("optimizer.ema_decay: the average cannot be kept on nvme; use offload_optimizer cpu")
         if self.tail.has_model and self.tail.path is None and self.collects_weights:
             name = next(name for name in ("lora", "quantization", "cache") if name in self.tail.approximated)
-            told = "its model follows the policy from rollout to rollout; needs rollout.parameters gathered"
-            raise ValueError(f"tail.{name}: {told}")
+            message = "its model follows the policy from rollout to rollout; needs rollout.parameters gathered"
+            raise ValueError(f"tail.{name}: {message}")
         if schedule.sde_form == "cps" and schedule.eta > 1.0:
             raise ValueError(f"schedule.eta: {schedule.eta:g}; with sde_form cps at most 1")
         try:
@@ -203,8 +203,8 @@ class Config(Section):
         if "schedule.active_steps" in self.method.uses:
             for index in made.active:
                 if not made.sde(index, made.merges[index]).s > 0.0:
-                    told = f"cps adds no noise in a step to t = 0, as active step {index} is over {made.merges[index]}"
-                    raise ValueError(f"schedule.sde_form: {told}; use entropy_threshold 0 or other merge_lengths")
+                    message = f"cps adds no noise in a step to t = 0, as step {index} is over {made.merges[index]}"
+                    raise ValueError(f"schedule.sde_form: {message}; use entropy_threshold 0 or other merge_lengths")
         return self
 
     def with_lora(self, lora: Lora) -> "Config":

@@ -173,8 +173,8 @@ def read_recipe(recipe: str, extended_by: tuple[str, ...] = ()) -> Tree:
             path = folder / (recipe if there else expanded(recipe))
             text, recipe = read_text(path, LIMIT), str(path.resolve() if extended_by else path)
         except FileNotFoundError:
-            told = f"no file and no recipe {recipe!r}; there are: {', '.join(recipe_names())}"
-            raise ConfigError(f"{field}: {told}") from None
+            message = f"no file and no recipe {recipe!r}; there are: {', '.join(recipe_names())}"
+            raise ConfigError(f"{field}: {message}") from None
         except OSError as error:
             raise ConfigError(f"{field}: cannot read {recipe}: {error.strerror}") from None
         except ValueError as error:

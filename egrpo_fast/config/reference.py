@@ -51,8 +51,8 @@ def _range(node: Node) -> str:
     low, high = (node.get(key, node.get(f"exclusive{key.title()}")) for key in ("minimum", "maximum"))
     if high is None or high == 2**31:  # the bound of every whole number, told once in the introduction
         return "" if low is None else f"{'≥' if 'minimum' in node else '>'} {low:g}"
-    told = "2^63" if high == 2**63 else f"{high:g}" if high < 1e6 else f"{high:,.0f}"
-    return f"in {'[' if 'minimum' in node else '('}{low:g}, {told}{']' if 'maximum' in node else ')'}"
+    message = "2^63" if high == 2**63 else f"{high:g}" if high < 1e6 else f"{high:,.0f}"
+    return f"in {'[' if 'minimum' in node else '('}{low:g}, {message}{']' if 'maximum' in node else ')'}"
 
 
 def _allowed(node: Node) -> str:

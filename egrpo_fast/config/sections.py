@@ -88,8 +88,8 @@ class Lora(Section):
             if not layers:
                 ends = sorted({name.rpartition(".")[2] for name in names})
                 near = difflib.get_close_matches(target.rpartition(".")[2], ends, 3) or ends
-                told = f"{target!r} is neither the name of a linear layer nor ends one after a dot"
-                raise ConfigError(f"model.lora.target_modules: {told}; names end in {', '.join(near[:20])}, ...")
+                message = f"{target!r} is neither the name of a linear layer nor ends one after a dot"
+                raise ConfigError(f"model.lora.target_modules: {message}; names end in {', '.join(near[:20])}, ...")
         return taken
 
 
@@ -97,9 +97,9 @@ class Model(Section):
     path: PathName
     """Folder or hub id of a pipeline in diffusers' layout, or `shapes` for the embedded one."""
     height: Positive = 720
-    """Picture height in pixels, a multiple of what the model family needs (16 for FLUX)."""
+    """Image height in pixels, a multiple of what the model family needs (16 for FLUX)."""
     width: Positive = 720
-    """Picture width in pixels, likewise."""
+    """Image width in pixels, likewise."""
     guidance_scale: float = Field(3.5, ge=0.0)
     """Guidance scale fed to models that embed it."""
     max_sequence_length: Annotated[int, Field(ge=1, le=512)] = 512
@@ -118,9 +118,9 @@ class Model(Section):
     text_encoder_quantization: Literal["none", "int8", "nf4"] = "none"
     """Weights of the large text encoder (T5): as loaded, or in 8 or 4 bits by bitsandbytes."""
     decode_batch_size: Positive = 32
-    """Pictures that the VAE decodes and the rewards score at a time."""
+    """Images that the VAE decodes and the rewards score at a time."""
     vae_tiling: bool = False
-    """Decode large pictures tile by tile: less memory, seams are blended."""
+    """Decode large images tile by tile: less memory, seams are blended."""
     gradient_checkpointing: bool = False
     """Recompute activations in the update's backward pass."""
 
@@ -175,7 +175,7 @@ class Rollout(Section):
     compile: bool = False
     """Run the transformer's blocks through torch.compile, in rollouts and evaluations; the update stays as it is."""
     overlap: bool = False
-    """Decode and score the pictures of one call's prompts while the next ones' are rolled out."""
+    """Decode and score the images of one call's prompts while the next ones' are rolled out."""
     parameters: Literal["sharded", "gathered"] = "gathered"
     """Under ZeRO-3, gather the weights at every layer of every call, or once per rollout."""
     backend: Literal["auto", "reference", "triton", "extension"] = "auto"
@@ -201,7 +201,7 @@ class TaylorSeer(Section):
 
 
 APPROXIMATIONS = ("stride", "solver", "path", "lora", "quantization", "cache", "decoder")
-"""Settings of `tail` that change its pictures."""
+"""Settings of `tail` that change its images."""
 
 
 class Tail(Section):
@@ -223,7 +223,7 @@ class Tail(Section):
     """What its calls reuse of the call before, by diffusers' caching hooks; the name alone will do where it keeps its
     defaults; none given: nothing."""
     decoder: PathName | None = None
-    """Folder of a tiny decoder (diffusers' AutoencoderTiny, such as TAEF1) of the pictures that training rewards."""
+    """Folder of a tiny decoder (diffusers' AutoencoderTiny, such as TAEF1) of the images that training rewards."""
     check_every: Natural = 25
     """Iterations between comparisons of an approximated tail with the exact one; 0: never."""
     target: float = Field(0.95, gt=0.0, lt=1.0)
@@ -279,7 +279,7 @@ class Objective(Section):
     advantage_clip: float = Field(5.0, gt=0.0)
     """Bound on the absolute advantage."""
     on_error: Literal["skip", "drop", "stop"] = "skip"
-    """Pictures that a reward fails on, or scores NaN: skip that iteration's update on all ranks, drop them from their
+    """Images that a reward fails on, or scores NaN: skip that iteration's update on all ranks, drop them from their
     groups, or end the run. The first two warn."""
     optimizer_step: Literal["iteration", "active_step"] = "iteration"
     """One optimizer step per iteration, or one per active step."""
@@ -360,11 +360,11 @@ class Evaluation(Section):
     num_prompts: Positive = 64
     """Held-out prompts used, from the top of the file."""
     num_inference_steps: Annotated[int, Field(ge=2, le=1000)] = 16
-    """ODE steps of an evaluation picture."""
+    """ODE steps of an evaluation image."""
     batch_size: Positive = 16
-    """Pictures made together on one rank."""
+    """Images made together on one rank."""
     grid_images: Positive = 16
-    """Pictures shown in the grids."""
+    """Images shown in the grids."""
     stop_when: StopWhen | None = None
     """End the run when a watched reward falls while the trained ones rise; none given: never."""
 

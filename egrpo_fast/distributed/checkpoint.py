@@ -175,10 +175,10 @@ def _discard_unless_held(path: Path) -> None:
 def _memory_available() -> float:
     """Bytes of host memory that programs can still take; where the system does not say, infinitely many."""
     try:
-        told = re.search(r"^MemAvailable:\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+        found = re.search(r"^MemAvailable:\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
     except OSError:
-        told = None
-    return int(told[1]) * 1024 if told else math.inf
+        found = None
+    return int(found[1]) * 1024 if found else math.inf
 
 
 def _stage(
@@ -331,11 +331,11 @@ class _Attempt:
     def _assemble(self, index: dict[str, Any]) -> None:
         sidecars = [self._sidecar(rank) for rank in range(self.world_size)]
         self._until(lambda: all(sidecar.exists() for sidecar in sidecars))
-        told = [_read_sealed(sidecar) for sidecar in sidecars]
-        files = [each["file"] for each in told]
+        parts = [_read_sealed(sidecar) for sidecar in sidecars]
+        files = [each["file"] for each in parts]
         if wrong := [bad for file in files if (bad := _wrong_size(self.partial / file["name"], file["bytes"]))]:
             raise CheckpointError("; ".join(wrong))
-        table = _table(each["rows"] for each in told)
+        table = _table(each["rows"] for each in parts)
         _write_sealed(self.partial / INDEX, {**index, "attempt": self.attempt, "files": files, "tensors": table})
         for sidecar in sidecars:
             sidecar.unlink()

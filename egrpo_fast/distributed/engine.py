@@ -99,10 +99,10 @@ class _Asked(dict[str, Any]):
 
 def check_overrides(config: Config) -> None:
     """ConfigError where `deepspeed.overrides` has a key that DeepSpeed does not read, or a value that it refuses."""
-    overrides, told = config.deepspeed.overrides, _Asked(deepspeed_config(config))
+    overrides, asked = config.deepspeed.overrides, _Asked(deepspeed_config(config))
     field = "deepspeed.overrides"
     try:
-        DeepSpeedConfig(told)
+        DeepSpeedConfig(asked)
     except ValidationError as error:
         item = error.errors()[0]
         where = ".".join(map(str, item["loc"]))
@@ -111,7 +111,7 @@ def check_overrides(config: Config) -> None:
         raise ConfigError(f"{field}: {section}{where}: {problem}") from None
     except Exception as error:  # of whatever kind: its own checks are asserts, ValueErrors and TypeErrors
         raise ConfigError(f"{field}: DeepSpeed refuses them: {' '.join(str(error).split())}") from None
-    if unread := list(told.unread(overrides)):
+    if unread := list(asked.unread(overrides)):
         raise ConfigError(f"{field}: {', '.join(unread)}: unknown to DeepSpeed")
 
 

@@ -260,18 +260,18 @@ class Heartbeat:
             return mine.closed
         if self._rank != 0:
             self._store.set(str(self._rank), json.dumps(astuple(mine)))
-        told, now = {}, time.monotonic()
+        heard, now = {}, time.monotonic()
         for key, raw in zip(self._keys, self._store.multi_get(self._keys)):
             before, changed = self._heard.get(key, (b"", now))
             self._heard[key] = (raw, changed if raw == before else now)
-            told[key] = None if raw == ABSENT.encode() else json.loads(raw)
+            heard[key] = None if raw == ABSENT.encode() else json.loads(raw)
         silent = {key: now - changed for key, (_, changed) in self._heard.items()}
         if self._rank == 0:
-            others = {int(key): replace(Entry(*(entry or ())), silent=silent[key]) for key, entry in told.items()}
+            others = {int(key): replace(Entry(*(entry or ())), silent=silent[key]) for key, entry in heard.items()}
             self._table = {0: mine, **others}
             self._store.set("table", json.dumps([astuple(entry) for entry in self._table.values()]))
             return mine.closed and all(entry.closed for entry in others.values())
-        first, *rest = (Entry(*entry) for entry in told["table"] or [()])
+        first, *rest = (Entry(*entry) for entry in heard["table"] or [()])
         self._table = dict(enumerate([replace(first, silent=silent["table"]), *rest])) | {self._rank: mine}
         return mine.closed
 

@@ -1,7 +1,7 @@
 """The methods, a file each: which steps are stochastic, where rows branch, what is trained, whose rewards are compared.
 
 A file of this folder that defines a `Method` is registered by lying here. Everywhere the last grid step is
-deterministic: noise that is added there would stay in the picture. What each method takes from its paper, and where
+deterministic: noise that is added there would stay in the image. What each method takes from its paper, and where
 public code differs: docs/methods.md.
 """
 

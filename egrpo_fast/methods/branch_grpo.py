@@ -14,7 +14,7 @@ from egrpo_fast.section import Natural, Positive
 
 class BranchGrpo(Method):
     name: Literal["branch_grpo"] = "branch_grpo"
-    """BranchGRPO; its tree says how many pictures there are."""
+    """BranchGRPO; its tree says how many images there are."""
     splits: list[Natural] = Field([0, 3, 6, 9], min_length=1)
     """Grid indices at which every row splits."""
     branching: Annotated[int, Field(ge=2, le=65536)] = 2
@@ -44,8 +44,8 @@ class BranchGrpo(Method):
         if 2 * self.extremes > leaves:
             raise ValueError(f"method.extremes: {self.extremes} best and worst of {leaves}; at most {leaves // 2}")
         if self.pruned_steps >= last - last_split:
-            told = f"{self.pruned_steps}; after the last split at most {last - last_split - 1}"
-            raise ValueError(f"method.pruned_steps: {told}")
+            message = f"{self.pruned_steps}; after the last split at most {last - last_split - 1}"
+            raise ValueError(f"method.pruned_steps: {message}")
         require_increasing("splits", self.splits)
 
     def plan(self, run: Run) -> Plan:

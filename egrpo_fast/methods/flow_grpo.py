@@ -40,8 +40,8 @@ class FlowGrpo(Method):
         if end > num_steps - 1:
             raise ValueError(f"method.window_range: {end} is past the end; allowed: to {num_steps - 1}")
         if (self.window or 1) > end - first:
-            told = f"{self.window} steps pass the end of [{first}, {end}); allowed: up to {end - first}"
-            raise ValueError(f"method.window: {told}")
+            message = f"{self.window} steps pass the end of [{first}, {end}); allowed: up to {end - first}"
+            raise ValueError(f"method.window: {message}")
 
     def plan(self, run: Run) -> Plan:
         if self.window is None:

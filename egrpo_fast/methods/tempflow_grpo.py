@@ -26,8 +26,8 @@ class TempFlowGrpo(Method):
         if self.steps is None:
             return
         if max(self.steps) >= num_steps - 1:
-            told = f"{max(self.steps)} is the last step or past it; allowed: 0 to {num_steps - 2}"
-            raise ValueError(f"method.steps: {told}")
+            message = f"{max(self.steps)} is the last step or past it; allowed: 0 to {num_steps - 2}"
+            raise ValueError(f"method.steps: {message}")
         require_increasing("steps", self.steps)
 
     def plan(self, run: Run) -> Plan:

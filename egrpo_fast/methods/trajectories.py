@@ -19,7 +19,7 @@ def trajectories(
 ) -> Plan:
     """Trajectories from `num_starts` noises: SDE at the steps `stochastic`, ODE before and after.
 
-    Every row parts into `branching[step]` ones at a step, where given. A sample's reward is the mean of all pictures
+    Every row parts into `branching[step]` ones at a step, where given. A sample's reward is the mean of all images
     that came from it, and it is compared with all others of its step.
     """
     draft = Draft(schedule, antithetic)

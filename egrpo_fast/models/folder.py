@@ -76,10 +76,10 @@ def _download(path: str, field: str, files: list[str]) -> Path:
     except RepositoryNotFoundError:
         raise ValueError(f"{field}: there is neither a folder nor a hub repository {path}") from None
     except (OSError, ValueError, RuntimeError) as error:
-        told = " ".join(str(error).split())
+        message = " ".join(str(error).split())
         raise ValueError(
             f"{field}: {path} is no folder here and could not be downloaded; without a network, give the path of a "
-            f"folder that holds it ({told})"
+            f"folder that holds it ({message})"
         ) from None
 
 

@@ -70,20 +70,20 @@ def read_lora(field: str, path: str, transformer: Any, pipeline: Any) -> dict[st
                 dict(given), alphas, transformer, adapter_name="default", metadata=metadata, low_cpu_mem_usage=True
             )
     except Exception as error:  # a converter fails in every way there is on a layout that it does not expect
-        told = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{field}: {file} cannot be read as a LoRA of this transformer: {told[:300]}") from None
+        message = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{field}: {file} cannot be read as a LoRA of this transformer: {message[:300]}") from None
     adapted = {layer: module for layer, module in transformer.named_modules() if hasattr(module, "lora_A")}
     parameters = sum(".lora_" in name for name, _ in transformer.named_parameters())
     if not adapted or adapted.keys() != factors.keys() or not parameters == len(given) == 2 * len(adapted):
-        told = f"its {len(given)} tensors are {parameters} parameters of {len(adapted)} layers"
-        raise ValueError(f"{field}: {file} is not read whole by diffusers: {told}")
+        message = f"its {len(given)} tensors are {parameters} parameters of {len(adapted)} layers"
+        raise ValueError(f"{field}: {file} is not read whole by diffusers: {message}")
     found = {layer: Adapter(*factors[layer], float(adapted[layer].scaling["default"])) for layer in adapted}
     for layer, adapter in found.items():
         rank = len(adapter.down)
         written = adapter.scale if not alphas else float(alphas.get(f"transformer.{layer}.alpha", rank)) / rank
         if not math.isclose(written, adapter.scale, rel_tol=1e-6) or not 0 < adapter.scale < math.inf:
-            told = f"diffusers runs {layer} at scale {adapter.scale:g}, by its alpha it is {written:g}"
-            raise ValueError(f"{field}: {file} has no sure scale: {told}")
+            message = f"diffusers runs {layer} at scale {adapter.scale:g}, by its alpha it is {written:g}"
+            raise ValueError(f"{field}: {file} has no sure scale: {message}")
     return found
 
 
@@ -131,23 +131,23 @@ def follow_lora(lora: Lora, transformer: Any, pipeline: Any) -> tuple[Lora, dict
         ("scale", {adapter.scale for adapter in adapters.values()}),
     ):
         if len(values) > 1:
-            told = f"{what}s {', '.join(f'{value:g}' for value in sorted(values)[:4])}; one {what} for all is needed"
-            raise ValueError(f"model.lora.path: {lora.path} has adapters of {told}")
+            message = f"{what}s {', '.join(f'{value:g}' for value in sorted(values)[:4])}; one {what} for all is needed"
+            raise ValueError(f"model.lora.path: {lora.path} has adapters of {message}")
     adapter = next(iter(adapters.values()))
     rank, alpha = len(adapter.down), adapter.scale * len(adapter.down)
     given = lora.model_fields_set
     if "rank" in given and lora.rank != rank:
-        told = f"{lora.rank}, but {lora.path} is of rank {rank}"
-        raise ValueError(f"model.lora.rank: {told}; leave it out to take the file's")
+        message = f"{lora.rank}, but {lora.path} is of rank {rank}"
+        raise ValueError(f"model.lora.rank: {message}; leave it out to take the file's")
     if "alpha" in given and not math.isclose(lora.alpha, alpha, rel_tol=1e-6):
-        told = f"{lora.alpha:g}, but that of {lora.path} is {alpha:g}"
-        raise ValueError(f"model.lora.alpha: {told}; leave it out to take the file's")
+        message = f"{lora.alpha:g}, but that of {lora.path} is {alpha:g}"
+        raise ValueError(f"model.lora.alpha: {message}; leave it out to take the file's")
     chosen = set(adapters)
     if "target_modules" in given:
         chosen = {layer for some in lora.layers(linear_layers(transformer)).values() for layer in some}
     if other := sorted(chosen ^ adapters.keys()):
-        told = f"not the layers that {lora.path} adapts ({other[0]}, ...)"
-        raise ValueError(f"model.lora.target_modules: {told}; leave it out to take the file's")
+        message = f"not the layers that {lora.path} adapts ({other[0]}, ...)"
+        raise ValueError(f"model.lora.target_modules: {message}; leave it out to take the file's")
     found = {"rank": rank, "alpha": alpha, "target_modules": _ends(lora.path, adapters.keys(), transformer)}
     return lora.model_copy(update={name: value for name, value in found.items() if name not in given}), adapters
 
@@ -164,8 +164,8 @@ def _ends(path: str, chosen: Collection[str], transformer: nn.Module) -> list[st
                 ends.append(end)
                 break
         else:
-            told = f"adapts {layer} and not every other layer whose name ends so, which no target_modules can say"
-            raise ValueError(f"model.lora.path: {path} {told}")
+            message = f"adapts {layer} and not every other layer whose name ends so, which no target_modules can say"
+            raise ValueError(f"model.lora.path: {path} {message}")
     return ends
 
 
@@ -202,5 +202,5 @@ def describe(lora: Lora, transformer: nn.Module) -> str:
     """What is adapted: the number of layers, and how many of them each entry of target_modules takes."""
     taken = lora.layers(linear_layers(transformer))
     layers = {name for names in taken.values() for name in names}
-    told = ", ".join(f"{target} {len(names)}" for target, names in taken.items())
-    return f"model.lora: rank {lora.rank}, alpha {lora.alpha:g}, on {len(layers)} linear layers: {told}"
+    message = ", ".join(f"{target} {len(names)}" for target, names in taken.items())
+    return f"model.lora: rank {lora.rank}, alpha {lora.alpha:g}, on {len(layers)} linear layers: {message}"

@@ -35,8 +35,8 @@ def check_tail(tail: Tail, pipeline: Path) -> None:
     if tail.quantization == "float8":
         found = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
         if found is None or found < FLOAT8_CAPABILITY:
-            told = f"this GPU's is {found[0]}.{found[1]}" if found else "there is no GPU"
-            raise ValueError(f"tail.quantization: float8 needs a GPU of compute capability 8.9 (Ada, Hopper); {told}")
+            message = f"this GPU's is {found[0]}.{found[1]}" if found else "there is no GPU"
+            raise ValueError(f"tail.quantization: float8 needs compute capability 8.9 (Ada, Hopper); {message}")
     if tail.decoder is not None:
         check_tiny_decoder(tail.decoder, pipeline)
 
@@ -179,8 +179,8 @@ def _check_like(transformer: Any, policy: Any, folder: str, same_family: bool) -
         raise ValueError(f"tail.path: {folder} is of another model family than model.path")
     for name in ("in_channels", "joint_attention_dim", "pooled_projection_dim"):
         if (theirs := transformer.config.get(name)) != (ours := policy.config.get(name)):
-            told = f"its {name} is {theirs}, that of model.path {ours}"
-            raise ValueError(f"tail.path: {folder} is another kind of model: {told}")
+            message = f"its {name} is {theirs}, that of model.path {ours}"
+            raise ValueError(f"tail.path: {folder} is another kind of model: {message}")
 
 
 def _weight(policy: nn.Module, name: str) -> Tensor:

@@ -57,7 +57,7 @@ class Comparison:
 
 
 def compare(plan: Plan, objective: Objective, exact: Tensor, tail: Tensor) -> Comparison:
-    """exact, tail [K, P, pictures]: rewards of the same samples, finished by the exact tail and by another."""
+    """exact, tail [K, P, images]: rewards of the same samples, finished by the exact tail and by another."""
     correlations, flips = [], []
     for group, both in zip(plan.groups, zip(plan.by_group(exact), plan.by_group(tail))):
         ours, theirs = (objective.advantages(group, rewards) for rewards in both)

@@ -135,7 +135,7 @@ class TextEncoder(ABC):
         shown = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()
         try:
-            encoder, told = kind.from_pretrained(folder / name, output_loading_info=True, dtype=dtype, **options)
+            encoder, report = kind.from_pretrained(folder / name, output_loading_info=True, dtype=dtype, **options)
         except ImportError as error:
             raise ValueError(f"model.text_encoder_quantization: {error}; pip install bitsandbytes") from None
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
@@ -145,7 +145,7 @@ class TextEncoder(ABC):
         finally:
             if shown:
                 logging.enable_progress_bar()
-        if absent := sorted(told["missing_keys"]):
+        if absent := sorted(report["missing_keys"]):
             raise ValueError(
                 f"model.path: {folder / name} lacks {len(absent)} weights of its encoder, first {absent[0]}"
             )
@@ -176,8 +176,8 @@ def load_tokenizer(kind: Any, folder: Path, name: str) -> Any:
         _check_vocabulary(kind.vocab_files_names, folder / name)
         return kind.from_pretrained(folder / name, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exceptions
-        told = " ".join(str(error).split())
-        raise ValueError(f"model.path: {folder / name} could not be loaded: {told}") from None
+        message = " ".join(str(error).split())
+        raise ValueError(f"model.path: {folder / name} could not be loaded: {message}") from None
 
 
 def _check_vocabulary(files: Mapping[str, str], folder: Path) -> None:

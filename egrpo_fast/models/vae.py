@@ -35,10 +35,10 @@ def load_vae(folder: Path, dtype: torch.dtype, device: torch.device | str) -> Au
     """The image decoder of a pipeline folder, frozen. ValueError where it cannot be loaded."""
     try:
         WeightFiles(folder / "vae")  # says which file is missing or truncated, as diffusers does not
-        vae, told = AutoencoderKL.from_pretrained(
+        vae, report = AutoencoderKL.from_pretrained(
             folder / "vae", torch_dtype=dtype, use_safetensors=True, output_loading_info=True
         )
-        if absent := sorted(told["missing_keys"]):
+        if absent := sorted(report["missing_keys"]):
             raise ValueError(f"it lacks {len(absent)} weights, first {absent[0]}")
         return vae.requires_grad_(False).eval().to(device)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -55,7 +55,7 @@ def check_tiny_decoder(folder: str, pipeline: Path) -> None:
         factor = 2 ** (len(theirs["decoder_block_out_channels"]) - 1)
         for name, value, wanted in (
             ("latent channels", theirs["latent_channels"], ours["latent_channels"]),
-            ("picture pixels per latent", factor, scale_factor(ours)),
+            ("image pixels per latent", factor, scale_factor(ours)),
         ):
             if value != wanted:
                 raise ValueError(f"{value} {name}, that of model.path has {wanted}")

@@ -76,9 +76,9 @@ class WeightFiles:
     def check_names(self, expected: Collection[str]) -> None:
         """ValueError where the files hold other tensors than those."""
         missing, extra = set(expected) - self.shapes.keys(), self.shapes.keys() - set(expected)
-        told = [f"{word} {len(some)} ({min(some)}, ...)" for word, some in (("lack", missing), ("add", extra)) if some]
-        if told:
-            what = f"of {len(expected)} tensors they {' and '.join(told)}"
+        wrong = [f"{word} {len(some)} ({min(some)}, ...)" for word, some in (("lack", missing), ("add", extra)) if some]
+        if wrong:
+            what = f"of {len(expected)} tensors they {' and '.join(wrong)}"
             raise ValueError(f"{self._folder}: weights of another architecture: {what}")
 
     def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:

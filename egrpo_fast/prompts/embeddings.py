@@ -114,8 +114,8 @@ def _read_index(folder: Path) -> Index:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "JSON"
-        told = f"embeddings: {file} is damaged or of another version ({where}: {first['msg']})"
-        raise ValueError(f"{told}; choose another folder, or remove this one to make it anew") from None
+        message = f"embeddings: {file} is damaged or of another version ({where}: {first['msg']})"
+        raise ValueError(f"{message}; choose another folder, or remove this one to make it anew") from None
 
 
 @contextmanager
@@ -125,8 +125,8 @@ def _opened(folder: Path, name: str) -> Iterator[Any]:
         with safe_open(folder / name, framework="pt") as file:
             yield file
     except (SafetensorError, OSError, ValueError) as error:
-        told = f"embeddings: {folder / name} is damaged ({error}); `egrpo encode` with the same arguments repairs it"
-        raise ValueError(told) from None
+        message = f"embeddings: {folder / name} is damaged ({error}); `egrpo encode` with the same arguments repairs it"
+        raise ValueError(message) from None
 
 
 def _read_keys(folder: Path, index: Index, shard: Shard) -> tuple[np.ndarray, np.ndarray]:
@@ -172,12 +172,12 @@ class EmbeddingCache:
 
     def check(self, fingerprint: str, shapes: Mapping[str, tuple[int, ...]], asked: str = "model.path") -> None:
         """ValueError where the rows are of another shape, or by another encoder, than `asked` needs."""
-        told = f"embeddings: {self.folder} was made by {self.index}"
+        message = f"embeddings: {self.folder} was made by {self.index}"
         if self.index.shapes != dict(shapes):
-            raise ValueError(f"{told}; {asked} needs {describe(shapes)}")
+            raise ValueError(f"{message}; {asked} needs {describe(shapes)}")
         if fingerprint != self.fingerprint:
             raise ValueError(
-                f"{told}, not by encoder {fingerprint[:12]} of {asked}; run `egrpo encode` with the same model, "
+                f"{message}, not by encoder {fingerprint[:12]} of {asked}; run `egrpo encode` with the same model, "
                 "max_sequence_length, dtype and quantization as here, into another folder"
             )
 

@@ -19,7 +19,7 @@ def read_prompts(path: str | Path | list[str], field: str = "prompts", column: s
     counts them. ValueError names `field`, the file and the fault with its line.
     """
     prompts, places = list[str](), list[int]()
-    unit, told = "line", "the list" if isinstance(path, list) else str(path)
+    unit, message = "line", "the list" if isinstance(path, list) else str(path)
     try:
         with opened(path) as (read, unit):
             for place, value in read(column):
@@ -28,12 +28,12 @@ def read_prompts(path: str | Path | list[str], field: str = "prompts", column: s
                 if len(places) > MOST_PROMPTS:
                     raise ValueError(f"holds more than {MOST_PROMPTS:,} prompts")
     except ValueError as error:
-        raise ValueError(f"{field}: {told} {error}") from None
+        raise ValueError(f"{field}: {message} {error}") from None
     except OSError as error:
-        raise ValueError(f"{field}: cannot read {told}: {error.strerror or error}") from None
+        raise ValueError(f"{field}: cannot read {message}: {error.strerror or error}") from None
     if not prompts:
-        raise ValueError(f"{field}: {told} holds no prompt; one per {unit} is expected")
-    _warn_of_repeats(f"{field}: {told}", unit, places, prompts)
+        raise ValueError(f"{field}: {message} holds no prompt; one per {unit} is expected")
+    _warn_of_repeats(f"{field}: {message}", unit, places, prompts)
     return prompts
 
 
@@ -60,10 +60,10 @@ def _checked(value: Any, where: str) -> str:
     return prompt
 
 
-def _warn_of_repeats(told: str, unit: str, places: list[int], prompts: list[str]) -> None:
+def _warn_of_repeats(message: str, unit: str, places: list[int], prompts: list[str]) -> None:
     first: dict[str, int] = {}
     repeats = [(place, before) for place, p in zip(places, prompts) if (before := first.setdefault(p, place)) != place]
     if repeats:
         shown = ", ".join(f"{unit} {place} repeats {before}" for place, before in repeats[:3])
         more = ", ..." if len(repeats) > 3 else ""
-        warnings.warn(f"{told} holds {len(repeats)} of its prompts again ({shown}{more})", stacklevel=3)
+        warnings.warn(f"{message} holds {len(repeats)} of its prompts again ({shown}{more})", stacklevel=3)

@@ -172,8 +172,8 @@ def _json_array(file: BinaryIO, column: str) -> Records:
 
 def _check_column(column: str, names: Sequence[str]) -> None:
     if names.count(column) != 1:
-        told = "holds more than one" if column in names else "lacks"
-        raise ValueError(f"{told} column {column!r}; there are: {', '.join(names) or 'none'}{NAME_IT}")
+        message = "holds more than one" if column in names else "lacks"
+        raise ValueError(f"{message} column {column!r}; there are: {', '.join(names) or 'none'}{NAME_IT}")
 
 
 def _table(delimiter: str, file: BinaryIO, column: str) -> Records:

@@ -101,11 +101,11 @@ def _find(name: str) -> Any:
     except RewardError as error:
         if not isinstance(missing := error.__cause__, ModuleNotFoundError):
             raise
-        told = "it is neither in this folder nor on Python's path"
+        message = "it is neither in this folder nor on Python's path"
         if kind in NAMES:
             extras = metadata("egrpo_fast").get_all("Provides-Extra") or []
-            told = f"pip install 'egrpo_fast[{kind if kind in extras else 'rewards'}]'"
-        raise RewardError(f"rewards.{name}: {missing.name} is not installed; {told}", error.trace) from None
+            message = f"pip install 'egrpo_fast[{kind if kind in extras else 'rewards'}]'"
+        raise RewardError(f"rewards.{name}: {missing.name} is not installed; {message}", error.trace) from None
     if not callable(reward):
         raise ValueError(f"rewards.{name}: {type(reward).__name__} is no class and no function")
     return reward
@@ -137,11 +137,11 @@ def _bind(reward: Any, options: Mapping[str, Any]) -> None:
 
 
 def require_trust(names: Iterable[str], file: Path) -> None:
-    """ValueError where a file that may be a stranger's names rewards that run code, or send pictures and a token."""
+    """ValueError where a file that may be a stranger's names rewards that run code, or send images and a token."""
     if wary := [name for name in names if not built_in(name) or getattr(_find(name), "sends_images", False)]:
         raise ValueError(
             f"rewards: {file} asks for {', '.join(wary)}. Such a reward runs Python code from your disk, or sends "
-            "pictures and your token to an address in that file. If you trust the file, add --trust-run; or name the "
+            "images and your token to an address in that file. If you trust the file, add --trust-run; or name the "
             "rewards yourself on the command line"
         )
 

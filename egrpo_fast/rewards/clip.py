@@ -1,4 +1,4 @@
-"""CLIP score: cosine similarity of picture and prompt in an open_clip model (Radford et al., 2021)."""
+"""CLIP score: cosine similarity of image and prompt in an open_clip model (Radford et al., 2021)."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -21,7 +21,7 @@ dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
 
 
 class OpenClipCosine(Scorer):
-    """`cos(image_features, text_features)` in [-1, 1], of any open_clip network and picture transform."""
+    """`cos(image_features, text_features)` in [-1, 1], of any open_clip network and image transform."""
 
     original_dtype: Dtype = "float16"
 
@@ -41,9 +41,9 @@ class OpenClipCosine(Scorer):
     def encode(self, prompts: list[str]) -> Tensor:
         return F.normalize(self.network.encode_text(self._tokenizer(prompts).to(self.device)).float(), dim=-1)
 
-    def compare(self, pictures: Tensor, features: Tensor) -> Tensor:
+    def compare(self, images: Tensor, features: Tensor) -> Tensor:
         # A half-precision product would round a score of 0.3 to steps of 2e-4, as wide as a group's differences.
-        return (F.normalize(self.network.encode_image(pictures).float(), dim=-1) * features).sum(-1)
+        return (F.normalize(self.network.encode_image(images).float(), dim=-1) * features).sum(-1)
 
 
 def tokenizer_of(model: str) -> Callable[[list[str]], Tensor]:
@@ -74,8 +74,8 @@ class ClipScore(OpenClipCosine):
 
     model: an open_clip model name, `local-dir:FOLDER` or `hf-hub:ID`, or `shapes` for the embedded one. pretrained,
     with a name alone: open_clip's tag of its weights, or a file of weights. weights: a file that holds those of the
-    tag. Picture transform and activation belong to the weights: they are the tag's; of a file without one, those in
-    `open_clip_config.json` beside it, or those that all of the model's tags share. Pictures: that transform, on the
+    tag. Image transform and activation belong to the weights: they are the tag's; of a file without one, those in
+    `open_clip_config.json` beside it, or those that all of the model's tags share. Images: that transform, on the
     device. micro_batch, dtype, offload: as in `Scorer`; autocast to float16 on a GPU.
     ValueError: no weights, or not this model's; or nothing tells the transform and the activation.
     """
@@ -105,10 +105,10 @@ class ClipScore(OpenClipCosine):
         config = open_clip.get_model_preprocess_cfg(network)
         height, width = config["size"] if isinstance(config["size"], (tuple, list)) else (config["size"],) * 2
         if height != width:
-            raise ValueError(f"model: {model} reads pictures of {height}x{width}; only square ones are served")
+            raise ValueError(f"model: {model} reads images of {height}x{width}; only square ones are served")
         how = config["resize_mode"], config["interpolation"], config.get("fill_color", 0)
         if how[0] not in get_args(ResizeMode) or how[1] not in get_args(Interpolation) or how[2]:
-            raise ValueError(f"model: {model} resizes pictures by {how}, which is not served")
+            raise ValueError(f"model: {model} resizes images by {how}, which is not served")
         preprocess = Preprocess(height, tuple(config["mean"]), tuple(config["std"]), *how[:2])
         super().__init__(network, tokenizer, preprocess, device, micro_batch, dtype, offload)
 
@@ -116,7 +116,7 @@ class ClipScore(OpenClipCosine):
 def _load(
     model: str, pretrained: str | None, weights: str | None, device: torch.device | str
 ) -> tuple[nn.Module, Callable[[list[str]], Tensor]]:
-    """The network, which knows its picture transform, and its tokenizer."""
+    """The network, which knows its image transform, and its tokenizer."""
     # Without weights open_clip would hand out a random model, and a run would train on noise.
     make = partial(open_clip.create_model, device=device, weights_only=True)
     name = _spelled(model)
@@ -152,7 +152,7 @@ def _load(
 
 
 def _of_tags(model: str, tags: Sequence[str], file: Path) -> tuple[dict[str, Any], bool]:
-    """The picture transform of open_clip's tags, and whether they compute QuickGELU. ValueError: they do not agree."""
+    """The image transform of open_clip's tags, and whether they compute QuickGELU. ValueError: they do not agree."""
     known = [open_clip.get_pretrained_cfg(model, tag) for tag in tags]
     found = [
         ({key: of_tag[key] for key in ("mean", "std", "interpolation", "resize_mode")}, of_tag.get("quick_gelu", False))
@@ -160,7 +160,7 @@ def _of_tags(model: str, tags: Sequence[str], file: Path) -> tuple[dict[str, Any
     ]
     if not found or found.count(found[0]) != len(found):
         raise ValueError(
-            f"pretrained: {file} does not say its picture transform and activation, and open_clip's tags of {model} do "
+            f"pretrained: {file} does not say its image transform and activation, and open_clip's tags of {model} do "
             f"not tell them; name its tag (pretrained: TAG, weights: {file}), or put open_clip_config.json beside it"
         )
     return found[0]

@@ -23,9 +23,9 @@ class HpsScore(OpenClipCosine):
     a hub id. version: which published file to take; a file published as the other version is refused. model: the
     open_clip architecture. micro_batch, dtype, offload: as in `Scorer`; autocast to float16 on a GPU, as the original.
 
-    The picture transform is the original's, which resizes float tensors too: longer side to the model's size (bicubic,
+    The image transform is the original's, which resizes float tensors too: longer side to the model's size (bicubic,
     antialiased, not cut to [0, 1]), black padding, normalised after it ("mask-aware" there spares a fourth channel,
-    which pictures do not have). One difference: the original leaves a picture whose longer side fits already unpadded,
+    which images do not have). One difference: the original leaves an image whose longer side fits already unpadded,
     and then fails on it; here it is padded.
     ValueError: no weights, or of another model or version.
     """

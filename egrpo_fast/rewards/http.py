@@ -29,7 +29,7 @@ LONGEST_WAIT = 30.0
 """Seconds, between two attempts."""
 LONGEST_REPLY = 1 << 20
 UNFIT = 422
-"""Status of pictures or prompts that the reward cannot judge: their fault, not the server's."""
+"""Status of images or prompts that the reward cannot judge: their fault, not the server's."""
 REFUSALS = {400, 401, 403, 404, 413}
 """Statuses that the same request would meet again."""
 
@@ -43,10 +43,10 @@ class _Unusable(Exception):
 
 
 def pack_request(images: Tensor, prompts: Sequence[str], precision: Precision = "float16") -> bytes:
-    """images: [B, 3, H, W] float in [0, 1]. uint8 is exact for pictures of 8 bits, and rounds others to it."""
+    """images: [B, 3, H, W] float in [0, 1]. uint8 is exact for images of 8 bits, and rounds others to it."""
     images = images.mul(255).round() if precision == "uint8" else images
-    told = torch.frombuffer(bytearray(json.dumps(list(prompts)).encode()), dtype=torch.uint8)
-    return save({"images": images.to("cpu", getattr(torch, precision)).contiguous(), "prompts": told})
+    spelled = torch.frombuffer(bytearray(json.dumps(list(prompts)).encode()), dtype=torch.uint8)
+    return save({"images": images.to("cpu", getattr(torch, precision)).contiguous(), "prompts": spelled})
 
 
 def unpack_request(body: bytes) -> tuple[Tensor, list[str]]:
@@ -64,7 +64,7 @@ def unpack_request(body: bytes) -> tuple[Tensor, list[str]]:
     if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError("prompts: a list of texts is expected")
     if len(prompts) != len(images):
-        raise ValueError(f"{len(prompts)} prompts for {len(images)} pictures")
+        raise ValueError(f"{len(prompts)} prompts for {len(images)} images")
     images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
     if not bool(((images >= 0) & (images <= 1)).all()):  # NaN is in no range
         raise ValueError("images: not in [0, 1]")
@@ -76,9 +76,9 @@ class HttpReward:
 
     reward: its name there. token_file, or the environment variable named by token_variable (EGRPO_...): the bearer
     token; it is sent to `url` and nowhere else, proxies of the environment included. timeout: seconds of one attempt,
-    from connecting to the last byte. retries: further attempts, after 0.5, 1, 2, ... seconds. batch: pictures of one
-    request. precision: how pictures travel. RewardServerError, with nothing scored, where all attempts failed;
-    ValueError where the server cannot judge these pictures.
+    from connecting to the last byte. retries: further attempts, after 0.5, 1, 2, ... seconds. batch: images of one
+    request. precision: how images travel. RewardServerError, with nothing scored, where all attempts failed;
+    ValueError where the server cannot judge these images.
     """
 
     sends_images = True
@@ -103,8 +103,8 @@ class HttpReward:
             if not least <= value < float("inf"):
                 raise ValueError(f"{name}: {value} is not allowed; at least {least:g}")
         if not token_variable.startswith(TOKEN_VARIABLES):
-            told = f"is sent to the server; only a variable whose name begins with {TOKEN_VARIABLES} is allowed"
-            raise ValueError(f"token_variable: {token_variable!r} {told}")
+            message = f"is sent to the server; only a variable whose name begins with {TOKEN_VARIABLES} is allowed"
+            raise ValueError(f"token_variable: {token_variable!r} {message}")
         try:
             address = httpx2.URL(url)
         except httpx2.InvalidURL as error:
@@ -149,7 +149,7 @@ class HttpReward:
 
     def _ask(self, method: str, path: str, body: bytes | None, read: Any) -> Any:
         """`read` of the answer; a bounded number of attempts, each of bounded length."""
-        told = ""
+        message = ""
         for attempt in range(1 + self._retries):
             if attempt:
                 time.sleep(min(self._backoff * 2 ** (attempt - 1), LONGEST_WAIT))
@@ -157,12 +157,12 @@ class HttpReward:
                 # One deadline over all of it: timeouts per read never end with a server that sends byte after byte.
                 return read(asyncio.run(asyncio.wait_for(self._send(method, path, body), self._timeout)))
             except TimeoutError:
-                told = f"no answer within {self._timeout:g} s"
+                message = f"no answer within {self._timeout:g} s"
             except httpx2.TransportError as error:
-                told = f"cannot be reached ({str(error) or type(error).__name__})"
+                message = f"cannot be reached ({str(error) or type(error).__name__})"
             except _Unusable as error:
-                told = str(error)
-        raise RewardServerError(f"{self.url}: {told}; {1 + self._retries} attempts")
+                message = str(error)
+        raise RewardServerError(f"{self.url}: {message}; {1 + self._retries} attempts")
 
     async def _send(self, method: str, path: str, body: bytes | None) -> bytes:
         # trust_env: neither a proxy nor a .netrc of the environment has a part in this.
@@ -197,7 +197,7 @@ def _read_scores(reply: bytes, count: int) -> Tensor:
     except (SafetensorError, KeyError, ValueError, RuntimeError):
         raise _Unusable("the answer holds no scores") from None
     if scores.shape != (count,) or scores.dtype != torch.float32:
-        raise _Unusable(f"scores of shape {tuple(scores.shape)}, {scores.dtype}, for {count} pictures")
+        raise _Unusable(f"scores of shape {tuple(scores.shape)}, {scores.dtype}, for {count} images")
     if not bool(torch.isfinite(scores).all()):
         raise _Unusable("scores that are not finite")
     return scores

@@ -1,4 +1,4 @@
-"""ImageReward: a BLIP picture-grounded text encoder with a linear head (Xu et al., 2023).
+"""ImageReward: a BLIP image-grounded text encoder with a linear head (Xu et al., 2023).
 
 BLIP is transformers', not the `image-reward` package's: that one pins timm 0.6 and fairscale and imports names which
 transformers dropped years ago, so it cannot live beside this trainer. The published checkpoint keeps its layout and is
@@ -76,7 +76,7 @@ class _Network(nn.Module):
                 layer_norm_eps=1e-6,
             )
         )  # fmt: skip
-        # `is_decoder` gives the layers their attention to the picture; the forward is told to read both ways.
+        # `is_decoder` gives the layers their attention to the image; the forward is told to read both ways.
         self.text = BlipTextModel(
             BlipTextConfig(
                 **shape("text", "layer", "intermediate.dense"), vocab_size=len(words), layer_norm_eps=1e-12,
@@ -97,8 +97,8 @@ class ImageReward(Scorer):
 
     weights: the published `.pt` or the same tensors as safetensors, a folder that holds `ImageReward.pt`, or a hub id.
     tokenizer: hub id or folder of the BERT tokenizer; prompts are cut to 35 tokens, as the original cuts them.
-    Pictures: shorter side to 224, centre crop. micro_batch, dtype, offload: as in `Scorer`; float32 as the original.
-    The prompt attends to the picture, so there are no features of a prompt alone: its tokens are what is kept.
+    Images: shorter side to 224, centre crop. micro_batch, dtype, offload: as in `Scorer`; float32 as the original.
+    The prompt attends to the image, so there are no features of a prompt alone: its tokens are what is kept.
     ValueError: no weights, or of another model.
     """
 
@@ -133,10 +133,10 @@ class ImageReward(Scorer):
         tokens = self._tokenizer(prompts, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt")
         return torch.stack((tokens.input_ids, tokens.attention_mask), dim=1).to(self.device)
 
-    def compare(self, pictures: Tensor, features: Tensor) -> Tensor:
+    def compare(self, images: Tensor, features: Tensor) -> Tensor:
         ids, mask = features.unbind(1)
-        picture = self.network.vision(pictures).last_hidden_state
-        read = self.network.text(ids, mask, encoder_hidden_states=picture, is_decoder=False).last_hidden_state
+        image = self.network.vision(images).last_hidden_state
+        read = self.network.text(ids, mask, encoder_hidden_states=image, is_decoder=False).last_hidden_state
         return (self.network.head(read[:, 0].float()).squeeze(-1).float() - MEAN) / STD
 
 

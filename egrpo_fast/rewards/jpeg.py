@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 class JpegCompressibility:
-    """`-kilobytes(JPEG(image))`, below 0: smooth pictures score high. For smoke runs; prompts are not read.
+    """`-kilobytes(JPEG(image))`, below 0: smooth images score high. For smoke runs; prompts are not read.
 
     quality: of the JPEG, 1 to 95. incompressible: the opposite sign, which rewards noise. libjpeg has no GPU version
-    that gives the same bytes, so the pictures, and they alone, go to the CPU.
+    that gives the same bytes, so the images, and they alone, go to the CPU.
     """
 
     parameters = staticmethod(lambda **options: 0)
@@ -25,11 +25,11 @@ class JpegCompressibility:
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         eight_bit = images.float().mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        return torch.tensor([self._sign * self._kilobytes(picture) for picture in eight_bit], device=images.device)
+        return torch.tensor([self._sign * self._kilobytes(image) for image in eight_bit], device=images.device)
 
-    def _kilobytes(self, picture: np.ndarray) -> float:
+    def _kilobytes(self, image: np.ndarray) -> float:
         buffer = io.BytesIO()
-        Image.fromarray(picture).save(buffer, format="JPEG", quality=self._quality)
+        Image.fromarray(image).save(buffer, format="JPEG", quality=self._quality)
         return buffer.tell() / 1000
 
 

@@ -18,7 +18,7 @@ class PickScore(Scorer):
 
     The published logit scale is ln 100, so papers that print 0.2 rather than 20 print the cosine: `scaled: false`.
     weights: hub id, or folder in transformers' layout with safetensors. tokenizer: hub id or folder of the CLIP
-    tokenizer that the weights were trained with. Pictures: shorter side to the model's size, centre crop, as the
+    tokenizer that the weights were trained with. Images: shorter side to the model's size, centre crop, as the
     published processor. micro_batch, dtype, offload: as in `Scorer`; float32 as the original.
     ValueError: no safetensors there, or not of a whole CLIP model.
     """
@@ -61,8 +61,8 @@ class PickScore(Scorer):
         features = self.network.get_text_features(tokens.input_ids, tokens.attention_mask).pooler_output
         return F.normalize(features.float(), dim=-1)
 
-    def compare(self, pictures: Tensor, features: Tensor) -> Tensor:
-        image = self.network.get_image_features(pictures).pooler_output
+    def compare(self, images: Tensor, features: Tensor) -> Tensor:
+        image = self.network.get_image_features(images).pooler_output
         return self._scale * (F.normalize(image.float(), dim=-1) * features).sum(-1)
 
 

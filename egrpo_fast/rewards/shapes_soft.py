@@ -1,4 +1,4 @@
-"""How much of its caption a picture of the Shapes world shows."""
+"""How much of its caption an image of the Shapes world shows."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from egrpo_fast.shapes import checker
 
 
 class ShapesSoft:
-    """Share of the caption that the picture shows, graded, in [0, 1]: what the embedded recipe trains on."""
+    """Share of the caption that the image shows, graded, in [0, 1]: what the embedded recipe trains on."""
 
     check = staticmethod(checker.check)
     parameters = staticmethod(lambda: 0)

@@ -1,4 +1,4 @@
-"""Whether a picture of the Shapes world shows its caption, and nothing else."""
+"""Whether an image of the Shapes world shows its caption, and nothing else."""
 
 from collections.abc import Sequence
 

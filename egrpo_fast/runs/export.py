@@ -67,11 +67,11 @@ def export(
     try:
         with ExitStack() as stack:
             with open_checkpoint(run, checkpoint) as reader:
-                told = {
+                made_of = {
                     "checkpoint": hashlib.sha256((reader.path / INDEX).read_bytes()).hexdigest(),
                     "iteration": reader.iteration, "weights": weights, "fused": fuse,
                 }  # fmt: skip
-                if _there(out) == told:
+                if _there(out) == made_of:
                     return reader.path, False
                 if out.exists() and not (out.is_dir() and (replace or not any(out.iterdir()))):
                     raise ValueError(f"export: {out} is in the way{_about(out)}; choose another folder, or delete it")
@@ -84,9 +84,9 @@ def export(
                     _remove_dead(left)
                 partial = stack.enter_context(_new_beside(out))
                 _write(run, partial, config, reader, weights, fuse, shard_bytes)
-                _record(partial, told)
+                _record(partial, made_of)
                 follow_umask(partial)
-            return reader.path, _move(partial, out, told, replace)
+            return reader.path, _move(partial, out, made_of, replace)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"export: {out} could not be written: {getattr(error, 'strerror', None) or error}") from None
     finally:
@@ -184,35 +184,35 @@ def _remove_dead(partial: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _record(folder: Path, told: Mapping[str, Any]) -> None:
+def _record(folder: Path, made_of: Mapping[str, Any]) -> None:
     files = [path for path in folder.rglob("*") if path.is_file() and path != folder / RECORD]
     sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
-    (folder / RECORD).write_text(json.dumps({**told, "files": sizes}, indent=2) + "\n")
+    (folder / RECORD).write_text(json.dumps({**made_of, "files": sizes}, indent=2) + "\n")
 
 
 def _there(out: Path) -> dict[str, Any] | None:
     """What the export in a folder is of; None: there is none, or files of it are gone or of another size."""
     try:
-        told = read_json(out / RECORD)
-        files = told.pop("files")
-        return told if all((out / name).stat().st_size == size for name, size in files.items()) else None
+        made_of = read_json(out / RECORD)
+        files = made_of.pop("files")
+        return made_of if all((out / name).stat().st_size == size for name, size in files.items()) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
 def _about(out: Path) -> str:
-    told = _there(out)
-    return f" (an export of iteration {told['iteration']}, {told['weights']} weights)" if told else ""
+    made_of = _there(out)
+    return f" (an export of iteration {made_of['iteration']}, {made_of['weights']} weights)" if made_of else ""
 
 
-def _move(partial: Path, out: Path, told: Mapping[str, Any], replace: bool) -> bool:
+def _move(partial: Path, out: Path, made_of: Mapping[str, Any], replace: bool) -> bool:
     """Give the finished folder its name. Returns False where another export has just put the same there."""
     try:
         if replace and out.exists():
             out.rename(_beside(out, "replaced"))
         partial.rename(out)
     except OSError:
-        if _there(out) != told:
+        if _there(out) != made_of:
             raise
         return False
     return True
@@ -280,8 +280,8 @@ def open_checkpoint(run: Path, which: str = "newest") -> Iterator[CheckpointRead
         if reader.run != run_name(run):
             if (run / RUN_FILE).exists():
                 raise ValueError(f"checkpoint: {path} is another run's; choose another")
-            told = f"{run / RUN_FILE} is missing, which names the run; {path} is taken to be of it"
-            warnings.warn(f"checkpoint: {told}", stacklevel=4)
+            message = f"{run / RUN_FILE} is missing, which names the run; {path} is taken to be of it"
+            warnings.warn(f"checkpoint: {message}", stacklevel=4)
         yield reader
 
 
@@ -354,7 +354,7 @@ def _write_card(
         ],
     }
     licence_name = licence.get("license_name") or licence.get("license")
-    told = f"its licence ({licence_name})" if licence_name else "its own licence"
+    message = f"its licence ({licence_name})" if licence_name else "its own licence"
     adapters = ", low-rank adapters" if lora else ", low-rank adapters fused into the base" if fuse else ""
     rewards = ", ".join(f"{reward.name} (weight {reward.weight:g})" for reward in config.rewards if reward.weight)
     evaluations = [line for line in RunLog.read(run) if any(key.startswith("held_out/") for key in line)]
@@ -378,7 +378,7 @@ def _write_card(
         f"Trained with {method} by egrpo_fast {recorded(run, 'version') or ''}, commit "
         f"{recorded(run, 'commit') or 'unknown'}, for {reader.iteration} iterations on {rewards}. "
         f"Weights: {'as trained' if weights == 'model' else 'their moving average'}"
-        f"{adapters}. It derives from `{config.model.path}` and is under {told}.\n\n"
+        f"{adapters}. It derives from `{config.model.path}` and is under {message}.\n\n"
         f"```python\nfrom diffusers import {pipeline}\n\n{load}\n```\n\n"
         f"## Rewards on held-out prompts\n\n" + "\n".join(table) + "\n\n"
         + ("![Rewards by iteration](curve.png)\n\n" if curve.is_file() else "")

@@ -45,8 +45,8 @@ def _holds_run(folder: Path) -> bool:
     if CONFIG_FILE in there:
         return True
     if others := [name for name in there if name not in BEFORE_A_RUN]:
-        told = f"{folder} is not empty but holds no run: {others[0]} is there and {CONFIG_FILE} is not"
-        raise ConfigError(f"output_dir: {told}; choose another folder")
+        message = f"{folder} is not empty but holds no run: {others[0]} is there and {CONFIG_FILE} is not"
+        raise ConfigError(f"output_dir: {message}; choose another folder")
     return False
 
 
@@ -62,14 +62,14 @@ def check_output(config: Config) -> bool:
     if not _holds_run(folder):
         return False
     if not config.resume:
-        told = f"{folder} is not empty; resume=true continues the run in it. To begin anew choose another folder"
-        raise ConfigError(f"output_dir: {told}")
+        message = f"{folder} is not empty; resume=true continues the run in it. To begin anew choose another folder"
+        raise ConfigError(f"output_dir: {message}")
     try:
         # Through today's settings, so that one that did not exist then has its default.
         before = _leaves(load_config(str(folder / CONFIG_FILE)).used())
     except (OSError, ValueError, KeyError) as error:
-        told = f"{folder / CONFIG_FILE} cannot be read ({' '.join(str(error).split())})"
-        raise ConfigError(f"resume: {told}; put the run's settings back, or choose another output_dir") from None
+        message = f"{folder / CONFIG_FILE} cannot be read ({' '.join(str(error).split())})"
+        raise ConfigError(f"resume: {message}; put the run's settings back, or choose another output_dir") from None
     now = _leaves(config.used())
     changed = [key for key in now | before if not key.startswith(MAY_CHANGE) and now.get(key) != before.get(key)]
     if config.model.lora is not None:  # what a LoRA file says is compared with that file, once the model is found
@@ -95,7 +95,7 @@ def claim_output(config: Config, world: "World") -> tuple[Config, Claim, IO[str]
     Returns the settings, the claim and the lock file. `resume` is set in the settings where there is a run to resume.
     Rank 0 has the lock file open, and the other ranks have None. Closing it gives the folder up.
     """
-    folder, mark, run, resume, told = config.output_dir, "", uuid.uuid4().hex, False, ""
+    folder, mark, run, resume, message = config.output_dir, "", uuid.uuid4().hex, False, ""
     held: IO[str] | None = None
     if world.is_main:
         try:
@@ -110,18 +110,18 @@ def claim_output(config: Config, world: "World") -> tuple[Config, Claim, IO[str]
             held.write(mark)
             held.flush()
         except BlockingIOError:
-            told = f"output_dir: another run is writing to {folder} right now"
+            message = f"output_dir: another run is writing to {folder} right now"
             if (by := (folder / LOCK_FILE).read_text(errors="replace").partition(" ")[2]).isprintable() and by:
-                told += f": {by}"
+                message += f": {by}"
         except OSError as error:
-            told = f"output_dir: {folder} cannot be written ({error.strerror})"
+            message = f"output_dir: {folder} cannot be written ({error.strerror})"
         except ValueError as error:
-            told = str(error)
-    mark, run, resume, told = world.from_main((mark, run, resume, told))
-    if told:
+            message = str(error)
+    mark, run, resume, message = world.from_main((mark, run, resume, message))
+    if message:
         if held:
             held.close()
-        raise ConfigError(told)
+        raise ConfigError(message)
     claim = Claim(folder / LOCK_FILE, mark, run)
     deadline = time.monotonic() + 30  # network filesystems show news late
     while not (seen := claim.holds()) and time.monotonic() < deadline:
@@ -187,8 +187,8 @@ def keep_inputs(config: Config, find: Callable[[], dict[str, str]], world: "Worl
 
     def compared() -> dict[str, str]:
         found = find()
-        for told in compare(config.output_dir, found) if config.resume else ():
-            warnings.warn(told, stacklevel=4)
+        for message in compare(config.output_dir, found) if config.resume else ():
+            warnings.warn(message, stacklevel=4)
         return found
 
     return _by_main(compared, world)
@@ -197,14 +197,14 @@ def keep_inputs(config: Config, find: Callable[[], dict[str, str]], world: "Worl
 def _by_main(find: Callable[[], dict[str, str]], world: "World") -> dict[str, str]:
     """What rank 0 finds; {} on the others. ConfigError, on all ranks: it raised ValueError or OSError."""
     found: dict[str, str] = {}
-    told = ""
+    message = ""
     if world.is_main:
         try:
             found = find()
         except (OSError, ValueError) as error:
-            told = str(error)
-    if told := world.from_main(told):
-        raise ConfigError(told)
+            message = str(error)
+    if message := world.from_main(message):
+        raise ConfigError(message)
     return found
 
 

@@ -47,18 +47,18 @@ class Guard:
 
     def alarms(self, values: Mapping[str, float]) -> list[str]:
         """What is out of bounds in an iteration's metrics, a line each."""
-        settings, told = self._settings, []
+        settings, found = self._settings, []
         for name in ("policy_mismatch", "max_log_ratio", "clip_fraction", "zero_advantage_share"):
             bound = getattr(settings, name)
             if bound is not None and name in values and values[name] > bound:
-                told.append(f"{name} {values[name]:.3g} is above guards.{name} {bound:g}")
+                found.append(f"{name} {values[name]:.3g} is above guards.{name} {bound:g}")
         if (norm := values.get("grad_norm")) is not None:
             if len(self._norms) >= SPIKE_LEAST and settings.grad_norm_spike is not None:
                 median = statistics.median(self._norms)
                 if norm > settings.grad_norm_spike * median:
-                    told.append(f"grad_norm {norm:.3g} is {norm / median:.0f} times its running median {median:.3g}")
+                    found.append(f"grad_norm {norm:.3g} is {norm / median:.0f} times its running median {median:.3g}")
             self._norms = [*self._norms[1 - SPIKE_WINDOW :], norm]
-        return told
+        return found
 
 
 @dataclass(frozen=True)

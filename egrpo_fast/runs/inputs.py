@@ -68,8 +68,8 @@ def of_rewards(rewards: Mapping[str, Reward]) -> dict[str, str]:
             try:
                 found[f"{SOURCE}rewards.{name}"] = file_fingerprint(Path(file))
             except OSError as error:
-                told = f"its source {file} cannot be read ({error.strerror}); a change of it will not be seen"
-                warnings.warn(f"rewards.{name}: {told}", stacklevel=2)
+                message = f"its source {file} cannot be read ({error.strerror}); a change of it will not be seen"
+                warnings.warn(f"rewards.{name}: {message}", stacklevel=2)
     return found
 
 
@@ -82,7 +82,7 @@ def compare(run: Path, found: Mapping[str, str]) -> list[str]:
             f"{', '.join(refused)}: not the same as when the run in {run} began; put that back, or begin a run in "
             "another output_dir"
         )
-    told = [f"resume: the {name} has changed since this run began" for name in changed]
+    notes = [f"resume: the {name} has changed since this run began" for name in changed]
     if unknown := [name for name in found if name not in began]:
-        told.append(f"resume: {run / RUN_FILE} does not say what {', '.join(unknown)} was; it is taken to be the same")
-    return told
+        notes.append(f"resume: {run / RUN_FILE} does not say what {', '.join(unknown)} was; it is taken to be the same")
+    return notes

@@ -186,8 +186,8 @@ class RunLog:
             self._append()
         except OSError as error:
             at = ", ".join(str(json.loads(line)["iteration"]) for line in self._unwritten) or "none"
-            told = f"{METRICS}: {error.strerror or error}; lost are the lines of these iterations: {at}"
-            warnings.warn(told, stacklevel=2)
+            message = f"{METRICS}: {error.strerror or error}; lost are the lines of these iterations: {at}"
+            warnings.warn(message, stacklevel=2)
 
 
 def _finished_lines(path: Path) -> list[tuple[int, Any]]:

@@ -1,4 +1,4 @@
-"""Pictures of a run: held-out grids, before and after, reward curves, and the entropy of a schedule. As PNG."""
+"""Images of a run: held-out grids, before and after, reward curves, and the entropy of a schedule. As PNG."""
 
 import io
 import textwrap
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from egrpo_fast.schedule import Schedule
 
-plt.switch_backend("Agg")  # pictures go to files; a machine without a screen has no other
+plt.switch_backend("Agg")  # images go to files; a machine without a screen has no other
 
 
 def _show(axis: Any, image: Tensor, title: str) -> None:
@@ -34,8 +34,8 @@ def _png(figure: Any) -> bytes:
     return file.getvalue()
 
 
-def picture_grid(images: Tensor, captions: Sequence[str], columns: int = 8) -> bytes:
-    """[N, 3, H, W] pictures under their captions, as one PNG."""
+def image_grid(images: Tensor, captions: Sequence[str], columns: int = 8) -> bytes:
+    """[N, 3, H, W] images under their captions, as one PNG."""
     rows = -(-len(images) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(1.6 * columns, 2.3 * rows), squeeze=False, layout="constrained")
     for axis in axes.flat:

@@ -59,8 +59,8 @@ class Progress:
         """
         if self.committed:
             return
-        told = self._world.agree(OUT_OF_MEMORY if out_of_memory else self._interruption.signal)
-        if told == OUT_OF_MEMORY:
+        message = self._world.agree(OUT_OF_MEMORY if out_of_memory else self._interruption.signal)
+        if message == OUT_OF_MEMORY:
             raise OutOfMemory
-        if told:
-            raise Asked(told)
+        if message:
+            raise Asked(message)

@@ -1,4 +1,4 @@
-"""What a run tells: metrics and alarms as it goes, pictures of the held-out prompts, and a summary. Rank 0 only."""
+"""What a run tells: metrics and alarms as it goes, images of the held-out prompts, and a summary. Rank 0 only."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -19,21 +19,21 @@ from egrpo_fast.runs.guards import History, Verdict
 from egrpo_fast.runs.metrics import RunLog
 from egrpo_fast.terminal import Attempts
 
-BASE_PICTURES, SUMMARY = "base_pictures.safetensors", "summary.json"
+BASE_IMAGES, SUMMARY = "base_images.safetensors", "summary.json"
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A held-out evaluation, on every rank: mean of each reward, and on rank 0 the first pictures [N, 3, H, W]."""
+    """A held-out evaluation, on every rank: mean of each reward, and on rank 0 the first images [N, 3, H, W]."""
 
     rewards: dict[str, float]
-    pictures: Tensor | None
+    images: Tensor | None
 
 
 class Report:
     """Of one run. iteration, evaluated: what the log's lines are kept up to (`RunLog`). held_out: its prompts.
 
-    On other ranks than 0 (`speaks`) nothing is told or written. Pictures and plots that cannot be drawn or written are
+    On other ranks than 0 (`speaks`) nothing is told or written. Images and plots that cannot be drawn or written are
     told once and end nothing; what is drawn is kept, and written with the next. claim: of the run's folder.
     """
 
@@ -60,7 +60,7 @@ class Report:
         self.say(
             f"egrpo_fast {__version__}: {config.method.name} on {config.model.path} {first} {config.iterations} "
             f"iterations on {where}; kernels: {', '.join(sorted(set(backends.values())))}\n"
-            f"per iteration: {prompts} prompt(s), {prompts * len(plan.picture_rows)} images; "
+            f"per iteration: {prompts} prompt(s), {prompts * len(plan.image_rows)} images; "
             f"{prompts * plan.evaluations:,} model evaluations without gradient, {prompts * plan.trained_states} with\n"
             f"writes to {self._folder}"
         )
@@ -92,10 +92,10 @@ class Report:
             self.say(f"WARNING: iteration {done}: {alarm}")
 
     def held_out(self, done: int, held_out: HeldOut, watched: Verdict | None, seconds: Mapping[str, float]) -> None:
-        """An evaluation after `done` iterations: its line, its pictures, and what the watch makes of it."""
+        """An evaluation after `done` iterations: its line, its images, and what the watch makes of it."""
         if self._log is None:
             return
-        assert held_out.pictures is not None
+        assert held_out.images is not None
         values = {f"held_out/{name}": value for name, value in held_out.rewards.items()}
         if watched:
             values |= {"watch/best": watched.best, "watch/alarms": watched.alarms, "watch/stop": float(watched.stop)}
@@ -108,10 +108,10 @@ class Report:
                 f"{watched.best:.4f} (iteration {watched.best_at}) while the trained rewards rose: alarm "
                 f"{watched.alarms} of {rule.patience}{'; the run stops here' if watched.stop else ''}"
             )
-        pictures, captions = held_out.pictures, self._prompts[: len(held_out.pictures)]
-        self._put(f"pictures/iteration-{done:06d}.png", lambda: plots.picture_grid(pictures, captions))
+        images, captions = held_out.images, self._prompts[: len(held_out.images)]
+        self._put(f"images/iteration-{done:06d}.png", lambda: plots.image_grid(images, captions))
         if done == 0:
-            self._put(BASE_PICTURES, lambda: save({"pictures": pictures.contiguous()}))
+            self._put(BASE_IMAGES, lambda: save({"images": images.contiguous()}))
 
     def _put(self, name: str, make: Callable[[], bytes]) -> None:
         """A file of the run's folder."""
@@ -122,7 +122,7 @@ class Report:
     def _write(self) -> None:
         """The files that are not there yet."""
         for name, content in list(self._unwritten.items()):
-            with self._attempt("pictures, plots and summary"):
+            with self._attempt("images, plots and summary"):
                 if self._claim:
                     self._claim.check()
                 (self._folder / name).parent.mkdir(exist_ok=True)
@@ -132,18 +132,18 @@ class Report:
     def finish(self, done: int, history: History, after: HeldOut, stopped: bool) -> None:
         """The run is over: curves, before and after, `summary.json`, the trained pipeline.
 
-        history: every evaluation. What was drawn or logged before may be damaged: then a picture is missing. OSError or
+        history: every evaluation. What was drawn or logged before may be damaged: then an image is missing. OSError or
         ValueError, once all was tried: summary or pipeline cannot be written.
         """
         if self._log is None:
             return
         self._log.end_bar()
-        pictures = after.pictures
-        assert pictures is not None
+        images = after.images
+        assert images is not None
 
         def before_after() -> bytes:
-            before = load_file(self._folder / BASE_PICTURES)["pictures"]
-            return plots.before_after(before, pictures, self._prompts[: len(before)])
+            before = load_file(self._folder / BASE_IMAGES)["images"]
+            return plots.before_after(before, images, self._prompts[: len(before)])
 
         self._put("curve.png", lambda: plots.curves(RunLog.read(self._folder)))
         self._put("before_after.png", before_after)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from egrpo_fast.scoring.preprocess import check_pictures, unfit_pictures
+from egrpo_fast.scoring.preprocess import check_images, unfit_images
 
 Reward = Callable[[Tensor, Sequence[str]], Tensor]
 
@@ -56,8 +56,8 @@ _SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
 class RewardError(ValueError):
     """A reward failed; the message begins with its name. trace: the traceback of the user's own code, or empty."""
 
-    def __init__(self, told: str, trace: str = "") -> None:
-        super().__init__(told)
+    def __init__(self, message: str, trace: str = "") -> None:
+        super().__init__(message)
         self.trace = trace
 
 
@@ -114,25 +114,25 @@ def _is_users(path: str) -> bool:
 def score(name: str, reward: Reward, images: Tensor, prompts: Sequence[str], drop: bool = False) -> Tensor:
     """images [B, 3, H, W] float in [0, 1], one prompt each -> [B] float32 scores on their device.
 
-    RewardError: pictures that are none, prompts that are too many or few, a reward that raises, returns another shape,
-    or a number that is not finite or beyond LARGEST. With `drop`, a picture that is at fault alone gets NaN and a
+    RewardError: images that are none, prompts that are too many or few, a reward that raises, returns another shape,
+    or a number that is not finite or beyond LARGEST. With `drop`, an image that is at fault alone gets NaN and a
     warning instead: one out of range, one with such a number, or, where the call raises, one that raises again by
-    itself. What is not a picture's fault is still an error: wrong shapes, a missing server or file (OSError), a call in
-    which every picture fails.
+    itself. What is not an image's fault is still an error: wrong shapes, a missing server or file (OSError), a call in
+    which every image fails.
     """
     try:
-        check_pictures(images, prompts)
+        check_images(images, prompts)
     except ValueError as error:
         raise RewardError(f"rewards.{name}: {error}") from None
-    unfit = unfit_pictures(images)
+    unfit = unfit_images(images)
     if not drop:
         try:
             scores = call(name, reward, images, prompts)
         except RewardError:
-            _require(unfit, name, "given pictures that are not in [0, 1]", prompts)
+            _require(unfit, name, "given images that are not in [0, 1]", prompts)
             raise
         if bool((unfit | ~(scores.abs() <= LARGEST)).any()):  # the host waits for the device here alone
-            _require(unfit, name, "given pictures that are not in [0, 1]", prompts)
+            _require(unfit, name, "given images that are not in [0, 1]", prompts)
             _require(~torch.isfinite(scores), name, "not finite", prompts)
             _require(scores.abs() > LARGEST, name, f"scores beyond {LARGEST:g}", prompts)
         return scores
@@ -142,7 +142,7 @@ def score(name: str, reward: Reward, images: Tensor, prompts: Sequence[str], dro
         scores[rows] = _call_or_each(name, reward, images, prompts, rows)
     scores = torch.where(scores.abs() <= LARGEST, scores, torch.nan)
     if dropped := int(scores.isnan().sum()):
-        warnings.warn(f"rewards.{name}: dropped {dropped} of {len(images)} pictures", stacklevel=2)
+        warnings.warn(f"rewards.{name}: dropped {dropped} of {len(images)} images", stacklevel=2)
     return scores
 
 
@@ -151,7 +151,7 @@ def score_or_nan(name: str, reward: Reward, images: Tensor, prompts: Sequence[st
     try:
         return score(name, reward, images, prompts, drop)
     except RewardError as error:
-        warnings.warn(f"{error}: no score for {len(images)} pictures", stacklevel=2)
+        warnings.warn(f"{error}: no score for {len(images)} images", stacklevel=2)
         return torch.full((len(images),), torch.nan, device=images.device)
 
 
@@ -167,7 +167,7 @@ def fill_dropped(rewards: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     valid = [~values.isnan().any(0, keepdim=True) for values in rewards]
     everything = torch.cat([values[:, mask[0]] for values, mask in zip(rewards, valid)], dim=1)
     if not everything.numel():
-        raise RewardError("rewards: every picture of a rollout was dropped")
+        raise RewardError("rewards: every image of a rollout was dropped")
     # A group that is wholly lost takes the others' mean: it is only logged.
     elsewhere = everything.mean(1).reshape(-1, 1, 1)
     filled = []
@@ -181,10 +181,10 @@ def fill_dropped(rewards: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return torch.cat(filled, dim=-1), lost
 
 
-def _require(wrong: Tensor, name: str, told: str, prompts: Sequence[str]) -> None:
+def _require(wrong: Tensor, name: str, message: str, prompts: Sequence[str]) -> None:
     rows = wrong.nonzero().flatten().tolist()
     if rows:
-        raise RewardError(f"rewards.{name}: {told} for {len(rows)} pictures, the first of {prompts[rows[0]]!r}")
+        raise RewardError(f"rewards.{name}: {message} for {len(rows)} images, the first of {prompts[rows[0]]!r}")
 
 
 def _is_built_in(reward: Reward) -> bool:
@@ -194,9 +194,9 @@ def _is_built_in(reward: Reward) -> bool:
 def call(
     name: str, reward: Reward, images: Tensor, prompts: Sequence[str], rows: Sequence[int] | None = None
 ) -> Tensor:
-    """One call on these rows, or on all: [B] float32 on the pictures' device, perhaps not finite.
+    """One call on these rows, or on all: [B] float32 on the images' device, perhaps not finite.
 
-    A reward may change what it is given: it gets copies. A built-in one changes nothing and gets all pictures as they
+    A reward may change what it is given: it gets copies. A built-in one changes nothing and gets all images as they
     are. RewardError where the reward raises or returns anything but a dense, real tensor of this shape.
     """
     with users_code(name), torch.no_grad():  # here, for it is a matter of the thread that calls
@@ -212,19 +212,19 @@ def call(
                 f"rewards.{name}: scores of {scores.layout}, {scores.dtype}; dense real ones are expected"
             )
         if scores.shape != (len(images),):
-            raise RewardError(f"rewards.{name}: scores of shape {tuple(scores.shape)} for {len(images)} pictures")
+            raise RewardError(f"rewards.{name}: scores of shape {tuple(scores.shape)} for {len(images)} images")
         return scores.detach().to(images.device, torch.float32, copy=True)
 
 
 def try_reward(name: str, reward: Reward, prompt: str, height: int, width: int, device: torch.device | str) -> None:
-    """Call a reward once, on a picture of noise: RewardError where it raises, or returns what is no score.
+    """Call a reward once, on an image of noise: RewardError where it raises, or returns what is no score.
 
     Its value does not matter. torch's random state is afterwards what it was.
     """
     device = torch.device(device)
-    picture = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0)).to(device)
+    image = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0)).to(device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        call(name, reward, picture, [prompt])
+        call(name, reward, image, [prompt])
 
 
 def _call_or_each(name: str, reward: Reward, images: Tensor, prompts: Sequence[str], rows: Sequence[int]) -> Tensor:

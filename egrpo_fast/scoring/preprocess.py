@@ -1,4 +1,4 @@
-"""Pictures, on their device, to what a vision model reads: antialiased bicubic resize, crop or pad, normalise."""
+"""Images, on their device, to what a vision model reads: antialiased bicubic resize, crop or pad, normalise."""
 
 import math
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ class Preprocess:
     crop: where half a pixel goes that the centre is off by, to the even side as torchvision's, or 'floor' as
     transformers'.
 
-    Pictures are first rounded to 8 bits: a score is of the picture as it would be saved, and the originals, which read
+    Images are first rounded to 8 bits: a score is of the image as it would be saved, and the originals, which read
     files, give the same. Against PIL itself: at most 2 steps of 1/255 where a rounding falls the other way, mean 0.02.
     """
 
@@ -72,17 +72,17 @@ def _eight_bit(images: Tensor) -> Tensor:
     return images.mul(255).round().clamp(0, 255).div(255)
 
 
-def check_pictures(images: Tensor, prompts: Sequence[str]) -> None:
-    """ValueError where these are not pictures [B, 3, H, W] of floats, or not one for each prompt."""
+def check_images(images: Tensor, prompts: Sequence[str]) -> None:
+    """ValueError where these are not images [B, 3, H, W] of floats, or not one for each prompt."""
     if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"pictures of shape {tuple(images.shape)}, expected [B, 3, H, W]")
+        raise ValueError(f"images of shape {tuple(images.shape)}, expected [B, 3, H, W]")
     if not images.is_floating_point():
-        raise ValueError(f"pictures of {images.dtype}, expected floats in [0, 1]")
+        raise ValueError(f"images of {images.dtype}, expected floats in [0, 1]")
     if len(images) != len(prompts):
-        raise ValueError(f"{len(images)} pictures for {len(prompts)} prompts")
+        raise ValueError(f"{len(images)} images for {len(prompts)} prompts")
 
 
-def unfit_pictures(images: Tensor) -> Tensor:
-    """bool [B]: pictures with a value that is not a number in [0, 1]."""
+def unfit_images(images: Tensor) -> Tensor:
+    """bool [B]: images with a value that is not a number in [0, 1]."""
     low, high = torch.aminmax(images.flatten(1), dim=1)
     return ~((low >= 0) & (high <= 1))  # a NaN fails both

@@ -19,7 +19,7 @@ CACHED_PROMPTS = 4096
 class Scorer(ABC):
     """`score_b = compare(preprocess(image_b), encode(prompt_b))` of one frozen network.
 
-    micro_batch: most pictures of one forward; none given: all. dtype: of autocast; none given: what the original runs
+    micro_batch: most images of one forward; none given: all. dtype: of autocast; none given: what the original runs
     in (`original_dtype`) on a GPU, float32 on a CPU. offload: the weights wait in CPU memory and visit the device for a
     call; they are never written back, for they do not change.
     """
@@ -54,8 +54,8 @@ class Scorer(ABC):
         """[N, ...] on the device: what `compare` needs of every prompt, a function of that prompt alone."""
 
     @abstractmethod
-    def compare(self, pictures: Tensor, features: Tensor) -> Tensor:
-        """[B] float32 scores of preprocessed pictures and their prompts' features."""
+    def compare(self, images: Tensor, features: Tensor) -> Tensor:
+        """[B] float32 scores of preprocessed images and their prompts' features."""
 
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

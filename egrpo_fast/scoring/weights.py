@@ -66,7 +66,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
 
 
-def load_weights(network: nn.Module, tensors: dict[str, Tensor], told: str, unused: Collection[str] = ()) -> None:
+def load_weights(network: nn.Module, tensors: dict[str, Tensor], message: str, unused: Collection[str] = ()) -> None:
     """Every tensor of the network from the checkpoint, none left over but `unused` (prefixes). ValueError: not its own.
 
     Half a checkpoint is worse than none: a network that is part random still gives scores.
@@ -82,6 +82,6 @@ def load_weights(network: nn.Module, tensors: dict[str, Tensor], told: str, unus
     }
     if any(wrong.values()):
         parts = (f"{len(names)} {what} (as {min(names)})" for what, names in wrong.items() if names)
-        raise ValueError(f"weights: {told} is of another model or version: {', '.join(parts)}")
+        raise ValueError(f"weights: {message} is of another model or version: {', '.join(parts)}")
     # Assigned, for the network may be empty so far; in its dtype, for half-precision checkpoints run in float32.
     network.load_state_dict({name: tensor.to(expected[name].dtype) for name, tensor in given.items()}, assign=True)

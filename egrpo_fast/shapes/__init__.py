@@ -1,4 +1,4 @@
-"""Shapes: procedural captioned 32x32 pictures, a tiny FLUX pipeline that draws them, and judges of its pictures."""
+"""Shapes: procedural captioned 32x32 images, a tiny FLUX pipeline that draws them, and judges of its images."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Judges of a picture against its caption, batched and device-agnostic: no learnt part, so nothing to fool but vision.
+"""Judges of an image against its caption, batched and device-agnostic: no learnt part, so nothing to fool but vision.
 
 A pixel p is unmixed into background b and the colour c of a thing, `p = b + a (c - b) + residual`; its membership in
 the thing is `m = a exp(-|residual|^2 / T)`, right on antialiased edges too. Memberships meet a bank of rendered masks
@@ -47,7 +47,7 @@ MIN_OVERLAP, MAX_DIRT = 0.8, 15.0
 def check(prompts: Sequence[str], height: int, width: int) -> None:
     """ValueError where a run's prompts or images are not of the Shapes world."""
     if (height, width) != (SIDE, SIDE):
-        raise ValueError(f"judges pictures of {SIDE}x{SIDE} pixels, not {height}x{width}")
+        raise ValueError(f"judges images of {SIDE}x{SIDE} pixels, not {height}x{width}")
     for prompt in prompts:
         parse(prompt)
 
@@ -69,7 +69,7 @@ def bank(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def evidence(images: Tensor, captions: Sequence[str]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the pictures show of what the captions say.
+    """What the images show of what the captions say.
 
     images float [B, 3, 32, 32] in [0, 1]; captions of `world`'s grammar. Returns overlap float32 [B, 2, 40] of every
     hypothesis in the colour of each thing, right int64 [B, 2] the hypothesis of the caption, present bool [B, 2] and
@@ -102,7 +102,7 @@ def evidence(images: Tensor, captions: Sequence[str]) -> tuple[Tensor, Tensor, T
 
 
 def soft_score(images: Tensor, captions: Sequence[str]) -> Tensor:
-    """Graded agreement of pictures with captions: images float [B, 3, 32, 32] in [0, 1] -> float32 [B] in [0, 1]."""
+    """Graded agreement of images with captions: images float [B, 3, 32, 32] in [0, 1] -> float32 [B] in [0, 1]."""
     overlap, right, present, dirt = evidence(images, captions)
     graded = (overlap * torch.softmax(SHARPNESS * overlap, dim=-1)).gather(-1, right[..., None]).squeeze(-1)
     return (graded * present).sum(-1) / present.sum(-1) * torch.exp(-dirt / DIRT_SCALE)

@@ -1,6 +1,6 @@
 """Trains everything that `egrpo_fast.shapes` ships: `python -m egrpo_fast.shapes.pretrain OUT [--stages ...]`.
 
-    OUT/pipeline       a FluxPipeline: 32x32 pictures, latents [4, 16, 16], 64 packed tokens of 16 channels
+    OUT/pipeline       a FluxPipeline: 32x32 images, latents [4, 16, 16], 64 packed tokens of 16 channels
     OUT/clip           an open_clip model and its tokenizer, `local-dir:OUT/clip`
     OUT/prompts        train.txt and held_out.txt, captions of the two splits
     OUT/pretrain.json  losses, seconds and scores of every stage
@@ -11,7 +11,7 @@ multiplies all step counts. All of it runs on the CPU; where other processes sha
 is as fast as two.
 
 The transformer learns captions of the train split by flow matching until it draws them all (`flux`), and then unlearns
-some of it on pictures of wider jitter, many of which differ from their caption in one or two attributes (`blur`): so a
+some of it on images of wider jitter, many of which differ from their caption in one or two attributes (`blur`): so a
 base results whose samples of one caption differ in what they show, which a policy gradient needs, rather than one that
 draws everything equally badly.
 """
@@ -152,8 +152,8 @@ def train_text(out: Path, scale: float, seed: int) -> dict:
 # --- vae -------------------------------------------------------------------------------------------------------------
 
 
-def draw_pictures(seed: int, n: int, jitter: float = 1.0) -> tuple[Tensor, list[Scene]]:
-    """`n` jittered pictures of scenes of the train split: float32 [n, 3, 32, 32] and the scenes."""
+def draw_images(seed: int, n: int, jitter: float = 1.0) -> tuple[Tensor, list[Scene]]:
+    """`n` jittered images of scenes of the train split: float32 [n, 3, 32, 32] and the scenes."""
     singles, pairs = world.scenes("train")
     generator = torch.Generator().manual_seed(seed)
     single = torch.rand(n, generator=generator) < world.SINGLES
@@ -169,7 +169,7 @@ def draw_pictures(seed: int, n: int, jitter: float = 1.0) -> tuple[Tensor, list[
 
 def train_vae(out: Path, scale: float, seed: int) -> dict:
     """Beta-VAE with a pixel deviation of 0.1, then shift and scale that make the mode's latents unit normal."""
-    pictures, _ = draw_pictures(seed + 1, PICTURES)
+    pictures, _ = draw_images(seed + 1, PICTURES)
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -224,11 +224,11 @@ def flow_matching(
     pipeline: FluxPipeline, seed: int, pictures: int, jitter: float, wrong: float
 ) -> Callable[[], Tensor]:
     """The loss `|v(x_t, t) - (x_1 - x_0)|^2` at `x_t = (1 - t) x_0 + t x_1`, t = 1 noise, uniform before the shift of
-    3, on so many pictures of so much jitter, the share `wrong` of them under the caption of a corrupted scene."""
+    3, on so many images of so much jitter, the share `wrong` of them under the caption of a corrupted scene."""
     vae = pipeline.vae
     captions = [scene.caption for scene in chain(*world.scenes("train"))]
     line = {caption: i for i, caption in enumerate(captions)}
-    images, scenes = draw_pictures(seed, pictures, jitter)
+    images, scenes = draw_images(seed, pictures, jitter)
     named = [
         corrupt(scene) if flip else scene for scene, flip in zip(scenes, (torch.rand(len(scenes)) < wrong).tolist())
     ]
@@ -306,7 +306,7 @@ def train_flux(out: Path, scale: float, seed: int) -> dict:
 
 
 def train_blur(out: Path, scale: float, seed: int) -> dict:
-    """Unlearns some of it, on pictures of wider jitter, four in ten of them not what the caption says."""
+    """Unlearns some of it, on images of wider jitter, four in ten of them not what the caption says."""
     pipeline = FluxPipeline.from_pretrained(out / "pipeline")
     loss = flow_matching(pipeline, seed + 5, PICTURES // 3, jitter=1.5, wrong=0.4)
     record = fit(pipeline.transformer, loss, round(300 * scale), 5e-4, "blur")
@@ -318,7 +318,7 @@ def train_blur(out: Path, scale: float, seed: int) -> dict:
 
 
 def augment(pictures: Tensor) -> Tensor:
-    """Blur, noise, contrast: what separates a generated picture from a rendered one. Shapes and range kept."""
+    """Blur, noise, contrast: what separates a generated image from a rendered one. Shapes and range kept."""
     sigmas = (0.2, 0.4, 0.6, 0.9)
     blurred = torch.cat([gaussian_blur(part, 3, [sigma]) for part, sigma in zip(pictures.chunk(4), sigmas)])
     strength = torch.rand(len(pictures), 3, 1, 1, 1).unbind(1)
@@ -352,10 +352,10 @@ def train_clip(out: Path, scale: float, seed: int) -> dict:
     )
     tokenize = open_clip.get_tokenizer(f"local-dir:{folder}")
     criterion = open_clip.ClipLoss()
-    pictures, scenes = draw_pictures(seed + 3, PICTURES // 3)
+    pictures, scenes = draw_images(seed + 3, PICTURES // 3)
     near = [corrupt(scene) for scene in tqdm(scenes, desc="corrupt", mininterval=5)]
-    near_pictures = world.render_layout(world.layout(near), torch.Generator().manual_seed(seed + 4))
-    pictures = torch.stack((pictures, near_pictures), 1)
+    near_images = world.render_layout(world.layout(near), torch.Generator().manual_seed(seed + 4))
+    pictures = torch.stack((pictures, near_images), 1)
     tokens = tokenize([s.caption for pair in zip(scenes, near) for s in pair]).unflatten(0, (-1, 2))
 
     def loss() -> Tensor:

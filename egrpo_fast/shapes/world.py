@@ -1,10 +1,10 @@
-"""The world: pictures of one or two coloured shapes on a dark ground, and the captions that name them.
+"""The world: images of one or two coloured shapes on a dark ground, and the captions that name them.
 
     scene   = thing | thing "and" thing            two things differ in colour and stand in two different corners
     thing   = "a" size colour shape place
     place   = "in the top left" | ... | "in the bottom right" | "in the middle"      the last for a single thing only
 
-Pictures are float32 [3, 32, 32] in [0, 1]; x grows to the right, y downwards, pixel (i, j) has its centre at
+Images are float32 [3, 32, 32] in [0, 1]; x grows to the right, y downwards, pixel (i, j) has its centre at
 (j + 0.5, i + 0.5).
 """
 
@@ -39,7 +39,7 @@ CENTRES = ((8.0, 8.0), (24.0, 8.0), (8.0, 24.0), (24.0, 24.0), (16.0, 16.0))
 SHIFT, SCALE, TINT = 1.0, 0.08, 0.04
 """Half-widths of the uniform jitter of a centre (pixels), a radius (relative) and a colour channel."""
 SINGLES = 0.25
-"""Share of pictures with a single thing."""
+"""Share of images with a single thing."""
 SPLITS = ("train", "held-out")
 
 
@@ -158,7 +158,7 @@ def coverage(shape: Tensor, centre: Tensor, radius: Tensor, margin: float = 0.0)
 
 
 def render_layout(index: Tensor, generator: torch.Generator | None = None, jitter: float = 1.0) -> Tensor:
-    """Pictures of a `layout`: int64 [B, 2, 4] -> float32 [B, 3, 32, 32] in [0, 1]; jitter of place, size and colour
+    """Images of a `layout`: int64 [B, 2, 4] -> float32 [B, 3, 32, 32] in [0, 1]; jitter of place, size and colour
     from the generator, as many times the usual as `jitter` says, none without a generator."""
     shape, colour, size, place = index.clamp(min=0).unbind(-1)
 
@@ -171,12 +171,12 @@ def render_layout(index: Tensor, generator: torch.Generator | None = None, jitte
     radius = torch.tensor(RADII)[size] * (1 + SCALE * uniform())
     paint = (torch.tensor(list(PALETTE.values()))[colour] + TINT * uniform(3)).clamp(0, 1)
     mask = coverage(shape, centre, radius) * (index[..., :1] >= 0).unsqueeze(-1)
-    picture = torch.tensor(BACKGROUND)[:, None, None].expand(len(index), 3, SIDE, SIDE)
+    image = torch.tensor(BACKGROUND)[:, None, None].expand(len(index), 3, SIDE, SIDE)
     for k in range(index.shape[1]):
-        picture = picture.lerp(paint[:, k, :, None, None], mask[:, k, None])
-    return picture
+        image = image.lerp(paint[:, k, :, None, None], mask[:, k, None])
+    return image
 
 
 def render(scene: Scene, generator: torch.Generator | None = None) -> Tensor:
-    """Picture of a scene, float32 [3, 32, 32] in [0, 1]; canonical without a generator, jittered with one."""
+    """Image of a scene, float32 [3, 32, 32] in [0, 1]; canonical without a generator, jittered with one."""
     return render_layout(layout([scene]), generator)[0]

@@ -320,7 +320,7 @@ def test_memory_of_training_steps_under_deepspeed(folder, stage, dtype, checkpoi
     loaded = sum(memory.always[part] for part in standing)
     if stage == 3:  # below, gradients are made by the first backward and go with the step
         assert loaded == pytest.approx(measured["standing"], rel=0.01)
-    kept = memory.phases["update"]["pictures' latents"]  # no rollout came before this step
+    kept = memory.phases["update"]["images' latents"]  # no rollout came before this step
     for phase, parts in (("update", memory.phases["update"]), ("optimizer step", memory.phases["optimizer step"])):
         predicted = loaded + sum(parts.values()) - (kept if phase == "update" else 0)
         assert predicted == pytest.approx(measured[phase], rel=0.15), phase

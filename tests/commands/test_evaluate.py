@@ -81,7 +81,7 @@ def test_what_an_evaluation_leaves(evaluated):
     ]
     for row in found:
         assert 0 <= row["shapes_soft"] <= 1 and -1 <= row["clip"] <= 1 and row["shapes_strict"] in (0, 1)
-        assert (evaluated / row["picture"]).is_file()
+        assert (evaluated / row["image"]).is_file()
     table = (evaluated / "table.md").read_text()
     for label in LABELS:
         mean = sum(row["clip"] for row in found if row["model"] == label) / NUM_PROMPTS
@@ -90,7 +90,7 @@ def test_what_an_evaluation_leaves(evaluated):
 
 
 def test_scores_know_nothing_of_batches_and_parts(evaluated, trained, tmp_path, monkeypatch):
-    """Two processes' parts, two pictures at a time: the same pictures to an 8-bit step, so the same scores."""
+    """Two processes' parts, two images at a time: the same images to an 8-bit step, so the same scores."""
     for part in ("1/2", "0/2"):
         run(monkeypatch, *command(trained, tmp_path / "out", "--batch", 2, "--part", part))
     run(monkeypatch, *command(trained, tmp_path / "out", "--batch", 3))
@@ -99,7 +99,7 @@ def test_scores_know_nothing_of_batches_and_parts(evaluated, trained, tmp_path, 
 
 
 def test_the_base_draws_what_the_trainer_shows(evaluated):
-    """Prompt n's noise is the trainer's held-out noise: an independent rollout of prompt 3 alone gives its picture."""
+    """Prompt n's noise is the trainer's held-out noise: an independent rollout of prompt 3 alone gives its image."""
     from egrpo_fast import noise, ops
     from egrpo_fast.config import Model
     from egrpo_fast.plan import ode_plan
@@ -118,17 +118,17 @@ def test_the_base_draws_what_the_trainer_shows(evaluated):
         lambda x, t, of: backbone.velocity(backbone.transformer, x, t, text, of),
         NoiseKey(0, 0, torch.tensor([3])), noise.EVALUATION,
     ).final_latents[:, 0]  # fmt: skip
-    kept = evaluate._read_pictures([evaluated / "models/shapes/pictures/00003.png"], 32, 32)
+    kept = evaluate._read_images([evaluated / "models/shapes/images/00003.png"], 32, 32)
     assert (backbone.decode(latents) - kept).abs().max() <= 1 / 255
 
 
 def test_an_interrupted_evaluation_continues(evaluated, trained, tmp_path, monkeypatch):
-    """Pictures missing, a score file cut in mid-line, a reward not begun: only that is done again, to the same end."""
+    """Images missing, a score file cut in mid-line, a reward not begun: only that is done again, to the same end."""
     out = tmp_path / "out"
     shutil.copytree(evaluated, out)
-    for name in ("scores.parquet", "table.md", "page.html", "models/trained/pictures/00002.png"):
+    for name in ("scores.parquet", "table.md", "page.html", "models/trained/images/00002.png"):
         (out / name).unlink()
-    kept = {path: path.stat().st_mtime_ns for path in out.glob("models/*/pictures/*.png")}
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("models/*/images/*.png")}
     (out / "models/trained/scores/clip.jsonl").unlink()
     cut = out / "models/shapes/scores/shapes_soft.jsonl"
     cut.write_text(cut.read_text()[:-9])
@@ -157,7 +157,7 @@ def test_nothing_is_loaded_when_all_is_there(evaluated, trained, monkeypatch):
         (["--rewards", "clip"], "rewards.clip: missing a required argument: 'model'"),
         (["--rewards", "shapes_soft", "shapes_soft"], "rewards: at least one, each once"),
         (["--height", "30"], "model.height: 30 is not a multiple of 4"),
-        (["--height", "64"], "shapes_soft: judges pictures of 32x32"),
+        (["--height", "64"], "shapes_soft: judges images of 32x32"),
         (["--prompts", "/nowhere.txt"], "--prompts: cannot read /nowhere.txt"),
         (["--prompts", "datasets:org/name"], "--prompts: datasets:org/name is not datasets:ORG/NAME:SPLIT"),
     ],
@@ -176,8 +176,8 @@ def test_scores_of_other_weights_are_not_mixed(tmp_path):
     settings = evaluate.Settings(("a red circle", "a blue square"), height=32, width=32)
     folder, model = evaluate.Folder(tmp_path / "out"), evaluate.Model("shapes", str(PIPELINE))
     for place in range(2):
-        folder.picture(model, place).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (32, 32), "red").save(folder.picture(model, place))
+        folder.image(model, place).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), "red").save(folder.image(model, place))
 
     def judge():
         return evaluate.judge(folder, [model], settings, rewards, 1, torch.device("cpu"))
@@ -200,7 +200,7 @@ def test_scores_of_other_weights_are_not_mixed(tmp_path):
     assert (folder.path / "reward_fingerprints.json").read_text() != recorded, "no score of the other weights is left"
 
 
-def test_a_reward_mended_between_two_parts_loses_no_picture(trained, tmp_path, monkeypatch, capsys):
+def test_a_reward_mended_between_two_parts_loses_no_image(trained, tmp_path, monkeypatch, capsys):
     """Its source is told; other weights are refused before anything more is drawn."""
     out, source = tmp_path / "out", tmp_path / "mended_reward.py"
     source.write_text("def it(images, prompts):\n    return images.mean((1, 2, 3))\n")
@@ -398,7 +398,7 @@ def test_a_lora_run_draws_as_its_fused_pipeline_and_not_as_its_base(lora_run, tm
         "--num-inference-steps", 3, "--out", out,
         "--rewards", "shapes_soft")  # fmt: skip
     drawn = {
-        label: evaluate._read_pictures(sorted((out / "models" / label / "pictures").iterdir()), 32, 32)
+        label: evaluate._read_images(sorted((out / "models" / label / "images").iterdir()), 32, 32)
         for label in ("base", "adapters", "fused")
     }
     assert torch.equal(drawn["adapters"], drawn["fused"])
@@ -488,7 +488,7 @@ class Tags(HTMLParser):
 
 
 def test_the_page_needs_nothing_and_escapes_everything(evaluated, tmp_path):
-    png = (evaluated / "models/shapes/pictures/00000.png").read_bytes()
+    png = (evaluated / "models/shapes/images/00000.png").read_bytes()
     evil = '<script>alert("1")</script> & <img src=x onerror=alert(1)>'
     table = Table(evil, ["model", evil], [[evil, "1.0 [0.0, 2.0]"]])
     write_page(tmp_path / "page.html", evil, evil, [table], [(evil, [Shown(evil, png, {evil: 1.0})])])

@@ -123,14 +123,14 @@ def test_a_token_file_is_read(server, monkeypatch, tmp_path):
 
 
 def test_what_the_server_cannot_judge_is_the_pictures_fault(server):
-    """Refused with its own words, not retried; with `drop` only the picture at fault is lost."""
+    """Refused with its own words, not retried; with `drop` only the image at fault is lost."""
     reward = make_reward("http", {"reward": "shapes_soft", "url": server})
     with pytest.raises(RewardError, match=r"rewards.http: ValueError: .*shapes_soft"):
         score("http", reward, torch.rand(2, 3, 16, 16), PROMPT[:2])
     dark = pictures()
     dark[2] *= 0.01
     reward = make_reward("http", {"reward": "nan_for_dark", "url": server, "precision": "float32"})
-    with pytest.raises(RewardError, match="nan_for_dark: not finite for 1 pictures"):
+    with pytest.raises(RewardError, match="nan_for_dark: not finite for 1 images"):
         score("http", reward, dark, PROMPT)
     with pytest.warns(UserWarning, match="dropped 1 of 5"):
         scores = score("http", reward, dark, PROMPT, drop=True)
@@ -224,7 +224,7 @@ def hangs_up(handler):
 
 
 LIARS = {
-    "too few": (answer(save({"scores": torch.zeros(4)})), r"scores of shape \(4,\), torch.float32, for 5 pictures"),
+    "too few": (answer(save({"scores": torch.zeros(4)})), r"scores of shape \(4,\), torch.float32, for 5 images"),
     "too many": (answer(save({"scores": torch.zeros(6)})), r"scores of shape \(6,\)"),
     "integers": (answer(save({"scores": torch.zeros(5, dtype=torch.int64)})), "torch.int64, for 5"),
     "nan": (answer(save({"scores": torch.tensor([0.0, torch.nan, 0, 0, 0])})), "scores that are not finite"),
@@ -283,7 +283,7 @@ def test_a_lying_server_is_named_in_time(kind):
 
 
 def test_a_lie_in_a_later_batch_leaves_no_score(server):
-    """All of a call's pictures are scored, or none: what came before the lie is not handed on."""
+    """All of a call's images are scored, or none: what came before the lie is not handed on."""
     reward = make_reward("http", {"reward": "clip", "url": server, "batch": 2, **FAST})
     honest, calls = reward._send, []
 
@@ -293,7 +293,7 @@ def test_a_lie_in_a_later_batch_leaves_no_score(server):
         return reply if len(calls) == 1 else save({"scores": torch.zeros(1)})
 
     reward._send = cuts_short
-    with pytest.raises(RewardServerError, match=r"scores of shape \(1,\), torch.float32, for 2 pictures; 3 attempts"):
+    with pytest.raises(RewardServerError, match=r"scores of shape \(1,\), torch.float32, for 2 images; 3 attempts"):
         reward(pictures(), PROMPT)
     assert len(calls) == 1 + 3
 
@@ -324,7 +324,7 @@ def test_an_unreachable_server_is_named_when_the_run_starts():
         (b"garbage", "not a request"),
         (save({"images": pictures()}), "not a request"),
         (save({"images": pictures(), "prompts": torch.zeros(3, dtype=torch.uint8)}), "not a request"),
-        (pack_request(pictures(), PROMPT[:3]), "3 prompts for 5 pictures"),
+        (pack_request(pictures(), PROMPT[:3]), "3 prompts for 5 images"),
         (pack_request(pictures()[:, :1], PROMPT), r"images of shape \(5, 1, 32, 32\)"),
         (pack_request(pictures()[:0], []), r"images of shape \(0, 3, 32, 32\)"),
         (pack_request(pictures() * 2, PROMPT), "not in \\[0, 1\\]"),

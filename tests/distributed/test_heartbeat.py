@@ -165,5 +165,5 @@ def test_several_ranks_need_a_store():
 
 def test_a_program_of_one_rank_goes_on_after_a_failure():
     with pytest.raises(KeyError), Heartbeat(0, 1, None, 300.0, beat=0.01) as heart:
-        raise KeyError("no such picture")
+        raise KeyError("no such image")
     assert not heart._thread.is_alive()

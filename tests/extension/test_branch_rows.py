@@ -14,7 +14,7 @@ from egrpo_fast.ops import choose
 from egrpo_fast.schedule import make_schedule
 
 DEGREES = {"one-row": [1], "branches": [13, 1, 0, 4], "many-rows": [1] * 40, "wide": [64]}
-SHAPES = {"odd": (5, 7), "one": (1,), "below-block": (3,), "tile": (256,), "past-tile": (257,), "picture": (65, 64)}
+SHAPES = {"odd": (5, 7), "one": (1,), "below-block": (3,), "tile": (256,), "past-tile": (257,), "image": (65, 64)}
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 COPIES = {"no-copy": None, **DTYPES}
 
@@ -197,7 +197,7 @@ def test_a_whole_plan_equals_the_reference(extension, schedule, size, stride):
     latents, tables = roll(extension.branch_rows, plan, 2, prompts, torch.bfloat16)
     truth, before = roll(branch_rows_ref, plan, 2, prompts)
     torch.testing.assert_close(latents, truth, rtol=0.0, atol=2e-5, equal_nan=True)
-    assert not latents[list(plan.picture_rows)].isnan().any()
+    assert not latents[list(plan.image_rows)].isnan().any()
     anchors = [slot * plan.num_rows for slot in range(2)]
     assert torch.equal(latents[anchors], truth[anchors])  # never saw noise: bit for bit
     # The tables are static: made before the first step, read and never written.
@@ -213,7 +213,7 @@ def test_prompts_of_a_call_do_not_change_their_rows(extension):
     together, _ = roll(extension.branch_rows, plan, 3, prompts)
     for slot in range(3):
         alone, _ = roll(extension.branch_rows, plan, 1, prompts[slot : slot + 1])
-        rows = list(plan.picture_rows)
+        rows = list(plan.image_rows)
         assert torch.equal(together[slot * plan.num_rows :][rows], alone[rows])
 
 

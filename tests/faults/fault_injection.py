@@ -23,7 +23,7 @@ from egrpo_fast.rewards.shapes_soft import ShapesSoft
 class FaultyReward(ShapesSoft):
     """`shapes_soft` that raises, hangs or returns NaN in some of its calls in training.
 
-    With one wavefront of few pictures per rank and iteration, call n is iteration n of this process. An evaluation
+    With one wavefront of few images per rank and iteration, call n is iteration n of this process. An evaluation
     shows each prompt once, a group several times: evaluations are left alone.
     """
 

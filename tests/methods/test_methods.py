@@ -56,7 +56,7 @@ def trained(plan):
 
 
 def advantages(plan, rewards, n):
-    """Of a group, on policy, from one reward of every picture."""
+    """Of a group, on policy, from one reward of every image."""
     group = plan.groups[n]
     velocity = torch.zeros(len(group.sources), *SHAPE, dtype=torch.float64)
     key = NoiseKey(0, 0, torch.tensor([0]))
@@ -88,7 +88,7 @@ def test_dance_grpo():
     assert plan.starts == ((0, 0),) and plan.evaluations == 1 + 3 * 3 and plan.trained_states == 1 + 3
     view = ((0,), (1,), (2,))
     assert trained(plan) == [(0, (0,), (view,)), (2, (0, 1, 2), (view,))]
-    assert plan.picture_rows == (0, 1, 2), "shared by both groups, rewarded once"
+    assert plan.image_rows == (0, 1, 2), "shared by both groups, rewarded once"
     for n in (0, 1):
         assert torch.allclose(advantages(plan, [1.0, 4.0, 2.0], n), standard(1, 4, 2))
     assert all(schedule.sigma(index) == 0.3 for index in range(4))
@@ -115,7 +115,7 @@ def test_branch_grpo():
     single = singly(leaves)
     assert trained(plan) == [(0, (0,), (((0, 2), (1, 3)),)), (1, (0, 1), (single,)), (2, leaves, (single,))]
     assert plan.evaluations == 1 + 2 + 4 + 4 and plan.trained_states == 1 + 2 + 4
-    assert plan.picture_rows == leaves
+    assert plan.image_rows == leaves
     rewards = [1.0, 2.0, 3.0, 6.0]
     assert torch.allclose(advantages(plan, rewards, 0), standard(1.5, 4.5)), "fused upwards, among its depth"
     assert torch.allclose(advantages(plan, rewards, 1), standard(*rewards))
@@ -159,7 +159,7 @@ def test_tempflow_grpo():
     assert sum(weights) == pytest.approx(2) and weights[0] / weights[1] == pytest.approx(levels[0] / levels[1])
 
 
-def test_e_grpo_shares_no_pictures_between_steps():
+def test_e_grpo_shares_no_images_between_steps():
     plan = e_grpo(make_schedule(4, merge_lengths=[1, 1, 2, 1], active_steps=[0, 2]), [2, 3], [2, 1])
     assert trained(plan) == [(0, (0,), (((1,), (2,)),)), (2, (0,), (((3,), (4,), (5,)),))]
     assert plan.evaluations_alone == 2 * (1 + 2) + 3 * (2 + 1)
@@ -191,7 +191,7 @@ def velocity_of(weight):
 
 
 def rolled_out(plan, weight):
-    """A rollout in float64, and every row of states that the model saw, pictures included."""
+    """A rollout in float64, and every row of states that the model saw, images included."""
     seen = []
 
     def watching(x, t, rows):
@@ -219,7 +219,7 @@ WEIGHTS = torch.tensor([0.7, 0.3], dtype=torch.float64)
 
 
 def by_hand(group, place, rewards, mix, baseline, normalise):
-    """Advantages [G] of one prompt from two rewards [2, pictures], view by view and reward by reward."""
+    """Advantages [G] of one prompt from two rewards [2, images], view by view and reward by reward."""
     total = torch.zeros(group.size, dtype=torch.float64)
     terms = [(1.0, WEIGHTS @ rewards)] if mix == "reward" else list(zip(WEIGHTS, rewards))
     for view in group.views:
@@ -240,11 +240,11 @@ def test_gradient_equals_brute_force_score_function(name, mix, normalise, baseli
     plan = PLANS[name]
     weight = (torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) / 4).requires_grad_()
     rollout, seen = rolled_out(plan, weight.detach())
-    pictures = rollout.final_latents
-    rewards = torch.stack((pictures.sin().mean((2, 3)), pictures.square().mean((2, 3))))
+    images = rollout.final_latents
+    rewards = torch.stack((images.sin().mean((2, 3)), images.square().mean((2, 3))))
     objective = Objective(REFERENCE, (0.7, 0.3), mix, baseline=baseline, scale_rewards=normalise)
     by_group, kept = plan.by_group(rewards), plan.unpruned(objective.mixed(rewards))
-    place = {row: i for i, row in enumerate(plan.picture_rows)}
+    place = {row: i for i, row in enumerate(plan.image_rows)}
     ours = brute = 0.0
     for n, group in enumerate(plan.groups):
         rows = torch.arange(2).repeat_interleave(len(group.sources))
@@ -260,7 +260,7 @@ def test_gradient_equals_brute_force_score_function(name, mix, normalise, baseli
             log_prob = torch.distributions.Normal(mean[:, None], group.step.s).log_prob(samples).mean((2, 3))
             chosen = by_hand(group, place, rewards[:, p], mix, baseline, normalise)
             if plan.extremes:
-                leaves = sorted(plan.picture_rows, key=lambda row: WEIGHTS @ rewards[:, p, place[row]])
+                leaves = sorted(plan.image_rows, key=lambda row: WEIGHTS @ rewards[:, p, place[row]])
                 best_and_worst = {*leaves[: plan.extremes], *leaves[-plan.extremes :]}
                 on_the_way = [bool(best_and_worst & set(rows)) for rows in group.views[0]]
                 assert group.index == 0 or not all(on_the_way)
@@ -361,9 +361,9 @@ def test_group_sizes_by_spread():
 
 
 @pytest.mark.parametrize("name", ["flow_grpo", "dance_grpo", "mix_grpo"])
-def test_a_dropped_picture_has_no_advantage_at_any_step(name):
+def test_a_dropped_image_has_no_advantage_at_any_step(name):
     plan = PLANS[name]
-    rewards = torch.rand(1, 1, len(plan.picture_rows), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    rewards = torch.rand(1, 1, len(plan.image_rows), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     rewards[0, 0, 1] = torch.nan
     filled, share = fill_dropped(plan.compared(rewards))
     assert share == pytest.approx(1 / rewards.numel())

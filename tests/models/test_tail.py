@@ -194,7 +194,7 @@ BLOCKS = 6
 
 
 def roll_out(backbone, model, prompts=("a red circle",), micro_batch=None, cache=None, plan=PLAN):
-    """Pictures [P, 4, L, C] of prompts whose tails are the model's; those of the policy where there is none."""
+    """Images [P, 4, L, C] of prompts whose tails are the model's; those of the policy where there is none."""
     conditioning = backbone.encode(list(prompts))
     made = Wavefront(plan, len(prompts), backbone.latent_shape, ops.choose("reference"), micro_batch=micro_batch)
     key = NoiseKey(7, 3, torch.tensor([sum(map(ord, prompt)) for prompt in prompts]))
@@ -246,8 +246,8 @@ def test_every_family_of_every_prompt_keeps_its_own(backbone):
     both, again = roll_out(backbone, model, prompts), roll_out(backbone, model, prompts)
     assert 0.2 < model.cache.computed / model.cache.asked < 0.9
     assert torch.equal(both, again)
-    for prompt, pictures in zip(prompts, both):
-        assert torch.allclose(roll_out(backbone, model, [prompt])[0], pictures, rtol=0, atol=1e-4)
+    for prompt, images in zip(prompts, both):
+        assert torch.allclose(roll_out(backbone, model, [prompt])[0], images, rtol=0, atol=1e-4)
     for active, some in zip((0, 2), both[0].split(2)):
         plan = e_grpo(make_schedule(6, merge_lengths=1, active_steps=[active]), [2], [1])
         assert torch.allclose(roll_out(backbone, model, plan=plan)[0], some, rtol=0, atol=1e-4)
@@ -359,7 +359,7 @@ def test_what_is_not_there_is_refused_by_name(tmp_path, monkeypatch):
     monkeypatch.setattr(tail_models.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     told = refused("tail.quantization=float8")
-    assert "float8 needs a GPU of compute capability 8.9 (Ada, Hopper); there is no" in told
+    assert "float8 needs compute capability 8.9 (Ada, Hopper); there is no" in told
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     assert refused("tail.quantization=float8").endswith("this GPU's is 8.0")

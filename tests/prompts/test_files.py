@@ -207,11 +207,11 @@ def test_a_data_set_of_the_hub(name, called, monkeypatch):
 
     def load_dataset(path, config, *, split):
         asked.append((path, config, split))
-        return DataSet({"id": list(range(1500)), "caption": [f"picture {n} " for n in range(1500)]})
+        return DataSet({"id": list(range(1500)), "caption": [f"image {n} " for n in range(1500)]})
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     source = f"datasets:{name}"
-    assert list(read_split(source, "train", "caption")) == [f"picture {n}" for n in range(1500)] and asked == [called]
+    assert list(read_split(source, "train", "caption")) == [f"image {n}" for n in range(1500)] and asked == [called]
     with pytest.raises(ValueError, match="prompts.train: datasets:.* lacks column 'prompt'; there are: id, caption"):
         read_split(source, "train")
     with pytest.raises(ValueError, match="holds int instead of a string in row 1"):

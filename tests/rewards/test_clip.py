@@ -1,4 +1,4 @@
-"""open_clip weights from files: the picture transform and the activation that belong to them, or a refusal."""
+"""open_clip weights from files: the image transform and the activation that belong to them, or a refusal."""
 
 import json
 import shutil
@@ -158,7 +158,7 @@ def test_another_config_beside_a_file_is_refused(content, told, weights):
 def test_a_transform_that_is_not_served_is_refused(change, weights):
     config = {"model_cfg": TOWERS, "preprocess_cfg": OPENAI | change}
     (weights.parent / "open_clip_config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="resizes pictures by .* not served"):
+    with pytest.raises(ValueError, match="resizes images by .* not served"):
         make_reward("clip", {"model": "Alike", "pretrained": str(weights)})
 
 

@@ -33,7 +33,7 @@ PROMPTS = ["a red square", "two blue circles above a green star", "a cat"]
 
 
 def pictures(height, width, count=3, seed=0):
-    """[count, 3, H, W], smooth and rough in turn, on the grid of 8 bits: what a PIL picture can hold."""
+    """[count, 3, H, W], smooth and rough in turn, on the grid of 8 bits: what a PIL image can hold."""
     random = torch.Generator().manual_seed(seed)
     coarse = torch.rand(count, 3, 5, 5, generator=random)
     smooth = F.interpolate(coarse, (height, width), mode="bicubic", align_corners=False)
@@ -43,7 +43,7 @@ def pictures(height, width, count=3, seed=0):
 
 
 def randomise(network, seed=0):
-    """Weights that let a picture and a prompt move the score: a fresh transformer's hardly do."""
+    """Weights that let an image and a prompt move the score: a fresh transformer's hardly do."""
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
@@ -120,7 +120,7 @@ def test_hps_with_another_transform_is_seen(hps, original):
 
 
 def test_weights_from_safetensors_and_for_a_bare_clip_name(hps, tmp_path):
-    """One set of weights in another file format, and as a CLIP: on pictures of the model's own size all are equal."""
+    """One set of weights in another file format, and as a CLIP: on images of the model's own size all are equal."""
     save_file({name: tensor.float() for name, tensor in hps[1].items()}, tmp_path / "weights.safetensors")
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": TINY, "preprocess_cfg": {}}))
     path, images = str(tmp_path / "weights.safetensors"), pictures(56, 56)

@@ -274,14 +274,14 @@ def test_a_models_tokenizer_runs_no_code(tmp_path):
     assert not ran.exists()
 
 
-# Pictures and scores during a run
+# Images and scores during a run
 
 
 @pytest.mark.parametrize(
     ("reward", "told"),
     [
         (lambda images, prompts: torch.zeros(1), "broken: scores of shape \\(1,\\)"),
-        (lambda images, prompts: torch.tensor([0.0] * 5 + [NAN]), "broken: not finite for 1 pictures, the first of"),
+        (lambda images, prompts: torch.tensor([0.0] * 5 + [NAN]), "broken: not finite for 1 images, the first of"),
         (lambda images, prompts: 1 / 0, "broken: ZeroDivisionError: division by zero"),
     ],
     ids=["wrong length", "NaN", "raises"],
@@ -352,7 +352,7 @@ def test_a_hostile_reward_is_named_and_skipped(kind, pictures):
     reward, told = REFUSED[kind]
     with pytest.raises(RewardError, match=f"^rewards.broken: .*{told}|^rewards.broken: {told}"):
         score("broken", reward, pictures, CAPTIONS)
-    with pytest.warns(UserWarning, match="rewards.broken: .*no score for 6 pictures"):
+    with pytest.warns(UserWarning, match="rewards.broken: .*no score for 6 images"):
         assert score_or_nan("broken", reward, pictures, CAPTIONS).isnan().all()
 
 
@@ -409,7 +409,7 @@ BUILT_IN = {"shapes_soft": {}, "shapes_strict": {}, "jpeg": {}, "clip": {"model"
 
 
 class Seen(TorchDispatchMode):
-    """What the host waits for on a GPU (`waits`), and how often pictures of this shape are copied."""
+    """What the host waits for on a GPU (`waits`), and how often images of this shape are copied."""
 
     def __init__(self, shape):
         super().__init__()
@@ -459,7 +459,7 @@ def test_the_host_waits_once_for_scores_that_are_right(pictures):
 
 
 def test_a_picture_that_is_none_is_named_though_the_reward_fails_on_it(pictures):
-    with pytest.raises(RewardError, match=r"given pictures that are not in \[0, 1\] for 1 pictures"):
+    with pytest.raises(RewardError, match=r"given images that are not in \[0, 1\] for 1 images"):
         score("broken", lambda images, prompts: 1 / 0, spoiled(pictures, NAN), CAPTIONS)
 
 
@@ -568,12 +568,12 @@ def spoiled(pictures, value):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda p: (p[:, :1], CAPTIONS), r"pictures of shape \(6, 1, 32, 32\), expected \[B, 3, H, W\]"),
-        (lambda p: (p[0], CAPTIONS), r"pictures of shape \(3, 32, 32\)"),
-        (lambda p: (p[:5], CAPTIONS), "5 pictures for 6 prompts"),
-        (lambda p: (p.mul(255).to(torch.uint8), CAPTIONS), "pictures of torch.uint8"),
+        (lambda p: (p[:, :1], CAPTIONS), r"images of shape \(6, 1, 32, 32\), expected \[B, 3, H, W\]"),
+        (lambda p: (p[0], CAPTIONS), r"images of shape \(3, 32, 32\)"),
+        (lambda p: (p[:5], CAPTIONS), "5 images for 6 prompts"),
+        (lambda p: (p.mul(255).to(torch.uint8), CAPTIONS), "images of torch.uint8"),
     ],
-    ids=["channels", "one picture", "count", "bytes"],
+    ids=["channels", "one image", "count", "bytes"],
 )
 def test_what_is_no_picture_is_named(change, told, drop, pictures):
     with pytest.raises(RewardError, match=f"rewards.jpeg: {told}"):
@@ -583,9 +583,9 @@ def test_what_is_no_picture_is_named(change, told, drop, pictures):
 @pytest.mark.parametrize("value", [NAN, float("inf"), -0.01, 1.01])
 def test_pictures_out_of_range_are_named_or_dropped(value, pictures):
     jpeg = make_reward("jpeg", {})
-    with pytest.raises(RewardError, match="rewards.jpeg: .*not in \\[0, 1\\] for 1 pictures, the first of"):
+    with pytest.raises(RewardError, match="rewards.jpeg: .*not in \\[0, 1\\] for 1 images, the first of"):
         score("jpeg", jpeg, spoiled(pictures, value), CAPTIONS)
-    with pytest.warns(UserWarning, match="rewards.jpeg: dropped 1 of 6 pictures"):
+    with pytest.warns(UserWarning, match="rewards.jpeg: dropped 1 of 6 images"):
         scores = score("jpeg", jpeg, spoiled(pictures, value), CAPTIONS, drop=True)
     whole = jpeg(pictures, CAPTIONS)
     whole[2] = NAN
@@ -660,7 +660,7 @@ def test_a_group_that_is_lost_and_a_rollout_that_is_lost():
     rewards = torch.tensor([[[1.0, 3.0], [NAN, NAN]]])
     filled, share = fill_dropped([rewards])
     assert filled.tolist() == [[[1.0, 3.0], [2.0, 2.0]]] and share == 0.5
-    with pytest.raises(RewardError, match="every picture of a rollout was dropped"):
+    with pytest.raises(RewardError, match="every image of a rollout was dropped"):
         fill_dropped([torch.full((1, 1, 4), NAN)])
 
 

@@ -90,7 +90,7 @@ def make_run(folder, base, *overrides, iterations=(1,), **options):
     (folder / RUN_FILE).write_text(json.dumps({"version": "0.9", "commit": "c0ffee", "world_size": 2}))
     lines = [{"iteration": 1, "loss": 0.5}, *({"iteration": i, "held_out/jpeg": i / 2 - 3} for i in range(4))]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "curve.png").write_bytes(b"a picture")
+    (folder / "curve.png").write_bytes(b"an image")
     save(folder, base, iterations, lora=config.model.lora, **options)
     return folder
 
@@ -188,7 +188,7 @@ def test_the_command_chooses_weights_and_checkpoint(options, iteration, kind, ru
 
 
 def sampled(transformer, folder, config):
-    """By the trainer's own sampler: latents, and pictures."""
+    """By the trainer's own sampler: latents, and images."""
     text = FluxTextEncoder(Path(folder), config.model)
     vae = FluxPipeline.from_pretrained(folder, transformer=None, text_encoder=None, text_encoder_2=None).vae
     backbone = FluxBackbone(transformer, vae, text, config.model)
@@ -221,7 +221,7 @@ def assert_same(ours, theirs):
 SMALL = ("model.height=64", "model.width=48", "model.max_sequence_length=32")
 
 
-def test_pictures_of_the_exported_pipeline_are_the_trainers(base, tmp_path):
+def test_images_of_the_exported_pipeline_are_the_trainers(base, tmp_path):
     run = make_run(tmp_path / "run", base, *SMALL)
     export(run, tmp_path / "out")
     config = load_config(str(run / CONFIG_FILE))
@@ -233,7 +233,7 @@ def test_pictures_of_the_exported_pipeline_are_the_trainers(base, tmp_path):
     assert (untrained[0] - theirs[0]).abs().max() > 0.05, "training must show, or the comparison shows nothing"
 
 
-def test_pictures_of_the_base_with_the_lora_are_the_trainers(base, tmp_path):
+def test_images_of_the_base_with_the_lora_are_the_trainers(base, tmp_path):
     """alpha is not the rank: a loader that is not told the scale takes 1."""
     run = make_run(tmp_path / "run", base, LORA, *SMALL)
     export(run, tmp_path / "out")
@@ -274,7 +274,7 @@ def fused_run(base, tmp_path, *overrides):
 @pytest.mark.parametrize(
     ("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)], ids=["float32", "bfloat16"]
 )
-def test_pictures_of_the_fused_pipeline_are_those_of_the_base_with_the_adapters(dtype, bound, base, tmp_path):
+def test_images_of_the_fused_pipeline_are_those_of_the_base_with_the_adapters(dtype, bound, base, tmp_path):
     """Latents and pixels. In bfloat16 the sum of a weight and its adapters is rounded once more."""
     copy = tmp_path / "base"
     FluxPipeline.from_pretrained(base, torch_dtype=dtype).save_pretrained(copy)

@@ -1,4 +1,4 @@
-"""What a run tells: a picture that cannot be drawn or written, or a log that is damaged, costs itself alone."""
+"""What a run tells: an image that cannot be drawn or written, or a log that is damaged, costs itself alone."""
 
 import json
 import resource
@@ -10,9 +10,9 @@ import torch
 from egrpo_fast.config import load_config
 from egrpo_fast.folder_lock import Claim
 from egrpo_fast.runs.metrics import METRICS
-from egrpo_fast.runs.report import BASE_PICTURES, HeldOut, Report
+from egrpo_fast.runs.report import BASE_IMAGES, HeldOut, Report
 
-PICTURES = torch.zeros(2, 3, 8, 8)
+IMAGES = torch.zeros(2, 3, 8, 8)
 HISTORY = [(0, {"clip": 0.25}), (1, {"clip": 0.5})]
 PRODUCTS = {"curve.png", "before_after.png", "summary.json", "pipeline"}
 
@@ -33,14 +33,14 @@ def run(tmp_path, monkeypatch, capsys):
 
 
 def evaluate(report, done):
-    report.held_out(done, HeldOut(HISTORY[done][1], PICTURES), None, {})
+    report.held_out(done, HeldOut(HISTORY[done][1], IMAGES), None, {})
 
 
 def finish(report):
     """Returns what was warned of."""
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        report.finish(1, HISTORY, HeldOut(HISTORY[1][1], PICTURES), False)
+        report.finish(1, HISTORY, HeldOut(HISTORY[1][1], IMAGES), False)
         report.close()
     return [str(each.message) for each in told if each.category is UserWarning]
 
@@ -57,7 +57,7 @@ def test_a_run_that_nothing_happens_to(run):
         evaluate(report, done)
     assert finish(report) == []
     check(folder)
-    assert len(list((folder / "pictures").iterdir())) == 2
+    assert len(list((folder / "images").iterdir())) == 2
 
 
 def test_a_disk_that_is_full_over_an_evaluation(run):
@@ -65,15 +65,15 @@ def test_a_disk_that_is_full_over_an_evaluation(run):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))
     try:
-        with pytest.warns(UserWarning, match="pictures, plots and summary: File too large; training goes on"):
+        with pytest.warns(UserWarning, match="images, plots and summary: File too large; training goes on"):
             evaluate(report, 0)
-        assert not (folder / BASE_PICTURES).exists()
+        assert not (folder / BASE_IMAGES).exists()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     evaluate(report, 1)
     assert finish(report) == []
     check(folder)
-    assert len(list((folder / "pictures").iterdir())) == 2, "also those of the evaluation that the disk did not take"
+    assert len(list((folder / "images").iterdir())) == 2, "also those of the evaluation that the disk did not take"
 
 
 def test_a_disk_that_is_full_to_the_end_is_an_error(run):
@@ -92,11 +92,11 @@ def test_a_disk_that_is_full_to_the_end_is_an_error(run):
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "first line gone", "a bad byte", "log gone"])
 def test_what_was_told_before_is_damaged(damage, run):
-    """Training is done: no damage to a picture or the log may keep the run from its summary and its pipeline."""
+    """Training is done: no damage to an image or the log may keep the run from its summary and its pipeline."""
     folder, report = run
     for done in (0, 1):
         evaluate(report, done)
-    base, log = folder / BASE_PICTURES, folder / METRICS
+    base, log = folder / BASE_IMAGES, folder / METRICS
     if damage == "cut":
         base.write_bytes(base.read_bytes()[:-9])
     elif damage == "gone":
@@ -113,7 +113,7 @@ def test_what_was_told_before_is_damaged(damage, run):
     assert len(told) == (damage in expected) and expected.get(damage, "") in "".join(told)
 
 
-def test_a_picture_that_cannot_be_drawn(run, monkeypatch):
+def test_a_image_that_cannot_be_drawn(run, monkeypatch):
     folder, report = run
     monkeypatch.setattr("matplotlib.axes.Axes.imshow", lambda *arguments, **style: 1 / 0)
     with pytest.warns(UserWarning, match="iteration-000000.png: ZeroDivisionError"):

@@ -1,4 +1,4 @@
-"""Shapes: the world's grammar and pictures, its judges under attack, and the shipped weights."""
+"""Shapes: the world's grammar and images, its judges under attack, and the shipped weights."""
 
 import pytest
 import torch
@@ -171,7 +171,7 @@ def test_attacks_do_not_pay(truth):
         "flat colour": (colour[:, :, None, None].expand_as(images), every, 0.1),
         "empty": (torch.zeros_like(images), every, 0.1),
         "noise alone": (torch.rand(images.shape, generator=generator), every, 0.1),
-        "another's picture": (images.roll(1, 0), every, 0.8),
+        "another's image": (images.roll(1, 0), every, 0.8),
     }
     for name, (attack, applies, share) in attacks.items():
         scores = soft_score(attack, held_out)[applies]

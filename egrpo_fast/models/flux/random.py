@@ -1,9 +1,9 @@
 """Makes a complete diffusers FLUX folder with random weights: `python -m egrpo_fast.models.flux.random OUT`.
 
-The transformer, scheduler and latents (16 channels, 1/8 of the picture's side, so sides are multiples of 16) are
+The transformer, scheduler and latents (16 channels, 1/8 of the image's side, so sides are multiples of 16) are
 FLUX's own; VAE and text encoders are a few layers. The tokenizers are the embedded ones, with room for 77 and 512
 tokens; they read any text, most of it a character at a time. The folder is a function of the size, the seed and the
-options, for one version of the libraries. It is for trying loading, sharding, training and export, not for pictures.
+options, for one version of the libraries. It is for trying loading, sharding, training and export, not for images.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def make_pipeline(size: str, seed: int = 0, guidance_embeds: bool = True) -> Flu
         tokenizer = CLIPTokenizer.from_pretrained(shapes.PIPELINE / "tokenizer", model_max_length=77)
         tokenizer_2 = T5Tokenizer.from_pretrained(shapes.PIPELINE / "tokenizer_2", model_max_length=512)
         return FluxPipeline(
-            # The fixed shift of the training rollout, so that both draw the same picture from the same noise.
+            # The fixed shift of the training rollout, so that both draw the same image from the same noise.
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
             vae=AutoencoderKL(
                 block_out_channels=(16, 32, 32, 32),

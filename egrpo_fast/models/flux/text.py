@@ -36,8 +36,8 @@ class FluxTextEncoder(TextEncoder):
             t5 = int(cls.config(folder, "text_encoder_2")["d_model"])
             clip = int(cls.config(folder, "text_encoder")["hidden_size"])
         except (KeyError, TypeError) as error:
-            told = f"a text encoder's config.json in {folder} gives no width ({error})"
-            raise ValueError(f"model.path: {told}") from None
+            message = f"a text encoder's config.json in {folder} gives no width ({error})"
+            raise ValueError(f"model.path: {message}") from None
         return {"t5": (model.max_sequence_length, t5), "pooled": (clip,)}
 
     @classmethod

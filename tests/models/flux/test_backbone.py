@@ -59,11 +59,11 @@ def sample(backbone, num_steps=16, micro_batch=None):
 
 
 def assert_step_for_step(backbone, pipeline, prompts, schedule, **arguments):
-    """Packing, ids, time, guidance and shift: the pipeline's latents after every step, and its pictures."""
+    """Packing, ids, time, guidance and shift: the pipeline's latents after every step, and its images."""
     rows, steps = torch.arange(len(prompts)), []
     start = noise.initial_noise(5, 0, rows, backbone.latent_shape)
     pipeline.set_progress_bar_config(disable=True)
-    pictures = pipeline(
+    images = pipeline(
         prompts, height=backbone.height, width=backbone.width, num_inference_steps=len(schedule.times) - 1,
         latents=start, output_type="pt", **arguments,
         callback_on_step_end=lambda pipe, i, t, values: steps.append(values["latents"].clone()) or {},
@@ -75,7 +75,7 @@ def assert_step_for_step(backbone, pipeline, prompts, schedule, **arguments):
             x = x + schedule.ode(i, i + 1).c_v * v
             assert torch.allclose(x, theirs, rtol=0, atol=2e-4), f"step {i}"
     assert len(steps) == len(schedule.times) - 1
-    assert torch.allclose(backbone.decode(x), pictures, rtol=0, atol=1e-3)
+    assert torch.allclose(backbone.decode(x), images, rtol=0, atol=1e-3)
     return x
 
 
@@ -102,7 +102,7 @@ DEV_SHIFT = {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max
 )
 def test_flux_layouts_are_sampled_as_the_pipeline_samples_them(guided, scheduler, shift, height, width, tmp_path):
     """Not square, an odd number of tokens a side, with and without guidance embedding. One fixed `schedule.shift` does
-    what each of the schedulers does: 1 is schnell's, and exp(mu) dev's at one picture size."""
+    what each of the schedulers does: 1 is schnell's, and exp(mu) dev's at one image size."""
     pipeline = make_pipeline("small", guidance_embeds=guided)
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler(**scheduler)
     pipeline.save_pretrained(tmp_path / "pipeline")

@@ -19,7 +19,7 @@ def make(monkeypatch, folder, *options):
     return folder
 
 
-def test_a_folder_draws_pictures_that_hear_prompt_and_noise(monkeypatch, tmp_path):
+def test_a_folder_draws_images_that_hear_prompt_and_noise(monkeypatch, tmp_path):
     pipeline = FluxPipeline.from_pretrained(make(monkeypatch, tmp_path / "tiny"))
     pipeline.set_progress_bar_config(disable=True)
     noise = torch.randn(1, 12, 64, generator=torch.Generator().manual_seed(0))

@@ -44,16 +44,16 @@ def overrides(folder, name, *others):
     return [*SETTINGS, *inputs, f"prompts.held_out={folder / 'prompts.txt'}", f"output_dir={folder / name}", *others]
 
 
-def run(world, heart, config, pictures=None):
-    """Train to the end; the held-out pictures of the last weights, by the trainer's own sampler."""
+def run(world, heart, config, images=None):
+    """Train to the end; the held-out images of the last weights, by the trainer's own sampler."""
     from egrpo_fast.train import check_inputs, make_trainer
 
     trainer = make_trainer(config, world, heart, *check_inputs(config))
     assert trainer.train() == 0
-    if pictures is not None:
-        held_out = trainer.evaluate().pictures
+    if images is not None:
+        held_out = trainer.evaluate().images
         if world.is_main:
-            save_file({"pictures": held_out.contiguous()}, pictures)
+            save_file({"images": held_out.contiguous()}, images)
 
 
 def interrupted(world, folder, name, copy, iteration):
@@ -177,7 +177,7 @@ def drawn(pipeline, config):
 
 
 @pytest.mark.parametrize("name", ["full", "lora"])
-def test_the_exported_pipeline_draws_the_trainers_pictures(name, runs, tmp_path):
+def test_the_exported_pipeline_draws_the_trainers_images(name, runs, tmp_path):
     config = load_config(str(runs / name / CONFIG_FILE))
     export(runs / name, tmp_path / "out")
     if name == "full":
@@ -185,9 +185,9 @@ def test_the_exported_pipeline_draws_the_trainers_pictures(name, runs, tmp_path)
     else:
         pipeline = FluxPipeline.from_pretrained(runs / "base")
         pipeline.load_lora_weights(tmp_path / "out")
-    ours, theirs = load_file(runs / f"{name}.safetensors")["pictures"], drawn(pipeline, config)
+    ours, theirs = load_file(runs / f"{name}.safetensors")["images"], drawn(pipeline, config)
     assert torch.allclose(ours, theirs, rtol=0, atol=1e-4)
-    before = load_file(runs / name / "base_pictures.safetensors")["pictures"]
+    before = load_file(runs / name / "base_images.safetensors")["images"]
     assert (before - ours).abs().max() > 1e-3, "training must show, or the comparison shows nothing"
     for file in (runs / name / "pipeline").rglob("*.safetensors"):
         ours, again = load_file(file), load_file(tmp_path / "out" / file.relative_to(runs / name / "pipeline"))
