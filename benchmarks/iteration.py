@@ -39,7 +39,7 @@ from peft import LoraConfig
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from egrpo_fast import noise
-from egrpo_fast.config import Model, load_config
+from egrpo_fast.config import ModelConfig, load_config
 from egrpo_fast.distributed.heartbeat import Heartbeat
 from egrpo_fast.distributed.world import World
 from egrpo_fast.files import read_json
@@ -93,7 +93,7 @@ class RandomScore:
         return self.network(small.bfloat16())[:, 0].float()
 
 
-SMALL = Model(path=str(PIPELINE), height=32, width=32, max_sequence_length=24, dtype="float32")
+SMALL = ModelConfig(path=str(PIPELINE), height=32, width=32, max_sequence_length=24, dtype="float32")
 
 
 def shapes(device, folder):

@@ -20,7 +20,7 @@ import torch
 from scipy import stats
 
 from egrpo_fast import ops
-from egrpo_fast.config import Model, load_config, plan_of
+from egrpo_fast.config import ModelConfig, load_config, plan_of
 from egrpo_fast.policy import Policy
 from egrpo_fast.rewards import make_reward, score
 from egrpo_fast.rollout import NoiseKey, Wavefront
@@ -40,7 +40,7 @@ def measure(num_prompts):
     """Reward spread of every (threshold, reward, prompt, active step)."""
     captions = PROMPTS["train"].read_text().splitlines()[:num_prompts]
     backbone = (
-        Policy(Model(path=str(PIPELINE), height=32, width=32, max_sequence_length=24, dtype="float32"), PIPELINE)
+        Policy(ModelConfig(path=str(PIPELINE), height=32, width=32, max_sequence_length=24, dtype="float32"), PIPELINE)
         .load(torch.device("cpu"))
         .backbone
     )

@@ -18,7 +18,7 @@ from egrpo_fast import __version__
 from egrpo_fast.commands import launch
 from egrpo_fast.commands.cluster import GPUS, Cluster, default_gpus, parse_gpu
 from egrpo_fast.commands.plan import describe, print_plan
-from egrpo_fast.config import ConfigError, Reward
+from egrpo_fast.config import ConfigError, RewardConfig
 from egrpo_fast.config.recipe_files import read_yaml, recipe_names
 from egrpo_fast.config.reference import reference
 from egrpo_fast.files import expanded, read_text
@@ -26,13 +26,13 @@ from egrpo_fast.shapes import prompts_path
 from egrpo_fast.terminal import error_lines, keep_clean, steady_streams
 
 
-def parse_rewards(given: Sequence[str]) -> list[Reward]:
+def parse_rewards(given: Sequence[str]) -> list[RewardConfig]:
     """`NAME` or `NAME={option: value, ...}` (YAML) each, as a recipe's `rewards`."""
     rewards = []
     for text in given:
         name, _, options = text.partition("=")
         try:
-            rewards.append(Reward(name=name, options=read_yaml(options, "rewards") if options else {}))
+            rewards.append(RewardConfig(name=name, options=read_yaml(options, "rewards") if options else {}))
         except (ConfigError, ValidationError):
             raise ValueError(f"rewards: {text!r} is neither NAME nor NAME={{option: value}}") from None
     return rewards
@@ -89,7 +89,7 @@ TRUST = "let the run's own config.yaml name rewards that run Python code, or sen
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    # Mistakes in what is quick to read are told before the seconds that diffusers takes to import.
+    # Mistakes in what is quick to read are reported before the seconds that diffusers takes to import.
     from egrpo_fast.prompts.files import read_prompts
 
     rewards = parse_rewards(arguments.rewards or ())

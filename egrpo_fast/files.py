@@ -1,4 +1,4 @@
-"""Files that a user names: read without hanging or filling the memory, and told apart; and files written whole."""
+"""Files that a user names: read without hanging or filling the memory, and recognised; and files written whole."""
 
 import errno
 import hashlib

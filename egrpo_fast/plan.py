@@ -3,7 +3,7 @@
 One prompt has a fixed set of state rows. At every grid step each live row is the *source* of one or more *edges*,
 affine steps to a destination row (its own next state, or a branch). All live rows of a wavefront step share its time,
 so a step is one batched model call, whatever the number of branches. A method is a function that draws a plan
-(`methods/`); `Draft` is what it draws with.
+(`methods/`); `PlanBuilder` is what it draws with.
 """
 
 from __future__ import annotations
@@ -422,7 +422,7 @@ class PlanTooLargeError(ValueError):
     """A plan of more edges than this program holds; nothing was drawn."""
 
 
-class Draft:
+class PlanBuilder:
     """A plan in the making: rows are begun, stepped on, branched and trained, in any order; then it is a `Plan`.
 
     antithetic: samples of one state come in pairs that share their noise with opposite signs; an odd one is alone.
@@ -511,6 +511,6 @@ class Draft:
 
 def ode_plan(schedule: Schedule) -> Plan:
     """One deterministic trajectory per prompt, all the way: what an evaluation samples."""
-    draft = Draft(schedule)
+    draft = PlanBuilder(schedule)
     draft.ode([draft.start()], 0, schedule.num_steps)
     return draft.plan()

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from egrpo_fast.config import Config, Lora, Model, Tail
+from egrpo_fast.config import Config, LoraConfig, ModelConfig, TailConfig
 from egrpo_fast.files import is_hub_id
 from egrpo_fast.models.attention import check_attention, use_arithmetic, use_attention
 from egrpo_fast.models.folder import check_folder
@@ -37,7 +37,7 @@ class Policy:
     _tiny_decoder: str | None = None
 
     def __init__(
-        self, model: Model, folder: Path, *, embeddings: str | None = None, compiled: bool = False, seed: int = 0,
+        self, model: ModelConfig, folder: Path, *, embeddings: str | None = None, compiled: bool = False, seed: int = 0,
         fuse: str | None = None,
     ) -> None:  # fmt: skip
         """folder: the pipeline that `model.path` means. embeddings: a folder that stands for its text encoders. seed:
@@ -46,13 +46,13 @@ class Policy:
         self.model, self.folder, self._embeddings = model, folder, embeddings
         self._family = check_folder(folder, model.height, model.width)
         self.transformer, weights = meta_transformer(folder, model.lora, seed)
-        self.lora: Lora | None = weights.lora
+        self.lora: LoraConfig | None = weights.lora
         self._weights = with_adapters(weights, self.transformer, folder, fuse, "models") if fuse else weights
         use_attention(self.transformer, model.attention)
         self.compiled = self._family.compiled(self.transformer) if compiled else None
 
     @classmethod
-    def around(cls, backbone: Backbone, model: Model) -> "Policy":
+    def around(cls, backbone: Backbone, model: ModelConfig) -> "Policy":
         """One of parts that are loaded already."""
         made = cls.__new__(cls)
         made.model, made.backbone, made.transformer = model, backbone, backbone.transformer
@@ -78,7 +78,7 @@ class Policy:
         """(tokens, channels) of one image's latents."""
         return self.backbone.latent_shape
 
-    def use_tail(self, tail: Tail) -> None:
+    def use_tail(self, tail: TailConfig) -> None:
         """Take these settings for tails from the next `load_tail` on. ValueError names what the user must mend."""
         check_tail(tail, self.folder)
         self.tail = None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from egrpo_fast import noise
 from egrpo_fast.config import Config, plan_of
-from egrpo_fast.distributed.background import Beside
+from egrpo_fast.distributed.background import BackgroundWorker
 from egrpo_fast.distributed.engine import Engine
 from egrpo_fast.distributed.world import World
 from egrpo_fast.host_to_device import on_device
@@ -82,7 +82,7 @@ class Sampler:
             plan_of(config, 0), config.rollout.prompts_per_rollout, **self._buffers, keep_samples=keep
         )
         self._held_out: Wavefront | None = None
-        self.beside = Beside(world.device) if config.rollout.overlap else None
+        self.beside = BackgroundWorker(world.device) if config.rollout.overlap else None
         self._tail_guard = TailGuard(config.tail)
 
     @property
@@ -141,7 +141,7 @@ class Sampler:
                 velocity = self.policy.velocity(experience.conditioning, module)
                 rollout = self._roll_out(self.wavefront, velocity, experience.rollout.key)
             exact, _ = self._score(rollout, experience.prompts)
-            if self._world.agree(not exact.isfinite().all()):
+            if self._world.max_on_host(not exact.isfinite().all()):
                 return TailCheck([], {"tail/not_finite": 1.0})
             found = compare(plan, self._objective, exact, experience.rewards)
             correlations = [one for rank in self._world.gather(found.correlations.flatten().tolist()) for one in rank]
@@ -243,9 +243,9 @@ class Sampler:
                 except torch.OutOfMemoryError:
                     if not alone or wavefront.rows_per_call(tail) == 1:
                         raise
-                    self._progress.may_end(out_of_memory=True)
+                    self._progress.check_shutdown(out_of_memory=True)
                 if alone:
-                    self._progress.may_end()
+                    self._progress.check_shutdown()
                 return rollout
             rows = wavefront.rows_per_call(tail)
             wavefront.micro_batch = rows // 2
@@ -272,7 +272,7 @@ class Sampler:
                 timed += watch.read().values()
             return min(timed[1:])
 
-        found = -self._world.agree(-find_micro_batch(seconds, self.wavefront.rows_per_call(tail)))
+        found = -self._world.max_on_host(-find_micro_batch(seconds, self.wavefront.rows_per_call(tail)))
         if self._world.is_main:
             print(f"rollout.max_rows_per_call: auto, found {found}")
         return found

@@ -1,6 +1,6 @@
 """What a command prints. What files, servers and other people's code say is shown, and never obeyed.
 
-What cannot be told ends nothing.
+What cannot be printed ends nothing.
 """
 
 import io
@@ -120,7 +120,7 @@ def steady_streams() -> None:
     """From now on stdout and stderr raise nothing, also where they are closed, their reader is gone or a disk is full.
 
     Characters that their encoding does not know are spelled. A descriptor of them that is closed leads to nowhere, else
-    the next file that is opened would get its number, and what is told there.
+    the next file that is opened would get its number, and what is printed there.
     """
     nowhere = os.open(os.devnull, os.O_RDWR)
     os.set_inheritable(nowhere, nowhere < 3)

@@ -67,7 +67,7 @@ def check_inputs(config: Config) -> "tuple[Sequence[str], Sequence[str], Policy 
 
     Returns the training and the held-out prompts, and the policy on the meta device; None: it has to be downloaded.
     """
-    # DeepSpeed, diffusers and the rewards take seconds to import: a mistake in the settings is told before.
+    # DeepSpeed, diffusers and the rewards take seconds to import: a mistake in the settings is reported before.
     from egrpo_fast.prompts.files import read_split
 
     with warnings.catch_warnings():
@@ -112,7 +112,7 @@ def check_inputs(config: Config) -> "tuple[Sequence[str], Sequence[str], Policy 
 def open_rewards(config: Config, world: "World", heart: "Heartbeat", prompt: str) -> "dict[str, Reward]":
     """Load every reward and call it once. ConfigError, on all ranks, where that fails on one.
 
-    First of all that is loaded: a mistake in a reward is told before the minutes that a model takes. Where
+    First of all that is loaded: a mistake in a reward is found before the minutes that a model takes. Where
     `objective.on_error` is `drop`, a reward may raise for an image that it cannot judge, so that is only a warning.
     """
     from egrpo_fast.rewards import RewardError, make_reward, try_reward
@@ -210,7 +210,7 @@ def make_trainer(
             record(config, base, inputs, world.size, claim.run if claim else "")
         except ConfigError as error:
             problem = str(error)
-    if problem := world.from_main(problem):
+    if problem := world.broadcast(problem):
         raise ConfigError(problem)
     return trainer
 

@@ -26,7 +26,7 @@ from egrpo_fast.prompts.order import PromptOrder
 from egrpo_fast.rewards import Reward
 from egrpo_fast.runs.guards import BadSteps, Guard, verdict
 from egrpo_fast.runs.metrics import RunLog
-from egrpo_fast.runs.progress import Asked, Progress
+from egrpo_fast.runs.progress import Progress, ShutdownRequested
 from egrpo_fast.runs.report import SUMMARY, HeldOut, Report
 from egrpo_fast.sampler import Experience, Sampler
 
@@ -112,7 +112,7 @@ class TrainingLoop:
             held_out = self._iterate()
             self.checkpoints.wait()
             held_out = held_out or self.evaluate()  # its images, where a resumed run had ended
-        except Asked as asked:
+        except ShutdownRequested as asked:
             self.save(needed=True)
             self.report.close()
             return asked.signal
@@ -134,7 +134,7 @@ class TrainingLoop:
         config, progress = self.config, self.progress
         held_out: HeldOut | None = None
         while True:
-            progress.may_end()
+            progress.check_shutdown()
             if self._evaluation_due():
                 held_out = self.evaluate()
                 self.history.append((self.iteration, held_out.rewards))
@@ -152,10 +152,10 @@ class TrainingLoop:
             )
             batch = self.sampler.sample(prompts)
             # A latent or reward that is not finite, on whichever rank: nothing is changed on any.
-            skipped = self.world.agree(not all(experience.finite for experience in batch))
+            skipped = self.world.max_on_host(not all(experience.finite for experience in batch))
             check = None if skipped else self.sampler.check_tail(batch[0])
             with progress.phase("update"):
-                values = {"lr": self.engine.rate, "skipped_steps": 1} if skipped else self.update(batch)
+                values = {"lr": self.engine.learning_rate, "skipped_steps": 1} if skipped else self.update(batch)
             progress.iteration += 1
             progress.committed = False
             checked, given_up = self.sampler.judge_tail(check) if check else ({}, None)
@@ -175,7 +175,7 @@ class TrainingLoop:
         kept = [plan.unpruned(self.objective.mixed(experience.rewards)) for experience in batch]
         share = len(batch) * (1 if every_step else len(groups))
         parts: list[GroupLoss] = []
-        mismatches, norms, rate = [], [], self.engine.rate
+        mismatches, norms, rate = [], [], self.engine.learning_rate
         for n, group in enumerate(groups):
             due = every_step or n == len(groups) - 1
             for place, experience in enumerate(batch):
@@ -190,7 +190,7 @@ class TrainingLoop:
                 mismatches.append(policy_mismatch(group, reference, rollout.velocities[n]))
             if due:
                 self.progress.at("optimizer step")
-                self.progress.committed, rate = True, self.engine.rate
+                self.progress.committed, rate = True, self.engine.learning_rate
                 norms.append(self.engine.step())
         first = parts[: len(batch)] if every_step else parts  # what was compared before the first optimizer step
         entropy = sum(group.step.entropy for group in groups) / len(groups)
@@ -211,7 +211,7 @@ class TrainingLoop:
         }
         values = dict(zip(means, self.world.mean(torch.stack([value.mean() for value in means.values()])).tolist()))
         for name, some in (("log_ratio_before_update", first), ("max_log_ratio", parts)):
-            values[name] = self.world.largest(torch.stack([part.log_ratio.abs().max() for part in some]).max())
+            values[name] = self.world.max(torch.stack([part.log_ratio.abs().max() for part in some]).max())
         if taken := [norm for norm in norms if math.isfinite(norm)]:
             values["grad_norm"] = sum(taken) / len(taken)
         return values | {"skipped_steps": len(norms) - len(taken)}
@@ -228,15 +228,15 @@ class TrainingLoop:
         """Every reward on the held-out prompts."""
         return self.sampler.evaluate(self.held_out)
 
-    def _tell(self, values: dict[str, float], batch: Sequence[Experience], message: Sequence[str]) -> None:
-        """Metrics, alarms (`told` are there already), and whose prompts a skipped step was of.
+    def _tell(self, values: dict[str, float], batch: Sequence[Experience], alarms: list[str]) -> None:
+        """Metrics, alarms (some are there already), and whose prompts a skipped step was of.
 
         BadSteps after too many of those in a row.
         """
         of_rewards, spread_by_step = self.sampler.statistics(batch)
         values = values | of_rewards | self.progress.stopwatch.read()
         skipped, notes = int(values["skipped_steps"]), dict[str, Any](spread_by_step=spread_by_step)
-        alarms, why = [*message, *self.guard.alarms(values)], f"a loss or gradient of iteration {self.iteration}"
+        alarms, why = [*alarms, *self.guard.alarms(values)], f"a loss or gradient of iteration {self.iteration}"
         if skipped:  # the same on every rank
             mine = [prompt for experience in batch if not experience.finite for prompt in experience.prompts]
             concerned = [prompt for rank in self.world.gather(mine) for prompt in rank]
@@ -270,13 +270,13 @@ class TrainingLoop:
             "tail": self.sampler.state,
         }
         now = self.iteration, len(self.history)
-        if self.world.agree(self._saved != now):  # one rank alone may not have been able to
-            attempt = self.world.from_main(uuid.uuid4().hex[:8])
+        if self.world.max_on_host(self._saved != now):  # one rank alone may not have been able to
+            attempt = self.world.broadcast(uuid.uuid4().hex[:8])
             self.report.sync()  # no checkpoint outlives its lines
             with self.progress.phase("checkpoint"):
                 self._or_warn(self.checkpoints.wait)
                 self._saved = now
-                pieces, local, best = self.engine.pieces(), self.engine.local(), self._is_best()
+                pieces, local, best = self.engine.state_shards(), self.engine.rank_local_state(), self._is_best()
                 self._or_warn(
                     lambda: self.checkpoints.save(self.iteration, pieces, local, state, attempt, best), needed
                 )
@@ -303,11 +303,11 @@ class TrainingLoop:
         return all(now[watched] > past[watched] for _, past in before)
 
     def _resume(self) -> None:
-        """Continue from the newest checkpoint that is sound on every rank; those that are not are told and passed over.
+        """Continue from the newest checkpoint that is sound on every rank. A warning names those that are not.
 
         ValueError: the run has written checkpoints, and none of them can be used.
         """
-        paths, message = self.world.from_main(self._resumable() if self.world.is_main else None)
+        paths, message = self.world.broadcast(self._resumable() if self.world.is_main else None)
         if message:
             raise ValueError(f"resume: {message}")
         for path in paths:

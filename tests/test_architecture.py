@@ -35,10 +35,9 @@ KNOWN_TO = {
         "egrpo_fast.models.vae",
         "egrpo_fast.models.tail",
         "egrpo_fast.models.flux.random",
-        "egrpo_fast.shapes.pretrain",
     },
     "torchao": {"egrpo_fast.models.tail"},
-    "open_clip": {"egrpo_fast.rewards.clip", "egrpo_fast.rewards.hps", "egrpo_fast.shapes.pretrain"},
+    "open_clip": {"egrpo_fast.rewards.clip", "egrpo_fast.rewards.hps"},
     "pyarrow": {"egrpo_fast.commands.evaluate", "egrpo_fast.prompts.formats"},
     "datasets": {"egrpo_fast.prompts.formats"},
     "httpx2": {"egrpo_fast.rewards.http"},
@@ -70,8 +69,6 @@ def breaches(module, imported):
     """What is wrong with `module` importing `imported`; None: nothing."""
     room = module.split(".")[1] if "." in module else None
     top, *rest = imported.split(".")
-    if imported == "egrpo_fast.shapes.pretrain":
-        return f"{module} imports a script"
     if top in KNOWN_TO and module not in KNOWN_TO[top]:
         return f"{module} imports {imported}, which only {sorted(KNOWN_TO[top])} may know"
     if top == "kernels":
@@ -106,7 +103,6 @@ def test_no_imports_go_in_a_circle():
         ("egrpo_fast.trainer", "deepspeed"),
         ("egrpo_fast.rollout", "diffusers"),
         ("egrpo_fast.models.other", "diffusers"),
-        ("egrpo_fast.rewards.shapes_soft", "egrpo_fast.shapes.pretrain"),
         ("egrpo_fast.ops", "kernels"),
     ],
 )

@@ -8,7 +8,7 @@ import torch
 from egrpo_fast.methods.branch_grpo import branch_grpo
 from egrpo_fast.methods.e_grpo import e_grpo
 from egrpo_fast.noise import draw_word
-from egrpo_fast.plan import ANCHOR, Draft, Edge, Plan, PlanTooLargeError, Wave, ode_plan, tail_grid
+from egrpo_fast.plan import ANCHOR, Edge, Plan, PlanBuilder, PlanTooLargeError, Wave, ode_plan, tail_grid
 from egrpo_fast.schedule import AffineStep, make_schedule
 
 ODE, SDE = AffineStep(1, 0, 0), AffineStep(1, 0, 0.5)
@@ -142,7 +142,7 @@ def test_a_group_that_is_no_group_is_refused(changes, told):
 @pytest.mark.parametrize("keep", [False, True])
 def test_samples_of_one_step_that_are_drawn_twice_are_refused(keep):
     """The second draw would hand out the noise of the first."""
-    draft = Draft(make_schedule(3, merge_lengths=1))
+    draft = PlanBuilder(make_schedule(3, merge_lengths=1))
     first, second = draft.start(0), draft.start(1)
     draft.sde([first], 0, 2, keep=keep)
     draft.sde([second], 0, 2, keep=keep)
@@ -151,7 +151,7 @@ def test_samples_of_one_step_that_are_drawn_twice_are_refused(keep):
 
 
 def test_a_plan_that_no_memory_holds_is_refused_before_it_is_drawn():
-    draft = Draft(make_schedule(1000, merge_lengths=1))
+    draft = PlanBuilder(make_schedule(1000, merge_lengths=1))
     rows = draft.sde([draft.start()], 0, 65536).rows
     with pytest.raises(PlanTooLargeError, match="more than 2,000,000 steps of samples"):
         draft.ode(rows, 1, 1000)

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from egrpo_fast import ops
-from egrpo_fast.config import Tail, TaylorSeer, load_config
-from egrpo_fast.distributed.background import Beside
+from egrpo_fast.config import TailConfig, TaylorSeerConfig, load_config
+from egrpo_fast.distributed.background import BackgroundWorker
 from egrpo_fast.distributed.world import free_port
 from egrpo_fast.methods.e_grpo import e_grpo
 from egrpo_fast.rollout import NoiseKey, Wavefront, find_micro_batch
@@ -85,7 +85,7 @@ def check_memory(trainer, prompts, plain):
 
 
 def check_overlap(trainer, prompts, plain):
-    trainer.sampler.beside = Beside(trainer.world.device)
+    trainer.sampler.beside = BackgroundWorker(trainer.world.device)
     assert_alike(trainer.sampler.sample(prompts), plain, exactly=True)
     working = trainer.sampler.rewards["shapes_soft"]
     trainer.sampler.rewards["shapes_soft"] = lambda images, texts: 1 / 0
@@ -98,7 +98,7 @@ def check_cached_tail(trainer, prompts, plain):
     """Lent the gathered weights for as long as they are there; a rank without memory has all ask for fewer rows."""
     sampler, policy = trainer.sampler, trainer.policy
     velocity = out_of_memory_at(trainer, 1, lambda call, rows: call == 7)
-    policy.use_tail(Tail(cache=TaylorSeer(name="taylor_seer", warm_up=100)))  # every step is computed
+    policy.use_tail(TailConfig(cache=TaylorSeerConfig(name="taylor_seer", warm_up=100)))  # every step is computed
     policy.load_tail(trainer.world.device)
     model = policy.tail
     with warnings.catch_warnings():
@@ -168,14 +168,14 @@ PLAN = e_grpo(make_schedule(4), [3, 3], [1, 1])
 def roll_out(rank, agree, micro_batch, fails, sharded=False):
     """`Sampler._roll_out` of one rank. Returns the rollout, its rows per call, and how many calls it made."""
     sampler, calls = Sampler.__new__(Sampler), []
-    sampler._world = SimpleNamespace(size=2, is_main=rank == 0, device=torch.device("cpu"), agree=agree)
+    sampler._world = SimpleNamespace(size=2, is_main=rank == 0, device=torch.device("cpu"), max_on_host=agree)
     sampler._progress = Progress(sampler._world, SimpleNamespace(at=lambda *place: None), SimpleNamespace(signal=0))
     sampler._engine = SimpleNamespace(sharded=sharded)
     sampler.config = load_config("shapes", ["rollout.parameters=sharded"])
     wavefront = Wavefront(PLAN, 1, (6, 8), ops.choose("reference"), micro_batch=micro_batch)
 
     def velocity(latents, t, rows):
-        sampler._progress.may_end()
+        sampler._progress.check_shutdown()
         calls.append(len(latents))
         if fails(rank, len(calls), len(latents)):
             raise torch.OutOfMemoryError("injected")
@@ -222,7 +222,7 @@ def test_out_of_memory_ends_the_run_where_calls_collect_weights():
 
 
 def test_work_beside_comes_in_order_and_raises_where_it_is_waited_for():
-    beside, gate, done = Beside(torch.device("cpu")), threading.Event(), []
+    beside, gate, done = BackgroundWorker(torch.device("cpu")), threading.Event(), []
 
     def work(name):
         gate.wait(20)
@@ -244,7 +244,7 @@ def test_what_is_done_beside_is_not_told_to_the_heartbeat():
     progress = Progress(
         SimpleNamespace(device=torch.device("cpu")), SimpleNamespace(at=lambda *at: said.append(at)), None
     )
-    Beside(torch.device("cpu")).begin(partial(progress.at, "rewards"))()
+    BackgroundWorker(torch.device("cpu")).begin(partial(progress.at, "rewards"))()
     assert not said
     progress.at("rewards")
     assert said == [("rewards", "(iteration 1)")]

@@ -189,7 +189,7 @@ def test_another_run_is_never_overwritten(uninterrupted):
     assert before == {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")}
 
 
-ALONE = SimpleNamespace(is_main=True, size=1, from_main=lambda value: value, gather=lambda value: [value])
+ALONE = SimpleNamespace(is_main=True, size=1, broadcast=lambda value: value, gather=lambda value: [value])
 
 
 def output(folder, *overrides):
@@ -205,7 +205,7 @@ def test_a_folder_that_a_run_is_writing_to_is_refused_to_another(tmp_path):
 
 
 def test_a_folder_that_some_rank_does_not_see_is_refused(tmp_path):
-    apart = SimpleNamespace(is_main=True, from_main=lambda value: value, gather=lambda seen: [seen, False])
+    apart = SimpleNamespace(is_main=True, broadcast=lambda value: value, gather=lambda seen: [seen, False])
     with pytest.raises(ValueError, match="output_dir: rank 1 does not see"):
         claim_output(output(tmp_path / "run"), apart)
     claim_output(output(tmp_path / "run"), ALONE)[2].close()
@@ -423,7 +423,7 @@ def test_a_run_does_not_resume_with_other_adapters_than_it_began_with(tmp_path):
 def test_an_input_that_cannot_be_read_is_told_on_all_ranks():
     """The other ranks wait for what rank 0 tells them."""
     told = []
-    world = SimpleNamespace(is_main=True, from_main=lambda value: told.append(value) or value)
+    world = SimpleNamespace(is_main=True, broadcast=lambda value: told.append(value) or value)
 
     def find():
         raise PermissionError(13, "Permission denied", "a file")

@@ -16,7 +16,7 @@ from egrpo_fast.runs.progress import Progress
 from egrpo_fast.trainer import TrainingLoop
 
 ALONE = SimpleNamespace(
-    is_main=True, rank=0, size=1, device=torch.device("cpu"), from_main=lambda value: value,
+    is_main=True, rank=0, size=1, device=torch.device("cpu"), broadcast=lambda value: value,
     gather=lambda value: [value],
 )  # fmt: skip
 

@@ -259,7 +259,7 @@ class Child:
 
 def check_ops(backend: str, device: str) -> Iterator[Finding]:
     if _unavailable(import_module(f"egrpo_fast.kernels.{backend}"), device) is not None:
-        return  # told above
+        return  # `kernels` says so
     chosen, truth = ops.choose(backend, device), ops.choose("reference", device)
     found, expected = _op_results(chosen, device), _op_results(truth, device)
     own = [op for op, name in chosen.chosen.items() if name == backend]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from egrpo_fast.config import Model, load_config
+from egrpo_fast.config import ModelConfig, load_config
 from egrpo_fast.models.folder import configs_of, family_of, resolve
 from egrpo_fast.models.text import tell_truncated
 from egrpo_fast.prompts.embeddings import EmbeddingWriter, Index
@@ -65,7 +65,7 @@ def encode(
     kind = family_of(configs_of(pipeline)).text_encoder
     path = resolve(pipeline, parts=(*kind.encoders, *kind.tokenizers))
     made_with = {"max_sequence_length": max_sequence_length, "dtype": dtype}
-    settings = Model.model_validate({"path": str(path), "text_encoder_quantization": quantization, **made_with})
+    settings = ModelConfig.model_validate({"path": str(path), "text_encoder_quantization": quantization, **made_with})
     index = Index(
         encoder=kind.fingerprint(path, settings), made_with={"model": model, **made_with, "quantization": quantization},
         shapes=kind.shapes(path, settings), dtype=settings.dtype,

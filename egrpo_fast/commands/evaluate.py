@@ -33,8 +33,7 @@ from tqdm import tqdm
 
 from egrpo_fast import noise, ops
 from egrpo_fast.commands.page import Shown, Table, write_page
-from egrpo_fast.config import CONFIG_FILE, Reward, load_config
-from egrpo_fast.config import Model as ModelConfig
+from egrpo_fast.config import CONFIG_FILE, ModelConfig, RewardConfig, load_config
 from egrpo_fast.config.recipe_files import read_yaml
 from egrpo_fast.files import expanded, fingerprint, is_hub_id, read_json, read_text, write_whole
 from egrpo_fast.models.fingerprint import TRAINED, base_of, check_base, differing, identity
@@ -43,18 +42,17 @@ from egrpo_fast.models.folder import resolve
 from egrpo_fast.models.lora import FILE as ADAPTERS
 from egrpo_fast.plan import ode_plan
 from egrpo_fast.policy import Policy
-from egrpo_fast.rewards import Reward as LoadedReward
-from egrpo_fast.rewards import check_reward, make_reward, require_trust, score, try_reward
+from egrpo_fast.rewards import Reward, check_reward, make_reward, require_trust, score, try_reward
 from egrpo_fast.rollout import NoiseKey, Wavefront
 from egrpo_fast.runs.inputs import SOURCE, of_rewards
 from egrpo_fast.schedule import make_schedule
 from egrpo_fast.shapes import EMBEDDED, PIPELINE, pipeline_path
 
 PAPER_REWARDS = (
-    Reward(name="hps"),
-    Reward(name="clip", options={"model": "ViT-H-14", "pretrained": "laion2b_s32b_b79k"}),
-    Reward(name="pick_score", options={"scaled": False}),
-    Reward(name="image_reward"),
+    RewardConfig(name="hps"),
+    RewardConfig(name="clip", options={"model": "ViT-H-14", "pretrained": "laion2b_s32b_b79k"}),
+    RewardConfig(name="pick_score", options={"scaled": False}),
+    RewardConfig(name="image_reward"),
 )
 """The four that the paper reports, with the options that give its table's scales: our reading of it."""
 RESAMPLES = 10_000
@@ -94,7 +92,7 @@ class Model:
 
     label: str
     path: str
-    rewards: tuple[Reward, ...] | None = None
+    rewards: tuple[RewardConfig, ...] | None = None
     run: Path | None = None
     lora: str | None = None
 
@@ -152,7 +150,7 @@ def find_model(given: str) -> Model:
         if (config := named / CONFIG_FILE).is_file():
             try:
                 settings = read_yaml(read_text(config), str(config))
-                rewards = tuple(Reward.model_validate(some) for some in settings["rewards"])
+                rewards = tuple(RewardConfig.model_validate(some) for some in settings["rewards"])
                 run = named
                 if alone:
                     lora, path = path, pipeline_path(expanded(settings["model"]["path"]))
@@ -178,7 +176,7 @@ def find_models(given: Sequence[str]) -> list[Model]:
     return models
 
 
-def doubts(models: Sequence[Model]) -> Iterator[str]:
+def comparability_warnings(models: Sequence[Model]) -> Iterator[str]:
     """What makes a comparison one of something else than training: runs that did not begin with the first model."""
     base = models[0]
     for model in models:
@@ -204,7 +202,7 @@ def default_settings(model: Model) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def default_rewards(models: Sequence[Model], trust_run: bool = False) -> list[Reward]:
+def default_rewards(models: Sequence[Model], trust_run: bool = False) -> list[RewardConfig]:
     """The first run's own rewards, and but for Shapes the paper's four columns with that run's options.
 
     ValueError where that run's file names rewards that need the user's trust (`require_trust`), and trust_run is not
@@ -249,8 +247,8 @@ class Folder:
         write_whole(file, json.dumps({**before, **now, **(notes or {})}, indent=2) + "\n")
         return before
 
-    def keep_reward(self, name: str, reward: LoadedReward) -> None:
-        """ValueError: the reward has other weights than those of its scores here. Changed source code is told."""
+    def keep_reward(self, name: str, reward: Reward) -> None:
+        """ValueError: the reward has other weights than those of its scores here. Changed source code is named."""
         found, file = of_rewards({name: reward}), self._scores_name(name)
         scored = any(path.name == file for path in self.path.glob("models/*/scores/*"))
         weights = {key: value for key, value in found.items() if scored and not key.startswith(SOURCE)}
@@ -262,7 +260,7 @@ class Folder:
                 message = f"the {key} has changed since scores in {self.path} were made; they are kept"
                 warnings.warn(f"{message}. To score the same images again, delete {which}", stacklevel=3)
 
-    def open(self, settings: Settings, models: Sequence[Model], rewards: Sequence[Reward]) -> None:
+    def open(self, settings: Settings, models: Sequence[Model], rewards: Sequence[RewardConfig]) -> None:
         # Another part of the same evaluation may be writing its settings at this moment.
         strange = self.path.is_dir() and any(not file.name.startswith(".settings.json") for file in self.path.iterdir())
         if strange and not (self.path / "settings.json").exists():
@@ -393,7 +391,7 @@ def judge(
     folder: Folder,
     models: Sequence[Model],
     settings: Settings,
-    rewards: Sequence[Reward],
+    rewards: Sequence[RewardConfig],
     batch: int,
     device: torch.device,
 ) -> Tensor:
@@ -529,7 +527,7 @@ def _thumbnail(path: Path, side: int) -> bytes:
 def evaluate(
     models: Sequence[Model],
     settings: Settings,
-    rewards: Sequence[Reward],
+    rewards: Sequence[RewardConfig],
     out: Path,
     batch: int | None = None,
     device: torch.device | str = "cpu",
@@ -552,7 +550,7 @@ def evaluate(
     policies |= _opened(hub, settings, batch)
     folder = Folder(out)
     folder.open(settings, models, rewards)
-    for message in doubts(models):
+    for message in comparability_warnings(models):
         warnings.warn(message, stacklevel=2)
     everything = range(len(settings.prompts))
     if not part and not all(folder.image(model, place).exists() for model in models for place in everything):

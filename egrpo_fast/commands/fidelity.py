@@ -35,7 +35,7 @@ from egrpo_fast.shapes import pipeline_path
 
 STRIDES, SOLVERS = (2, 3, 4, 5, 6), ("euler", "ab2", "dpm2m")
 CACHED = "tail.cache=taylor_seer", "tail.cache=taylor_seer tail.stride=2 tail.solver=dpm2m"
-"""What `egrpo fidelity` measures unless it is told: every stride with every solver, and these caches."""
+"""What `egrpo fidelity` measures by default: every stride with every solver, and these caches."""
 MARGINS, TRIES = 5, 8
 """Margins above the target that it composes strides for, and settings that it tries on further prompts."""
 
@@ -96,7 +96,7 @@ class _Sampler:
         model, self._policy, self._device = config.model, policy, device
         self._trained = [reward for reward in config.rewards if reward.weight]
         self._judges = {reward.name: make_reward(reward.name, reward.options, device) for reward in self._trained}
-        for name, judge in self._judges.items():  # a mistake in one is told before the model is loaded
+        for name, judge in self._judges.items():  # a mistake in one is found before the model is loaded
             try_reward(name, judge, prompt, model.height, model.width, device)
         trained = set(reader.names()) if reader else set()
 

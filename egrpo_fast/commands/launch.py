@@ -48,7 +48,7 @@ def load_checked(recipe: str, overrides: Sequence[str]) -> Config:
 def launch(recipe: str, overrides: Sequence[str], options: Mapping[str, Any]) -> None:
     """Become the deepspeed launcher of a run. options: by name of OPTIONS and FLAGS; None or False: not given.
 
-    ValueError: a setting is wrong. That is told before the launcher and every rank take their time to start.
+    ValueError: a setting is wrong. The user reads it before the launcher and every rank take their time to start.
     """
     if not any(options.get(name) for name in ("launcher", "hostfile", "num_nodes", "force_multi")) and not any(
         map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd"))

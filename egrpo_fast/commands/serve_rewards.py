@@ -20,7 +20,7 @@ from starlette.routing import Route
 from torch import Tensor
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from egrpo_fast.config import Reward as RewardConfig
+from egrpo_fast.config import RewardConfig
 from egrpo_fast.rewards import Reward, RewardError, make_reward, score
 from egrpo_fast.rewards.http import TOKEN_VARIABLE, UNFIT, unpack_request
 
@@ -29,7 +29,7 @@ LARGEST_BODY = 512 << 20
 SLOWEST_BODY = 120.0
 """Seconds in which a request must have arrived."""
 MOST_AT_ONCE = 64
-"""Requests that carry the token; further ones are told 503, and come back."""
+"""Requests that carry the token; further ones get status 503, and come back."""
 SLOWEST_HEAD = 10.0
 """Seconds in which a connection must bring the head of a request, its token included, or is closed."""
 MOST_WAITING, MOST_WAITING_OF_ONE = 512, 32
@@ -190,7 +190,7 @@ class _Server(uvicorn.Server):
 
 
 def make_server(app: Starlette, message: str = "") -> uvicorn.Server:
-    """The application behind uvicorn; `run(sockets=[...])` prints `told` and answers until interrupted."""
+    """The application behind uvicorn; `run(sockets=[...])` prints `message` and answers until interrupted."""
     server = _Server(
         uvicorn.Config(
             app, http=_Bounded, ws="none", lifespan="off", proxy_headers=False, server_header=False, log_level="warning"
@@ -217,7 +217,7 @@ def serve(rewards: Sequence[RewardConfig], host: str, port: int, token: str | No
     check_access(host, token)
     if len({reward.name for reward in rewards}) < len(rewards):
         raise ValueError("--rewards: one is named twice")
-    with bind(host, port) as listener:  # an address that is taken is told before minutes of loading
+    with bind(host, port) as listener:  # an address that is taken is an error before minutes of loading
         made: dict[str, Reward] = {reward.name: make_reward(reward.name, reward.options, device) for reward in rewards}
         where = f"[{host}]" if ":" in host else host
         message = f"serving {', '.join(made)} on http://{where}:{port} ({'with' if token else 'without'} a token)"

@@ -11,19 +11,19 @@ from egrpo_fast.config.recipe_files import ConfigError, Tree, write_yaml
 from egrpo_fast.config.sections import (
     OWN_ETA,
     OWNED_BY_US,
-    Checkpoint,
-    DeepSpeed,
-    Evaluation,
-    Guards,
-    Lora,
-    Model,
-    Objective,
-    Optimizer,
-    Prompts,
-    Reward,
-    Rollout,
-    ScheduleSection,
-    Tail,
+    CheckpointConfig,
+    DeepSpeedConfig,
+    EvaluationConfig,
+    GuardsConfig,
+    LoraConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    PromptsConfig,
+    RewardConfig,
+    RolloutConfig,
+    ScheduleConfig,
+    TailConfig,
     _as_written,
     _path,
 )
@@ -59,21 +59,21 @@ class Config(Section):
     """Training iterations."""
     wandb: bool = False
     """Also log to Weights & Biases (the `wandb` extra)."""
-    model: Model
-    prompts: Prompts
+    model: ModelConfig
+    prompts: PromptsConfig
     method: Annotated[SerializeAsAny[Method], BeforeValidator(_method)] = METHODS["e_grpo"](name="e_grpo")
     """The method, `e_grpo` where none is given; its name alone will do where it keeps its defaults."""
-    schedule: ScheduleSection = ScheduleSection()
-    rollout: Rollout = Rollout()
-    tail: Tail = Tail()
-    rewards: list[Reward] = Field(min_length=1)
+    schedule: ScheduleConfig = ScheduleConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    tail: TailConfig = TailConfig()
+    rewards: list[RewardConfig] = Field(min_length=1)
     """Rewards; those of weight 0 are scored in evaluations only."""
-    objective: Objective = Objective()
-    optimizer: Optimizer = Optimizer()
-    deepspeed: DeepSpeed = DeepSpeed()
-    evaluation: Evaluation = Evaluation()
-    checkpoint: Checkpoint = Checkpoint()
-    guards: Guards = Guards()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    guards: GuardsConfig = GuardsConfig()
 
     @model_validator(mode="before")
     @classmethod
@@ -207,7 +207,7 @@ class Config(Section):
                     raise ValueError(f"schedule.sde_form: {message}; use entropy_threshold 0 or other merge_lengths")
         return self
 
-    def with_lora(self, lora: Lora) -> "Config":
+    def with_lora(self, lora: LoraConfig) -> "Config":
         """The same with other settings of the adapters."""
         return self.model_copy(update={"model": self.model.model_copy(update={"lora": lora})})
 
@@ -225,7 +225,7 @@ class Config(Section):
 
     def with_tail(self, **settings: Any) -> "Config":
         """The same with these settings of `tail`, the others at their defaults: none given, the exact one."""
-        return self.model_copy(update={"tail": Tail(**settings)})
+        return self.model_copy(update={"tail": TailConfig(**settings)})
 
     def per_active_step(self, value: int | list[int]) -> list[int]:
         """A setting that is one number or one per active step, as a list."""

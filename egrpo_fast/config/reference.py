@@ -49,7 +49,7 @@ def _value(value: Any) -> str:
 def _range(node: Node) -> str:
     """`>= 1`, `in [1, 512]`, `in (0, 1]`, or nothing."""
     low, high = (node.get(key, node.get(f"exclusive{key.title()}")) for key in ("minimum", "maximum"))
-    if high is None or high == 2**31:  # the bound of every whole number, told once in the introduction
+    if high is None or high == 2**31:  # the bound of every whole number, said once in the introduction
         return "" if low is None else f"{'≥' if 'minimum' in node else '>'} {low:g}"
     message = "2^63" if high == 2**63 else f"{high:g}" if high < 1e6 else f"{high:,.0f}"
     return f"in {'[' if 'minimum' in node else '('}{low:g}, {message}{']' if 'maximum' in node else ')'}"

@@ -57,7 +57,7 @@ def takes(target: str, layer: str) -> bool:
     return layer == target or layer.endswith(f".{target}")
 
 
-class Lora(Section):
+class LoraConfig(Section):
     """Low-rank adapters on the transformer's linear layers; the weights under them stay as they are (peft). With a
     path, rank, alpha and target_modules that are not given are those of its file."""
 
@@ -93,7 +93,7 @@ class Lora(Section):
         return taken
 
 
-class Model(Section):
+class ModelConfig(Section):
     path: PathName
     """Folder or hub id of a pipeline in diffusers' layout, or `shapes` for the embedded one."""
     height: Positive = 720
@@ -113,7 +113,7 @@ class Model(Section):
     ] = "native"
     """Who computes attention, by diffusers' dispatcher: PyTorch by its own choice but cuDNN, cuDNN, or a package to
     install."""
-    lora: Lora | None = None
+    lora: LoraConfig | None = None
     """Train adapters instead of the whole transformer; none given: all weights."""
     text_encoder_quantization: Literal["none", "int8", "nf4"] = "none"
     """Weights of the large text encoder (T5): as loaded, or in 8 or 4 bits by bitsandbytes."""
@@ -125,7 +125,7 @@ class Model(Section):
     """Recompute activations in the update's backward pass."""
 
 
-class Prompts(Section):
+class PromptsConfig(Section):
     train: PromptSource
     """Prompt file (.txt, .json, .jsonl, .csv, .tsv or .parquet, each also .gz), hub data set
     (`datasets:ORG/NAME:SPLIT`), `shapes`, or a list of the prompts themselves."""
@@ -141,7 +141,7 @@ class Prompts(Section):
     """A new order every epoch, from the seed."""
 
 
-class ScheduleSection(Section):
+class ScheduleConfig(Section):
     num_steps: Annotated[int, Field(ge=2, le=1000)] = 16
     """T, grid steps of the training rollout."""
     shift: float = Field(3.0, gt=0.0)
@@ -164,7 +164,7 @@ class ScheduleSection(Section):
 OWN_ETA = {"flow_grpo": 0.7, "dance_grpo": 0.3, "cps": 0.8}
 
 
-class Rollout(Section):
+class RolloutConfig(Section):
     group_size: Annotated[int, Field(ge=2, le=65536)] | list[Annotated[int, Field(ge=2, le=65536)]] = 12
     """G, samples per active step: one number, or one per active step."""
     prompts_per_rollout: Positive = 1
@@ -187,7 +187,7 @@ class Rollout(Section):
         return self.max_rows_per_call if isinstance(self.max_rows_per_call, int) else None
 
 
-class TaylorSeer(Section):
+class TaylorSeerConfig(Section):
     """Between computed steps the last layer's output is extrapolated from those before: a Taylor series in steps."""
 
     name: Literal["taylor_seer"]
@@ -204,7 +204,7 @@ APPROXIMATIONS = ("stride", "solver", "path", "lora", "quantization", "cache", "
 """Settings of `tail` that change its images."""
 
 
-class Tail(Section):
+class TailConfig(Section):
     """The ODE after the last stochastic step: no policy acts there, so it may be approximated (docs/tails.md)."""
 
     stride: Positive | list[Positive] = 1
@@ -219,7 +219,7 @@ class Tail(Section):
     quantization: Literal["none", "int8", "float8"] = "none"
     """What its calls compute in: as the policy, or weights and activations in 8 bits (torchao); float8 wants a GPU of
     compute capability 8.9."""
-    cache: TaylorSeer | None = None
+    cache: TaylorSeerConfig | None = None
     """What its calls reuse of the call before, by diffusers' caching hooks; the name alone will do where it keeps its
     defaults; none given: nothing."""
     decoder: PathName | None = None
@@ -247,7 +247,7 @@ class Tail(Section):
     @property
     def approximated(self) -> tuple[str, ...]:
         """Which of APPROXIMATIONS are in use."""
-        return tuple(name for name in APPROXIMATIONS if getattr(self, name) != Tail.model_fields[name].default)
+        return tuple(name for name in APPROXIMATIONS if getattr(self, name) != TailConfig.model_fields[name].default)
 
     @property
     def exact(self) -> bool:
@@ -255,7 +255,7 @@ class Tail(Section):
         return not self.approximated
 
 
-class Reward(Section):
+class RewardConfig(Section):
     name: str
     """A reward of `egrpo_fast.rewards`, or any Python callable as `package.module:attribute`."""
     weight: float = Field(1.0, ge=-1e6, le=1e6)
@@ -271,7 +271,7 @@ class Reward(Section):
         return name
 
 
-class Objective(Section):
+class ObjectiveConfig(Section):
     mix: Literal["reward", "advantage"] = "reward"
     """Add weighted rewards and standardise, or standardise each and add."""
     clip_range: float = Field(1e-4, gt=0.0, lt=1.0)
@@ -294,7 +294,7 @@ class Objective(Section):
     """Divide advantages by the spread of their group, or leave them in units of the reward."""
 
 
-class Optimizer(Section):
+class OptimizerConfig(Section):
     name: Literal["adamw", "adamw8bit"] = "adamw"
     """AdamW, or bitsandbytes' with both moments in 8 bits."""
     lr: float = Field(2e-6, gt=0.0)
@@ -322,7 +322,7 @@ OWNED_BY_US = {
 """DeepSpeed's keys that `distributed/engine.py` sets from the rest of the tree."""
 
 
-class DeepSpeed(Section):
+class DeepSpeedConfig(Section):
     zero_stage: Literal[1, 2, 3] = 3
     """What is sharded over ranks: 1 optimizer, 2 and gradients, 3 and weights."""
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
@@ -345,7 +345,7 @@ class DeepSpeed(Section):
         return stage
 
 
-class StopWhen(Section):
+class StopWhenConfig(Section):
     reward: str
     """The reward to watch, one of `rewards`; best one that is not trained on."""
     drop: float = Field(0.02, ge=0.0)
@@ -354,7 +354,7 @@ class StopWhen(Section):
     """Evaluations in a row below that, while the trained rewards are above what they were at the best."""
 
 
-class Evaluation(Section):
+class EvaluationConfig(Section):
     every: Natural = 25
     """Iterations between held-out evaluations; 0: only before and after."""
     num_prompts: Positive = 64
@@ -365,11 +365,11 @@ class Evaluation(Section):
     """Images made together on one rank."""
     grid_images: Positive = 16
     """Images shown in the grids."""
-    stop_when: StopWhen | None = None
+    stop_when: StopWhenConfig | None = None
     """End the run when a watched reward falls while the trained ones rise; none given: never."""
 
 
-class Checkpoint(Section):
+class CheckpointConfig(Section):
     every: Natural = 50
     """Iterations between checkpoints; 0: only at the end."""
     save_total_limit: Positive = 2
@@ -380,7 +380,7 @@ class Checkpoint(Section):
     """Write while training goes on, from a copy in host memory."""
 
 
-class Guards(Section):
+class GuardsConfig(Section):
     """What a run does when a number or a rank goes wrong."""
 
     bad_steps: Positive = 3

@@ -9,7 +9,7 @@ import torch
 Value = TypeVar("Value")
 
 
-class Beside:
+class BackgroundWorker:
     """Runs what it is given one after the other, while the main thread and the device go on with something else."""
 
     def __init__(self, device: torch.device) -> None:

@@ -193,7 +193,7 @@ def _stage(
     rows: list[list[Any]] = []
 
     def copy(key: str, tensor: Tensor) -> None:
-        """Asked before every tensor, for other ranks' copies grow too; what does not fit is counted to the end."""
+        """Looks before every tensor, for other ranks' copies grow too; what does not fit is counted to the end."""
         nonlocal needed, fits
         needed += tensor.nbytes
         fits = fits and available / 20 + tensor.nbytes * local_ranks <= _memory_available()
@@ -580,7 +580,7 @@ class CheckpointReader:
         """The whole tensor in its shape."""
         return self.read(name, kind).reshape(self.shape(name, kind))
 
-    def local(self, rank: int, world_size: int) -> dict[str, Tensor]:
+    def rank_local_state(self, rank: int, world_size: int) -> dict[str, Tensor]:
         """The local tensors of this rank. ValueError: the run that wrote them had another number of ranks."""
         if world_size != self.world_size:
             raise ValueError(

@@ -12,7 +12,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from egrpo_fast.config import Config, ConfigError, Optimizer
+from egrpo_fast.config import Config, ConfigError, OptimizerConfig
 from egrpo_fast.distributed.checkpoint import CheckpointReader, Piece
 from egrpo_fast.distributed.master_weights import Masters
 
@@ -124,7 +124,7 @@ def _leads(tree: Any, path: Sequence[Any]) -> bool:
     return True
 
 
-def _make_optimizer(parameters: list[nn.Parameter], settings: Optimizer, on_host: bool) -> torch.optim.Optimizer:
+def _make_optimizer(parameters: list[nn.Parameter], settings: OptimizerConfig, on_host: bool) -> torch.optim.Optimizer:
     arguments: dict[str, Any] = {
         "lr": settings.lr, "betas": settings.betas, "eps": settings.eps, "weight_decay": settings.weight_decay
     }  # fmt: skip
@@ -136,7 +136,7 @@ def _make_optimizer(parameters: list[nn.Parameter], settings: Optimizer, on_host
     return torch.optim.AdamW(parameters, **arguments, fused=True if on_host else None)
 
 
-def learning_rate_factor(settings: Optimizer, total_steps: int, step: int) -> float:
+def learning_rate_factor(settings: OptimizerConfig, total_steps: int, step: int) -> float:
     """Share of the peak learning rate at optimizer step 0, 1, ...: linear warm-up, then constant, or decay to 0."""
     if step < settings.warmup_steps:
         return (step + 1) / (settings.warmup_steps + 1)
@@ -221,7 +221,7 @@ class Engine:
         self._engine.backward(loss, scale_wrt_gas=False)
 
     @property
-    def rate(self) -> float:
+    def learning_rate(self) -> float:
         """The learning rate of the next step."""
         return self._engine.get_lr()[0]
 
@@ -248,7 +248,7 @@ class Engine:
             each[EMA] = self._ema[index]
         return {WEIGHT: flat, **each}, {key: value for key, value in rest.items() if isinstance(value, Tensor)}
 
-    def pieces(self) -> Iterator[Piece]:
+    def state_shards(self) -> Iterator[Piece]:
         """This rank's pieces of master weights, their average and the optimizer's state, of all trained parameters."""
         for index, fragments in enumerate(self._masters.fragments):
             with self._masters.resident(index) as flat:
@@ -258,7 +258,7 @@ class Engine:
                         tensor = fragment.of(values.detach())
                         yield Piece(fragment.name, kind, fragment.start, fragment.shape, tensor)
 
-    def local(self) -> dict[str, Tensor]:
+    def rank_local_state(self) -> dict[str, Tensor]:
         """Optimizer state that only this rank, in a run of as many ranks, can use: 8-bit moments and their scales."""
         if self._portable:
             return {}  # all of its state is in the pieces
@@ -283,7 +283,7 @@ class Engine:
                 raise ValueError(f"resume: {reader.path} holds no {name} of shape {masters.shapes[name]}")
         if self._ema and EMA not in kinds:
             raise ValueError(f"optimizer.ema_decay: {reader.path} holds no average; resume without it")
-        local = {} if self._portable else reader.local(dist.get_rank(), dist.get_world_size())
+        local = {} if self._portable else reader.rank_local_state(dist.get_rank(), dist.get_world_size())
         for index, fragments in enumerate(masters.fragments):
             with masters.resident(index, write=True) as flat:
                 state = self._client.state[flat]

@@ -29,7 +29,7 @@ from egrpo_fast.terminal import printable
 EXIT_CODE = os.EX_TEMPFAIL
 """Of a process that the heartbeat ends: 75, nothing is wrong with the settings, the run may be resumed."""
 HUSH = 2
-"""Beats without news of a rank after which its silence is told."""
+"""Beats without news of a rank after which its silence is reported."""
 LINGER = 4
 """Beats for which a rank that ends on its own account stays: the others read why, and it learns who fell silent."""
 GRACE = 7
@@ -99,7 +99,7 @@ def name_ranks(ranks: Sequence[int]) -> str:
 
 
 def describe(table: Table, hush: float = float("inf")) -> str:
-    """One line for all ranks of one place and state, with the longest stay; silence above `hush` seconds is told."""
+    """One line for all ranks of one place and state, with the longest stay; silence above `hush` seconds is shown."""
     groups: dict[tuple[str, bool, str], list[int]] = {}
     for rank, entry in sorted(table.items()):
         groups.setdefault((entry.place, entry.silent > hush, entry.failure), []).append(rank)

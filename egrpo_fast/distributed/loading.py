@@ -55,7 +55,7 @@ def materialize(
                     raise ValueError(f"model.path: {name} holds numbers that are not finite; download it again")
             except ValueError as error:
                 problem = str(error)
-        problem = world.from_main(problem)
+        problem = world.broadcast(problem)
         if problem:
             raise ValueError(problem)
         owner, _, leaf = name.rpartition(".")

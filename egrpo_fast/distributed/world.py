@@ -27,7 +27,7 @@ def free_port() -> int:
 def _meeting_port() -> str:
     """The port where the ranks meet: the launcher's, but never the one that every run of its machine would have.
 
-    The deepspeed launcher says 29500 where it is told none. Where all ranks are on one machine that becomes a free
+    The deepspeed launcher says 29500 where it is given none. Where all ranks are on one machine that becomes a free
     port, which rank 0 finds; of several ranks all take one that follows from their launcher's process, so that they
     agree without a word and another run has another.
     """
@@ -103,13 +103,13 @@ class World:
         dist.all_reduce(total)
         return total / self.size
 
-    def largest(self, value: Tensor) -> float:
+    def max(self, value: Tensor) -> float:
         """Largest over ranks of a scalar."""
         largest = value.to(self.device, torch.float64, copy=True)
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         return largest.item()
 
-    def agree(self, value: int) -> int:
+    def max_on_host(self, value: int) -> int:
         """Largest over ranks of a number that the host knows; no device is involved."""
         largest = torch.tensor(int(value))
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._hosts)
@@ -121,7 +121,7 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
-    def from_main(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
         values = [value]
         dist.broadcast_object_list(values, 0, device=self.device)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from egrpo_fast.methods.method import OPTIONAL, Method, Run
-from egrpo_fast.plan import Draft, Plan, singly
+from egrpo_fast.plan import Plan, PlanBuilder, singly
 from egrpo_fast.schedule import Schedule, Solver
 
 
@@ -33,7 +33,7 @@ def e_grpo(
 
     group_sizes, tail_strides: one number per active step. The anchor stops at its last active step.
     """
-    draft, steps = Draft(schedule, antithetic), schedule.num_steps
+    draft, steps = PlanBuilder(schedule, antithetic), schedule.num_steps
     anchor = draft.start()
     draft.ode([anchor], 0, max(schedule.active))
     for index, size, stride in zip(schedule.active, group_sizes, tail_strides, strict=True):

@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field
 
 from egrpo_fast.methods.method import Method, Run
-from egrpo_fast.plan import Draft, Plan, singly
+from egrpo_fast.plan import Plan, PlanBuilder, singly
 from egrpo_fast.schedule import Schedule, Solver
 from egrpo_fast.section import Positive
 
@@ -36,7 +36,7 @@ def granular_grpo(
 
     group_sizes: one number per active step. The advantages that the tails of each stride give are added.
     """
-    draft, steps = Draft(schedule, antithetic), schedule.num_steps
+    draft, steps = PlanBuilder(schedule, antithetic), schedule.num_steps
     anchor = draft.start()
     draft.ode([anchor], 0, max(schedule.active))
     for index, size in zip(schedule.active, group_sizes, strict=True):

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from egrpo_fast.methods.method import Method, Run, require_increasing
-from egrpo_fast.plan import Draft, Plan, singly
+from egrpo_fast.plan import Plan, PlanBuilder, singly
 from egrpo_fast.schedule import Schedule, Solver
 from egrpo_fast.section import Natural
 
@@ -47,7 +47,7 @@ def tempflow_grpo(
 
     A step's loss is weighted by its noise level `s = sigma sqrt(D)`, in units of the trained steps' mean.
     """
-    draft, steps = Draft(schedule, antithetic), schedule.num_steps
+    draft, steps = PlanBuilder(schedule, antithetic), schedule.num_steps
     anchor = draft.start()
     draft.ode([anchor], 0, max(trained))
     mean = math.fsum(schedule.sde(index, 1).s for index in trained) / len(trained)

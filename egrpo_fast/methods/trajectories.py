@@ -2,7 +2,7 @@
 
 from collections.abc import Container, Mapping
 
-from egrpo_fast.plan import Draft, Plan
+from egrpo_fast.plan import Plan, PlanBuilder
 from egrpo_fast.schedule import Schedule, Solver
 
 
@@ -22,7 +22,7 @@ def trajectories(
     Every row parts into `branching[step]` ones at a step, where given. A sample's reward is the mean of all images
     that came from it, and it is compared with all others of its step.
     """
-    draft = Draft(schedule, antithetic)
+    draft = PlanBuilder(schedule, antithetic)
     rows = tuple(draft.start(i) for i in range(num_starts))
     draft.ode(rows, 0, stochastic.start)
     steps = []

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _check_attention_backend_requirements
 
-from egrpo_fast.config import Model
+from egrpo_fast.config import ModelConfig
 
 ATTENTION = {"cudnn": "_native_cudnn", "efficient": "_native_efficient", "flash_3_hub": "_flash_3_hub"}
 """Names of `model.attention` that diffusers spells otherwise."""
@@ -23,7 +23,7 @@ def check_attention(name: str) -> None:
         raise ValueError(f"model.attention: {name} needs a CUDA device; allowed here: native")
 
 
-def use_arithmetic(model: Model) -> None:
+def use_arithmetic(model: ModelConfig) -> None:
     """For this process: what float32 products may round to (`model.tf32`), and whether attention may be cuDNN's.
 
     That is so only where it is asked for. PyTorch would choose it by itself on an H100. There cuDNN 9.19 gave NaN

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from egrpo_fast.config import Lora, takes
+from egrpo_fast.config import LoraConfig, takes
 from egrpo_fast.models.weight_files import tensors_in
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -117,7 +117,7 @@ def _check_names(file: Path, names: Collection[str]) -> None:
         raise ValueError(f"{file} mixes layouts: its tensors' names begin with {' and '.join(sorted(layouts))}")
 
 
-def follow_lora(lora: Lora, transformer: Any, pipeline: Any) -> tuple[Lora, dict[str, Adapter]]:
+def follow_lora(lora: LoraConfig, transformer: Any, pipeline: Any) -> tuple[LoraConfig, dict[str, Adapter]]:
     """The settings with those of `lora.path`'s file in place of what the user did not give, and its adapters by layer.
 
     transformer, pipeline: as for `read_lora`. Without a path: the settings as they are, no adapters. ValueError where
@@ -175,7 +175,7 @@ def adapter_name(parameter: str) -> str:
 
 
 def save_lora(
-    folder: Path, adapters: Mapping[str, Tensor], lora: Lora, pipeline: Any, dtype: torch.dtype = torch.float32
+    folder: Path, adapters: Mapping[str, Tensor], lora: LoraConfig, pipeline: Any, dtype: torch.dtype = torch.float32
 ) -> None:
     """`pytorch_lora_weights.safetensors`, for the pipeline's `load_lora_weights(folder)` and any other reader.
 
@@ -198,7 +198,7 @@ def linear_layers(transformer: nn.Module) -> list[str]:
     return [name.removesuffix(".base_layer") for name in linear if ".lora_" not in name]
 
 
-def describe(lora: Lora, transformer: nn.Module) -> str:
+def describe(lora: LoraConfig, transformer: nn.Module) -> str:
     """What is adapted: the number of layers, and how many of them each entry of target_modules takes."""
     taken = lora.layers(linear_layers(transformer))
     layers = {name for names in taken.values() for name in names}

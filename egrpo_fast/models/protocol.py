@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from egrpo_fast.config import Model
+from egrpo_fast.config import ModelConfig
 from egrpo_fast.models.text import CachedText, Conditioning, HollowText, Text, TextEncoder, tell_truncated
 
 
@@ -86,7 +86,7 @@ class Backbone(ABC):
 
     @classmethod
     @abstractmethod
-    def load_decoder(cls, folder: Path, model: Model, device: torch.device) -> Any:
+    def load_decoder(cls, folder: Path, model: ModelConfig, device: torch.device) -> Any:
         """The image decoder, frozen. ValueError: it cannot be loaded."""
 
     @classmethod
@@ -95,12 +95,12 @@ class Backbone(ABC):
         """The image decoder on the meta device, by its config."""
 
     @abstractmethod
-    def __init__(self, transformer: Any, decoder: Any, text: Text, model: Model) -> None:
+    def __init__(self, transformer: Any, decoder: Any, text: Text, model: ModelConfig) -> None:
         """decoder: from `load_decoder` or `hollow_decoder`. text: what encodes prompts; `_text` holds it."""
 
     @classmethod
     def load(
-        cls, transformer: Any, folder: Path, model: Model, device: torch.device, embeddings: str | None = None
+        cls, transformer: Any, folder: Path, model: ModelConfig, device: torch.device, embeddings: str | None = None
     ) -> "Backbone":
         """Load all parts but the transformer, frozen. embeddings: a folder that stands for the text encoders."""
         text: Text
@@ -111,13 +111,13 @@ class Backbone(ABC):
         return cls(transformer, cls.load_decoder(folder, model, device), text, model)
 
     @classmethod
-    def hollow(cls, transformer: Any, folder: Path, model: Model) -> "Backbone":
+    def hollow(cls, transformer: Any, folder: Path, model: ModelConfig) -> "Backbone":
         """One on the meta device, by a folder's configs: what it computes has a shape and a cost, and no values."""
         return cls(transformer, cls.hollow_decoder(folder), HollowText(cls.text_encoder.shapes(folder, model)), model)
 
     @classmethod
     @abstractmethod
-    def frozen_bytes(cls, folder: Path, model: Model) -> dict[str, float]:
+    def frozen_bytes(cls, folder: Path, model: ModelConfig) -> dict[str, float]:
         """What the frozen parts will take on the device, by what people call them; by the folder's configs."""
 
     @abstractmethod

@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from egrpo_fast.config import Lora, Model
+from egrpo_fast.config import LoraConfig, ModelConfig
 from egrpo_fast.models.folder import configs_of, family_of
 from egrpo_fast.models.lora import follow_lora, linear_layers
 from egrpo_fast.models.transformer import hollow_transformer
@@ -20,7 +20,7 @@ class Sizes:
     ValueError: the path is no pipeline's, or its family makes no such images.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: ModelConfig) -> None:
         folder = configs_of(pipeline_path(model.path))
         self.family = family_of(folder)
         self.transformer = hollow_transformer(folder)
@@ -34,7 +34,7 @@ class Sizes:
         self.activations, self.frozen = self.backbone.activations(itemsize), self.family.frozen_bytes(folder, model)
         self.parameters = sum(parameter.numel() for parameter in self.transformer.parameters())
 
-    def adapters(self, lora: Lora | None) -> int:
+    def adapters(self, lora: LoraConfig | None) -> int:
         """Parameters of the adapters: `sum rank (inputs + outputs)` over the layers that get one. ValueError."""
         if lora is None:
             return 0

@@ -12,7 +12,7 @@ import torch
 from diffusers.hooks import TaylorSeerCacheConfig
 from torch import Tensor, nn
 
-from egrpo_fast.config import Config, Tail, TaylorSeer
+from egrpo_fast.config import Config, TailConfig, TaylorSeerConfig
 from egrpo_fast.models.attention import use_same_attention
 from egrpo_fast.models.folder import family_of, resolve
 from egrpo_fast.models.lora import read_lora
@@ -25,7 +25,7 @@ FLOAT8_CAPABILITY = (8, 9)
 """CUDA compute capability from which on a GPU multiplies float8."""
 
 
-def check_tail(tail: Tail, pipeline: Path) -> None:
+def check_tail(tail: TailConfig, pipeline: Path) -> None:
     """ValueError, before any weight is read, where `tail` asks for what cannot be had here.
 
     pipeline: the folder whose transformer is trained. The model of the tail is checked where it is made.
@@ -66,7 +66,9 @@ class TailCache:
     asked, computed: evaluations of a block for a row since it was made, wanted and really done.
     """
 
-    def __init__(self, settings: TaylorSeer, transformer: Any, blocks: Sequence[nn.Module], dtype: torch.dtype) -> None:
+    def __init__(
+        self, settings: TaylorSeerConfig, transformer: Any, blocks: Sequence[nn.Module], dtype: torch.dtype
+    ) -> None:
         """dtype: of what is kept."""
         self._transformer, self.asked, self.computed = transformer, 0, 0
         # Lite: full mode keeps what every attention layer gave, 1.8 GB for a row of FLUX.1-dev at 720x720.
@@ -104,7 +106,9 @@ class TailModel:
     A new one has looked at its files and read no weight; `load` makes it ready. cache: of its calls, or None.
     """
 
-    def __init__(self, settings: Tail, policy: Any, pipeline: Path, dtype: torch.dtype, compiled: bool = False) -> None:
+    def __init__(
+        self, settings: TailConfig, policy: Any, pipeline: Path, dtype: torch.dtype, compiled: bool = False
+    ) -> None:
         """policy: the transformer that is trained. pipeline: its folder. compiled: the blocks are, where no hooks skip
         some of them. ValueError names the setting that cannot be used."""
         self._follows = settings.path is None

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from egrpo_fast.config import Tail
+from egrpo_fast.config import TailConfig
 from egrpo_fast.objective import Objective
 from egrpo_fast.plan import Plan
 
@@ -71,7 +71,7 @@ def compare(plan: Plan, objective: Objective, exact: Tensor, tail: Tensor) -> Co
 class TailGuard:
     """Judges a run's tail by its last checks. Its `state` goes into checkpoints: a tail once given up stays so."""
 
-    def __init__(self, settings: Tail) -> None:
+    def __init__(self, settings: TailConfig) -> None:
         self._settings = settings
         self.fallen = False
         self._checks: list[list[float]] = []

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import BitsAndBytesConfig
 from transformers.utils import logging
 
-from egrpo_fast.config import Model
+from egrpo_fast.config import ModelConfig
 from egrpo_fast.files import fingerprint, read_bytes, read_json
 from egrpo_fast.host_to_device import to_device
 from egrpo_fast.models.weight_files import WeightFiles
@@ -61,17 +61,17 @@ class TextEncoder(ABC):
     """Most tokens of a prompt that an encoder sees, by what people call the encoder."""
 
     @abstractmethod
-    def __init__(self, folder: Path, model: Model, device: torch.device | str = "cpu") -> None:
+    def __init__(self, folder: Path, model: ModelConfig, device: torch.device | str = "cpu") -> None:
         """Load the encoders of a pipeline folder."""
 
     @classmethod
     @abstractmethod
-    def shapes(cls, folder: Path, model: Model) -> dict[str, tuple[int, ...]]:
+    def shapes(cls, folder: Path, model: ModelConfig) -> dict[str, tuple[int, ...]]:
         """Of one prompt's conditioning, by the configs."""
 
     @classmethod
     @abstractmethod
-    def weight_bytes(cls, folder: Path, model: Model) -> float:
+    def weight_bytes(cls, folder: Path, model: ModelConfig) -> float:
         """What the weights will take on the device, by the configs."""
 
     @abstractmethod
@@ -83,7 +83,7 @@ class TextEncoder(ABC):
         """What the encoders do not see, of prompts longer than `limits`."""
 
     @classmethod
-    def fingerprint(cls, folder: Path, model: Model | None = None) -> str:
+    def fingerprint(cls, folder: Path, model: ModelConfig | None = None) -> str:
         """SHA-256, in hex, over what decides the conditioning; loads no weights, reads a few megabytes.
 
         Covered: the settings of `model`; every byte of the encoders' `config.json` and of the tokenizer folders;
@@ -124,7 +124,7 @@ class TextEncoder(ABC):
             return kind(kind.config_class(**cls.config(folder, name)))
 
     @classmethod
-    def load(cls, kind: Any, folder: Path, name: str, model: Model, device: torch.device | str,
+    def load(cls, kind: Any, folder: Path, name: str, model: ModelConfig, device: torch.device | str,
              quantized: bool = False) -> Any:  # fmt: skip
         """An encoder, of transformers' class `kind`. quantized: by `model.text_encoder_quantization`."""
         cls.config(folder, name)
@@ -216,7 +216,7 @@ class CachedText:
     """Conditioning from a folder of `egrpo encode`, in place of a TextEncoder; loads no model."""
 
     def __init__(
-        self, embeddings: str | Path, kind: type[TextEncoder], folder: Path, model: Model,
+        self, embeddings: str | Path, kind: type[TextEncoder], folder: Path, model: ModelConfig,
         device: torch.device | str = "cpu",
     ) -> None:  # fmt: skip
         """embeddings: the folder. The rest: of the encoder that it stands for. ValueError: another one made it."""

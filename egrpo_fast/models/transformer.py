@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
-from peft import LoraConfig
 from torch import Tensor, nn
 
-from egrpo_fast.config import Lora
+from egrpo_fast.config import LoraConfig
 from egrpo_fast.files import read_json
 from egrpo_fast.models.folder import family_of
 from egrpo_fast.models.lora import Adapter, follow_lora, linear_layers, read_lora
@@ -19,7 +19,7 @@ class TransformerWeights:
     """Where each parameter of a transformer from `meta_transformer` has its value: files, or a new or given adapter."""
 
     def __init__(
-        self, files: WeightFiles, shapes: Mapping[str, tuple[int, ...]], lora: Lora | None,
+        self, files: WeightFiles, shapes: Mapping[str, tuple[int, ...]], lora: LoraConfig | None,
         given: Mapping[str, Adapter], seed: int,
     ) -> None:  # fmt: skip
         """lora: what was adapted. given: adapters by layer; none: new ones."""
@@ -61,7 +61,7 @@ def hollow_transformer(folder: Path, field: str = "model.path") -> Any:
 
 
 def meta_transformer(
-    folder: Path, lora: Lora | None = None, seed: int = 0, field: str = "model.path"
+    folder: Path, lora: LoraConfig | None = None, seed: int = 0, field: str = "model.path"
 ) -> tuple[Any, TransformerWeights]:
     """The transformer of a pipeline folder without its weights (on the meta device), and where they are.
 
@@ -79,7 +79,7 @@ def meta_transformer(
         lora, given = follow_lora(lora, transformer, family_of(folder, field).pipeline)
         lora.layers(linear_layers(transformer))  # says which entry takes nothing, as peft does not
         transformer.requires_grad_(False)
-        made = LoraConfig(r=lora.rank, target_modules=lora.target_modules, init_lora_weights=False)
+        made = peft.LoraConfig(r=lora.rank, target_modules=lora.target_modules, init_lora_weights=False)
         made.lora_alpha = lora.alpha  # type: ignore[assignment]  # peft says int, and only divides it
         try:
             transformer.add_adapter(made)

@@ -113,7 +113,7 @@ def _find(name: str) -> Any:
 
 @contextmanager
 def _naming(name: str) -> Iterator[None]:
-    """As `users_code`; but what a reward refuses by a ValueError, or of arguments, is told in its own words alone."""
+    """As `users_code`. What a reward refuses by a ValueError, or of arguments, keeps its own words alone."""
     try:
         with users_code(name):
             yield

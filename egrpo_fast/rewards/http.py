@@ -124,7 +124,7 @@ class HttpReward:
                 raise ValueError(f"token_file: cannot read {token_file}: {error.strerror}") from None
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._tls = httpx2.create_ssl_context() if address.scheme == "https" else False
-        # A wrong address, token or name is told when the run starts, not after its first rollout.
+        # A wrong address, token or name is an error when the run starts, not after its first rollout.
         served = self._ask("GET", "rewards", None, self._read_names)
         if reward not in served:
             raise RewardServerError(f"{self.url} serves {', '.join(served) or 'nothing'}, not {reward!r}")

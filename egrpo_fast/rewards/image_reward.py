@@ -76,7 +76,7 @@ class _Network(nn.Module):
                 layer_norm_eps=1e-6,
             )
         )  # fmt: skip
-        # `is_decoder` gives the layers their attention to the image; the forward is told to read both ways.
+        # `is_decoder` gives the layers their attention to the image; an argument has the forward read both ways.
         self.text = BlipTextModel(
             BlipTextConfig(
                 **shape("text", "layer", "intermediate.dense"), vocab_size=len(words), layer_norm_eps=1e-12,

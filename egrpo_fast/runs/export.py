@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from egrpo_fast.config import CHECKPOINTS, CONFIG_FILE, RUN_FILE, Config, Lora, load_config
+from egrpo_fast.config import CHECKPOINTS, CONFIG_FILE, RUN_FILE, Config, LoraConfig, load_config
 from egrpo_fast.distributed.checkpoint import INDEX, CheckpointReader, Checkpoints, check_sound, held, is_best
 from egrpo_fast.files import follow_umask, is_hub_id, read_json
 from egrpo_fast.models.fingerprint import check_base, recorded, run_name
@@ -130,7 +130,7 @@ def _write(
 
 
 def _fusing(
-    files: WeightFiles, reader: CheckpointReader, kind: str, dtype: torch.dtype, lora: Lora
+    files: WeightFiles, reader: CheckpointReader, kind: str, dtype: torch.dtype, lora: LoraConfig
 ) -> Callable[[str], Tensor]:
     """Reads a tensor of the base, with the adapters of its layer in it: those that `save_lora` would write, in `dtype`.
 
@@ -230,7 +230,7 @@ def _put_back(out: Path) -> None:
 def find_checkpoint(run: Path, which: str = "newest") -> Path:
     """A run's checkpoint: `newest`, `best` (by the run's `checkpoint.best`) or an iteration's. ValueError: no such.
 
-    A checkpoint whose mark cannot be read is no hindrance to finding the best one, but is told where it is newer.
+    A checkpoint whose mark cannot be read is passed over, with a warning where it is newer than the best one.
     """
     paths = {int(path.stem.removeprefix("iteration-")): path for path in Checkpoints(run / CHECKPOINTS).all()}
     if not paths:

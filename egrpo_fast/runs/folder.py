@@ -1,6 +1,6 @@
 """A run's folder: whose it is, what a resumed run may change of it, which model it began with.
 
-What takes seconds to import is imported where it is used: a mistake in the settings is told before.
+What takes seconds to import is imported where it is used: a mistake in the settings is reported before.
 """
 
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from egrpo_fast import __version__
-from egrpo_fast.config import CONFIG_FILE, RUN_FILE, Config, ConfigError, Lora, load_config
+from egrpo_fast.config import CONFIG_FILE, RUN_FILE, Config, ConfigError, LoraConfig, load_config
 from egrpo_fast.files import write_whole
 from egrpo_fast.folder_lock import Claim, lock
 
@@ -117,7 +117,7 @@ def claim_output(config: Config, world: "World") -> tuple[Config, Claim, IO[str]
             message = f"output_dir: {folder} cannot be written ({error.strerror})"
         except ValueError as error:
             message = str(error)
-    mark, run, resume, message = world.from_main((mark, run, resume, message))
+    mark, run, resume, message = world.broadcast((mark, run, resume, message))
     if message:
         if held:
             held.close()
@@ -174,7 +174,7 @@ def check_adapters(config: Config, linear_layers: Collection[str]) -> None:
         )
 
 
-def _adapted(lora: Lora, linear_layers: Collection[str]) -> set[str]:
+def _adapted(lora: LoraConfig, linear_layers: Collection[str]) -> set[str]:
     return {layer for layers in lora.layers(linear_layers).values() for layer in layers}
 
 
@@ -203,7 +203,7 @@ def _by_main(find: Callable[[], dict[str, str]], world: "World") -> dict[str, st
             found = find()
         except (OSError, ValueError) as error:
             message = str(error)
-    if message := world.from_main(message):
+    if message := world.broadcast(message):
         raise ConfigError(message)
     return found
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from egrpo_fast.config import Config, Guards
+from egrpo_fast.config import Config, GuardsConfig
 
 SPIKE_WINDOW = 50
 """Gradient norms that a spike is measured against."""
@@ -23,7 +23,7 @@ class BadSteps(RuntimeError):
 class Guard:
     """Looks at every iteration's metrics. Its `state` goes into checkpoints, so that a resumed run warns alike."""
 
-    def __init__(self, settings: Guards) -> None:
+    def __init__(self, settings: GuardsConfig) -> None:
         self._settings = settings
         self.bad_in_a_row = 0
         self._norms: list[float] = []

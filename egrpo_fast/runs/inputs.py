@@ -1,7 +1,7 @@
 """What a run reads beside its model: fingerprints, recorded when it begins and compared when it is resumed.
 
 What would make a different run is refused: other prompts, another LoRA, another model or decoder of the tail, other
-weights of a reward. Source code may be mended, which is told: that of a user's own reward, and this package.
+weights of a reward. Source code may be mended, and a line says so: that of a user's own reward, and this package.
 Embeddings (`prompts.embeddings`) are held to the model's text encoders, which are part of the model's identity. What
 another server scores, and what else a user's own reward reads, is not seen.
 """
@@ -55,7 +55,7 @@ def _adapters(field: str, path: str) -> str:
 def of_rewards(rewards: Mapping[str, Reward]) -> dict[str, str]:
     """Fingerprints by reward: of a network's weights, and of the file that a user's own reward is written in.
 
-    A file that cannot be read, such as a module in a zip archive, is told and left out.
+    A file that cannot be read, such as a module in a zip archive, is left out, with a warning.
     """
     found = {}
     for name, reward in rewards.items():
@@ -74,7 +74,7 @@ def of_rewards(rewards: Mapping[str, Reward]) -> dict[str, str]:
 
 
 def compare(run: Path, found: Mapping[str, str]) -> list[str]:
-    """What is to be told of the inputs of a resumed run. ValueError: one is not what the run began with."""
+    """Notes on the inputs of a resumed run. ValueError: one is not what the run began with."""
     began = recorded(run, INPUTS)
     changed = [name for name, now in found.items() if began.get(name, now) != now]
     if refused := [name for name in changed if not name.startswith(SOURCE)]:

@@ -54,7 +54,7 @@ class RunLog:
     start: iterations already done; lines of later ones, left by an interrupted run, are cut off, and so is that of the
     evaluation at `start` where it is not `evaluated`. claim: of the folder; nothing is written once it is another.
 
-    What cannot be written ends no run: it is told once, kept and written with the next line.
+    What cannot be written ends no run: it is reported once, kept and written with the next line.
     ValueError: there is a log that cannot be read.
     """
 
@@ -98,7 +98,7 @@ class RunLog:
 
     @staticmethod
     def read(folder: Path) -> list[dict[str, Any]]:
-        """All lines of a run. One that a killed run did not finish is none; damaged ones are told and left out.
+        """All lines of a run. One that a killed run did not finish is none; damaged ones are left out, with a warning.
 
         ValueError: the log cannot be read.
         """

@@ -1,4 +1,4 @@
-"""Where this rank is: iteration and phase, told to heartbeat and stopwatch; and where all ranks agree to leave it."""
+"""Where this rank is: iteration and phase, for heartbeat and stopwatch; and where all ranks agree to leave it."""
 
 import threading
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ OUT_OF_MEMORY = 1 << 10
 """What a rank tells the others in place of a signal's number; above all of them."""
 
 
-class Asked(Exception):
+class ShutdownRequested(Exception):
     """Some rank was asked to end, by this signal; raised on all ranks at the same place."""
 
     def __init__(self, signal: int) -> None:
@@ -27,7 +27,7 @@ class OutOfMemory(Exception):
 class Progress:
     """iteration: done so far. committed: the one under way has changed the weights, so it is brought to its end.
 
-    Of the thread that makes it: what others do beside is not told, for every rank says the same in the same order.
+    Of the thread that makes it: other threads say nothing, for every rank must say the same in the same order.
     """
 
     def __init__(self, world: World, heart: Heartbeat, interruption: Interruption) -> None:
@@ -50,17 +50,17 @@ class Progress:
     def at_model_call(self, t: float) -> None:
         """Before every model call of a rollout: every rank makes the same ones."""
         self.at("model call", f", t = {t:.3f}")
-        self.may_end()
+        self.check_shutdown()
 
-    def may_end(self, out_of_memory: bool = False) -> None:
-        """Asked or OutOfMemory, on every rank at the same call, where some rank was asked to end or ran out of memory.
+    def check_shutdown(self, out_of_memory: bool = False) -> None:
+        """ShutdownRequested or OutOfMemory, where one was asked to end or is out of memory.
 
         Not where the iteration is committed.
         """
         if self.committed:
             return
-        message = self._world.agree(OUT_OF_MEMORY if out_of_memory else self._interruption.signal)
+        message = self._world.max_on_host(OUT_OF_MEMORY if out_of_memory else self._interruption.signal)
         if message == OUT_OF_MEMORY:
             raise OutOfMemory
         if message:
-            raise Asked(message)
+            raise ShutdownRequested(message)

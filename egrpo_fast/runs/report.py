@@ -33,8 +33,8 @@ class HeldOut:
 class Report:
     """Of one run. iteration, evaluated: what the log's lines are kept up to (`RunLog`). held_out: its prompts.
 
-    On other ranks than 0 (`speaks`) nothing is told or written. Images and plots that cannot be drawn or written are
-    told once and end nothing; what is drawn is kept, and written with the next. claim: of the run's folder.
+    On other ranks than 0 (`speaks`) nothing is printed or written. Images and plots that cannot be drawn or written are
+    reported once and end nothing; what is drawn is kept, and written with the next. claim: of the run's folder.
     """
 
     def __init__(

@@ -22,7 +22,7 @@ from egrpo_fast import cli
 from egrpo_fast.commands import cost
 from egrpo_fast.commands.cluster import GIB, Cluster, Gpu, parse_gpu
 from egrpo_fast.commands.cost import Cost
-from egrpo_fast.config import Config, Lora, Model, load_config
+from egrpo_fast.config import Config, LoraConfig, ModelConfig, load_config
 from egrpo_fast.config.recipe_files import recipe_names
 from egrpo_fast.models.flux import random as random_flux
 from egrpo_fast.models.flux.backbone import FluxBackbone
@@ -80,7 +80,7 @@ def small_configs(folder, **transformer):
 
 
 def settings_of(folder, height=256, width=256, tokens=64, dtype="float32"):
-    return Model(path=str(folder), height=height, width=width, max_sequence_length=tokens, dtype=dtype)
+    return ModelConfig(path=str(folder), height=height, width=width, max_sequence_length=tokens, dtype=dtype)
 
 
 def made(sizes, dtype=torch.float32):
@@ -121,13 +121,13 @@ def test_flux_dev_is_what_the_paper_notes_say():
     ],
 )
 def test_adapters_are_counted_as_peft_makes_them(rank, targets, folder):
-    from peft import LoraConfig
+    import peft
 
     sizes = Sizes(settings_of(folder))
     model = made(sizes).requires_grad_(False)
-    model.add_adapter(LoraConfig(r=rank, target_modules=targets))
+    model.add_adapter(peft.LoraConfig(r=rank, target_modules=targets))
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    lora = Lora(rank=rank, target_modules=targets)
+    lora = LoraConfig(rank=rank, target_modules=targets)
     assert sizes.adapters(lora) == trained > 0
 
 
@@ -136,7 +136,7 @@ def test_a_plan_follows_the_lora_that_a_run_would_start_from(tmp_path):
         f"transformer_blocks.{block}.attn.to_q.lora_{which}.default.weight" for block in range(19) for which in "AB"
     ]
     adapters = {name: torch.zeros((5, 3072) if "_A." in name else (3072, 5)) for name in layers}
-    save_lora(tmp_path, adapters, Lora(rank=5, target_modules=["to_q"]), random_flux.FluxPipeline)
+    save_lora(tmp_path, adapters, LoraConfig(rank=5, target_modules=["to_q"]), random_flux.FluxPipeline)
     config = load_config("flux-dev-lora-8x24gb", [f"model.lora.path={tmp_path}"])
     assert Cost(config, Cluster(8)).adapters == 19 * 5 * 2 * 3072
     with pytest.raises(ValueError, match="model.lora.path: no file or folder /nowhere"):
@@ -147,7 +147,7 @@ def test_frozen_parts_of_flux_dev():
     """Parameters as the published files have them: VAE, CLIP-L, T5-XXL, of which the embedding is never quantized."""
     vae, clip, t5, embedding = 83_819_683, 123_060_480, 4_762_310_656, 32_128 * 4096
     for how, bits in (("none", 16), ("int8", 8), ("nf4", 4.5)):
-        model = Model(path=FLUX_DEV, text_encoder_quantization=how)
+        model = ModelConfig(path=FLUX_DEV, text_encoder_quantization=how)
         text = 2 * (clip + embedding) + (t5 - embedding) * bits / 8
         assert FluxBackbone.frozen_bytes(configs_of(FLUX_DEV), model) == {"VAE": 2 * vae, "text encoders": text}
 
@@ -463,8 +463,8 @@ def test_a_hub_id_is_asked_for_its_configs_alone(monkeypatch):
         return configs_of(FLUX_DEV)
 
     monkeypatch.setattr("egrpo_fast.models.folder.snapshot_download", download)
-    assert Sizes(Model(path="owner/name")).parameters == 11_901_408_320
-    assert Sizes(Model(path=FLUX_DEV)).parameters == 11_901_408_320
+    assert Sizes(ModelConfig(path="owner/name")).parameters == 11_901_408_320
+    assert Sizes(ModelConfig(path=FLUX_DEV)).parameters == 11_901_408_320
     assert asked == [("owner/name", ["model_index.json", "*/config.json"])]
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from egrpo_fast import cli
 from egrpo_fast.commands import encode as encoding
-from egrpo_fast.config import Model
+from egrpo_fast.config import ModelConfig
 from egrpo_fast.models.flux.text import FluxTextEncoder
 from egrpo_fast.models.text import SHOWN, CachedText
 from egrpo_fast.prompts.embeddings import EmbeddingCache
@@ -34,7 +34,7 @@ def encoder():
 
 
 def model(tokens=TOKENS, dtype="float32", quantization="none"):
-    return Model(path="shapes", max_sequence_length=tokens, dtype=dtype, text_encoder_quantization=quantization)
+    return ModelConfig(path="shapes", max_sequence_length=tokens, dtype=dtype, text_encoder_quantization=quantization)
 
 
 def fingerprint(folder=PIPELINE, **settings):

@@ -17,7 +17,7 @@ from scipy import stats
 from egrpo_fast import cli
 from egrpo_fast.commands import evaluate
 from egrpo_fast.commands.page import Shown, Table, write_page
-from egrpo_fast.config import CHECKPOINTS, Reward, load_config
+from egrpo_fast.config import CHECKPOINTS, RewardConfig, load_config
 from egrpo_fast.distributed.checkpoint import Checkpoints, Piece
 from egrpo_fast.models.fingerprint import identity
 from egrpo_fast.models.transformer import meta_transformer
@@ -101,14 +101,14 @@ def test_scores_know_nothing_of_batches_and_parts(evaluated, trained, tmp_path, 
 def test_the_base_draws_what_the_trainer_shows(evaluated):
     """Prompt n's noise is the trainer's held-out noise: an independent rollout of prompt 3 alone gives its image."""
     from egrpo_fast import noise, ops
-    from egrpo_fast.config import Model
+    from egrpo_fast.config import ModelConfig
     from egrpo_fast.plan import ode_plan
     from egrpo_fast.policy import Policy
     from egrpo_fast.rollout import NoiseKey, Wavefront
     from egrpo_fast.schedule import make_schedule
 
     backbone = (
-        Policy(Model(path=str(PIPELINE), height=32, width=32, max_sequence_length=24, dtype="float32"), PIPELINE)
+        Policy(ModelConfig(path=str(PIPELINE), height=32, width=32, max_sequence_length=24, dtype="float32"), PIPELINE)
         .load(torch.device("cpu"))
         .backbone
     )
@@ -172,7 +172,7 @@ def test_another_evaluation_or_bad_input_is_refused_by_name(evaluated, trained, 
 def test_scores_of_other_weights_are_not_mixed(tmp_path):
     """A reward's weights that changed between two halves of an evaluation."""
     clip = shutil.copytree(CLIP, tmp_path / "clip")
-    rewards = [Reward(name="clip", options={"model": f"local-dir:{clip}"})]
+    rewards = [RewardConfig(name="clip", options={"model": f"local-dir:{clip}"})]
     settings = evaluate.Settings(("a red circle", "a blue square"), height=32, width=32)
     folder, model = evaluate.Folder(tmp_path / "out"), evaluate.Model("shapes", str(PIPELINE))
     for place in range(2):
@@ -347,21 +347,21 @@ def test_weights_that_changed_since_are_refused(evaluated, trained, tmp_path, mo
 
 def test_a_base_that_a_run_did_not_begin_with_is_told(trained, tmp_path):
     found = evaluate.find_models(["shapes", str(trained)])
-    assert not list(evaluate.doubts(found)), "a run that has no record"
+    assert not list(evaluate.comparability_warnings(found)), "a run that has no record"
     shutil.copytree(trained, tmp_path / "trained")
 
-    def doubts(**changed):
+    def comparability_warnings(**changed):
         record = json.dumps({"base": {**found[0].identity, **changed}})
         (tmp_path / "trained" / "run.json").write_text(record)
         given = ["shapes", str(tmp_path / "trained")]
-        backwards = evaluate.doubts(evaluate.find_models(given[::-1]))
-        return list(evaluate.doubts(evaluate.find_models(given))), list(backwards)
+        backwards = evaluate.comparability_warnings(evaluate.find_models(given[::-1]))
+        return list(evaluate.comparability_warnings(evaluate.find_models(given))), list(backwards)
 
-    assert doubts() == ([], [])
-    other, nothing = doubts(transformer="another")
+    assert comparability_warnings() == ([], [])
+    other, nothing = comparability_warnings(transformer="another")
     assert other == ["trained: began with another transformer than shapes's; its gain is not training's alone"]
     assert nothing == [], "compared with a run, there is no base"
-    for told in doubts(vae="another"):
+    for told in comparability_warnings(vae="another"):
         assert told == ["trained: another vae than it was trained with; export it again"]
 
 
@@ -440,7 +440,7 @@ def test_defaults_are_the_papers_for_flux_and_the_recipes_for_shapes(trained):
     assert [reward.name for reward in evaluate.default_rewards([flux])] == [
         "hps", "clip", "pick_score", "image_reward"
     ]  # fmt: skip
-    own = evaluate.Model("x", "x", (Reward(name="clip", options={"model": "ours"}), Reward(name="jpeg")))
+    own = evaluate.Model("x", "x", (RewardConfig(name="clip", options={"model": "ours"}), RewardConfig(name="jpeg")))
     named = {reward.name: reward.options for reward in evaluate.default_rewards([flux, own])}
     assert set(named) == {"clip", "jpeg", "hps", "pick_score", "image_reward"} and named["clip"] == {"model": "ours"}
 

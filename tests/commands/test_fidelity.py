@@ -13,7 +13,7 @@ from scipy.stats import spearmanr
 from egrpo_fast import ops
 from egrpo_fast.commands import fidelity as fidelity_module
 from egrpo_fast.commands.fidelity import cheapest_strides, fidelity
-from egrpo_fast.config import CHECKPOINTS, CONFIG_FILE, RUN_FILE, ConfigError, Tail, load_config, plan_of
+from egrpo_fast.config import CHECKPOINTS, CONFIG_FILE, RUN_FILE, ConfigError, TailConfig, load_config, plan_of
 from egrpo_fast.distributed.checkpoint import Checkpoints, Piece
 from egrpo_fast.methods.e_grpo import e_grpo
 from egrpo_fast.models.fingerprint import identity
@@ -57,11 +57,11 @@ def test_comparison_by_hand():
 
 
 def test_a_run_gives_its_tail_up_once_it_is_surely_below_the_target():
-    guard = TailGuard(Tail(stride=2, check_every=5, target=0.9))
+    guard = TailGuard(TailConfig(stride=2, check_every=5, target=0.9))
     assert [i for i in range(12) if guard.due(i)] == [0, 5, 10]
     assert guard.judge([0.8, 1.0, math.nan]) is None, "at the target"
     assert guard.judge([0.7, 0.99]) is None, "below it by less than a standard error"
-    again = TailGuard(Tail(stride=2, check_every=5, target=0.9))
+    again = TailGuard(TailConfig(stride=2, check_every=5, target=0.9))
     again.state = json.loads(json.dumps(guard.state))
     for one in (guard, again):
         assert "correlation of 0.789 (tail.target 0.9): the exact tail" in one.judge([0.7, 0.75, 0.74, 0.8, 0.62])
@@ -69,7 +69,7 @@ def test_a_run_gives_its_tail_up_once_it_is_surely_below_the_target():
 
 
 def test_old_checks_are_forgotten():
-    guard = TailGuard(Tail(stride=2, target=0.9))
+    guard = TailGuard(TailConfig(stride=2, target=0.9))
     assert guard.judge([0.95, 0.4, 0.95]) is None
     for _ in range(WINDOW - 1):
         assert guard.judge([0.91, 0.95]) is None
@@ -79,7 +79,7 @@ def test_old_checks_are_forgotten():
 
 @pytest.mark.parametrize("settings", [{}, {"stride": 2, "check_every": 0}], ids=["exact", "not asked for"])
 def test_nothing_to_check(settings):
-    assert not TailGuard(Tail(**settings)).due(0)
+    assert not TailGuard(TailConfig(**settings)).due(0)
 
 
 def test_the_cheapest_strides_are_those_of_a_search_of_all():

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from egrpo_fast.config import OWNED_BY_US, Config, ConfigError, Tail, TaylorSeer, load_config
+from egrpo_fast.config import OWNED_BY_US, Config, ConfigError, TailConfig, TaylorSeerConfig, load_config
 from egrpo_fast.methods import METHODS, Method
 
 SECTIONS = {  # a whole tree in which every optional section is there, so that every field can be broken
@@ -59,7 +59,7 @@ def fields(model, path=()):
         kinds = [(kind, [*told, *info.metadata]) for kind, told in branches(info.annotation)]
         yield here, kinds
         sections = [kind for kind, _ in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
-        if Method in sections or any(kind is TaylorSeer for kind in sections):  # chosen by a name: BRANCH_FIELDS
+        if Method in sections or any(kind is TaylorSeerConfig for kind in sections):  # chosen by a name: BRANCH_FIELDS
             continue
         for kind, _ in kinds:
             items = typing.get_args(kind) if typing.get_origin(kind) is list else ()
@@ -70,11 +70,12 @@ def fields(model, path=()):
 
 FIELDS = list(fields(Config))
 NAMES = [".".join(map(str, path)) for path, _ in FIELDS]
+CACHE = TailConfig.model_fields["cache"].annotation
 BRANCH_FIELDS = [
     (path, kinds, {**SECTIONS, **tree(typing.get_args(section.model_fields["name"].annotation)[0])})
     for annotation, place, tree in (
         (typing.Union[tuple(METHODS.values())], ("method",), lambda name: {"method": name}),  # noqa: UP007
-        (Tail.model_fields["cache"].annotation, ("tail", "cache"), lambda name: {"tail": {"cache": {"name": name}}}),
+        (CACHE, ("tail", "cache"), lambda name: {"tail": {"cache": {"name": name}}}),
     )
     for section, _ in branches(annotation)
     if section is not types.NoneType

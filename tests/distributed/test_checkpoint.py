@@ -80,7 +80,7 @@ def mismatches(path):
     whole = tensors_of(reader.iteration)
     wrong = [key for key, tensor in whole.items() if not torch.equal(reader.tensor(key[1], key[0]), tensor)]
     for rank in range(reader.world_size):
-        local = reader.local(rank, reader.world_size)
+        local = reader.rank_local_state(rank, reader.world_size)
         wrong += [
             name for name, tensor in local_of(reader.iteration, rank).items() if not torch.equal(local[name], tensor)
         ]
@@ -135,7 +135,8 @@ def test_training_goes_on_while_it_writes(tmp_path):
     state["history"].append(2.5)
     checkpoints.wait()
     reader = CheckpointReader(checkpoints.newest())
-    assert not reader.tensor("w").any() and not reader.local(0, 1)["l"].any() and reader.state == {"history": [1.5]}
+    assert not reader.tensor("w").any() and not reader.rank_local_state(0, 1)["l"].any()
+    assert reader.state == {"history": [1.5]}
 
 
 def test_files_can_be_read_by_whom_the_umask_says(tmp_path):
@@ -295,7 +296,7 @@ def test_local_tensors_want_the_same_number_of_ranks(tmp_path):
     ranks = opened(tmp_path, 2)
     save(ranks, 1)
     with pytest.raises(ValueError, match="was written by 2 ranks, this run has 3"):
-        CheckpointReader(ranks[0].newest()).local(0, 3)
+        CheckpointReader(ranks[0].newest()).rank_local_state(0, 3)
 
 
 def test_wrong_questions_are_refused(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from egrpo_fast.config import ConfigError, Optimizer, load_config
+from egrpo_fast.config import ConfigError, OptimizerConfig, load_config
 from egrpo_fast.distributed.checkpoint import CheckpointReader, Checkpoints
 from egrpo_fast.distributed.engine import check_overrides, learning_rate_factor
 from egrpo_fast.distributed.world import World, free_port
@@ -29,7 +29,7 @@ LORA = "model.lora={rank: 4, alpha: 8, target_modules: [to_q, to_k, to_v, proj_o
 def gathered_weights(trainer):
     """Name -> float32 master weights, put together from all ranks' pieces; each element once."""
     whole, seen = {}, {}
-    for rank in trainer.world.gather([piece for piece in trainer.engine.pieces() if piece.kind == "weight"]):
+    for rank in trainer.world.gather([piece for piece in trainer.engine.state_shards() if piece.kind == "weight"]):
         for piece in rank:
             numel = torch.Size(piece.shape).numel()
             flat = whole.setdefault(piece.name, torch.empty(numel))
@@ -115,7 +115,7 @@ def check(world, heart, folder, overrides, saved):
             assert torch.equal(parameter, after[name].to(dtype) if name in after else values[name])
     # A checkpoint brings them back, for forwards that find their weights in either way.
     checkpoints = Checkpoints(folder / "checkpoints", world.rank, world.size, asynchronous=False)
-    checkpoints.save(1, trainer.engine.pieces(), trainer.engine.local(), {}, "test")
+    checkpoints.save(1, trainer.engine.state_shards(), trainer.engine.rank_local_state(), {}, "test")
     expected = latents(gathered=False)
     trainer.update(batch)
     assert not torch.equal(latents(gathered=False), expected)
@@ -323,7 +323,7 @@ def test_an_iteration_of_every_method(overrides, tmp_path):
     ],
 )
 def test_the_learning_rate(settings, expected):
-    found = [learning_rate_factor(Optimizer(**settings), 6, step) for step in range(6)]
+    found = [learning_rate_factor(OptimizerConfig(**settings), 6, step) for step in range(6)]
     assert found == pytest.approx(expected, abs=1e-6)
 
 

@@ -124,7 +124,7 @@ def resume_from_damaged(rank, size, port, arguments, log, told):
                     torch.equal(
                         piece.tensor, before.read(piece.name, piece.kind, piece.start, piece.start + len(piece.tensor))
                     )
-                    for piece in trainer.engine.pieces()
+                    for piece in trainer.engine.state_shards()
                 )
                 warned = " ".join(str(each.message) for each in caught)
                 rows.append((name, what, trainer.iteration, all(world.gather(same)), warned))

@@ -7,14 +7,14 @@ import torch
 from egrpo_fast import ops
 from egrpo_fast.methods import Method, Run
 from egrpo_fast.objective import Objective
-from egrpo_fast.plan import Draft, Plan, singly
+from egrpo_fast.plan import Plan, PlanBuilder, singly
 from egrpo_fast.rollout import NoiseKey, Wavefront
 from egrpo_fast.schedule import Schedule, make_schedule
 
 
 def late_pairs(schedule: Schedule, steps: range) -> Plan:
     """At every step of `steps` one antithetic pair leaves the ODE trajectory and skips to the end in one step."""
-    draft, end = Draft(schedule, antithetic=True), schedule.num_steps
+    draft, end = PlanBuilder(schedule, antithetic=True), schedule.num_steps
     anchor = draft.start()
     draft.ode([anchor], 0, steps.stop - 1)
     for index in steps:

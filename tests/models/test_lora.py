@@ -10,7 +10,7 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from egrpo_fast.config import ConfigError, Lora, Model
+from egrpo_fast.config import ConfigError, LoraConfig, ModelConfig
 from egrpo_fast.models.flux.random import make_pipeline
 from egrpo_fast.models.lora import FILE, describe, follow_lora, linear_layers, read_lora, save_lora
 from egrpo_fast.models.sizes import Sizes
@@ -155,7 +155,7 @@ def test_training_goes_on_from_a_file_at_its_strength(name, pipeline, folder, tm
     """The transformer to be trained is the pipeline with that LoRA; rank, alpha and layers are the file's."""
     tensors, metadata, scale = FILES[name]
     save_file(tensors(pipeline), tmp_path / FILE, metadata=metadata)
-    transformer, weights = meta_transformer(folder, Lora(path=str(tmp_path)))
+    transformer, weights = meta_transformer(folder, LoraConfig(path=str(tmp_path)))
     transformer.to_empty(device="cpu")
     transformer.load_state_dict(
         {name: weights(name).float() for name, _ in transformer.named_parameters()}, strict=False
@@ -227,7 +227,7 @@ def test_another_architecture_is_refused_by_layer(pipeline, architecture, tmp_pa
 def test_an_unreadable_file_is_refused_by_name(content, architecture, tmp_path):
     (tmp_path / FILE).write_bytes(content)
     with pytest.raises(ValueError, match=f"model.lora.path: {tmp_path / FILE} cannot be read as safetensors"):
-        follow_lora(Lora(path=str(tmp_path)), architecture, FluxPipeline)
+        follow_lora(LoraConfig(path=str(tmp_path)), architecture, FluxPipeline)
 
 
 def test_which_file_is_never_guessed(pipeline, architecture, tmp_path):
@@ -251,8 +251,8 @@ SAID = {"rank": RANK, "alpha": 16, "target_modules": ["to_out.0", "0.attn.to_k",
 def test_settings_follow_the_file_or_agree_with_it(pipeline, architecture, tmp_path):
     layers = [layer for layer in linear_layers(pipeline.transformer) if layer.endswith((".to_out.0", ".to_k"))]
     save_file(of_diffusers(pipeline, layers) | alphas(dict.fromkeys(layers, 16.0)), tmp_path / FILE)
-    lora = Lora(path=str(tmp_path))
-    assert lora.follows == {"rank", "alpha", "target_modules"} and not Lora().follows
+    lora = LoraConfig(path=str(tmp_path))
+    assert lora.follows == {"rank", "alpha", "target_modules"} and not LoraConfig().follows
     followed, adapters = follow_lora(lora, architecture, FluxPipeline)
     assert dict(followed) == {"rank": 4, "alpha": 16, "target_modules": ["to_k", "to_out.0"], "path": str(tmp_path)}
     assert adapters.keys() == set(layers) and not followed.follows
@@ -273,14 +273,14 @@ def test_another_lora_than_the_settings_say_is_refused(changes, told, pipeline, 
     layers = [layer for layer in linear_layers(pipeline.transformer) if layer.endswith((".to_out.0", ".to_k"))]
     save_file(of_diffusers(pipeline, layers) | alphas(dict.fromkeys(layers, 16.0)), tmp_path / FILE)
     with pytest.raises(ValueError, match=told):
-        follow_lora(Lora(path=str(tmp_path), **changes), architecture, FluxPipeline)
+        follow_lora(LoraConfig(path=str(tmp_path), **changes), architecture, FluxPipeline)
 
 
 def test_what_cannot_be_trained_as_it_is_is_refused(pipeline, architecture, tmp_path):
     def told(tensors):
         save_file(tensors, tmp_path / FILE)
         with pytest.raises(ValueError, match="^model.lora.path: ") as error:
-            follow_lora(Lora(path=str(tmp_path)), architecture, FluxPipeline)
+            follow_lora(LoraConfig(path=str(tmp_path)), architecture, FluxPipeline)
         return str(error.value)
 
     assert "adapters of ranks 4, 8; one rank for all" in told(of_diffusers(pipeline, ranks={IMAGE: 4, SINGLE: 8}))
@@ -292,7 +292,7 @@ def test_what_cannot_be_trained_as_it_is_is_refused(pipeline, architecture, tmp_
 def test_ends_of_names_take_the_files_layers_and_no_other(pipeline, architecture, tmp_path):
     layers = ["single_transformer_blocks.0.proj_out", "single_transformer_blocks.1.proj_out", IMAGE, "x_embedder"]
     save_file(of_diffusers(pipeline, layers), tmp_path / FILE)
-    followed, _ = follow_lora(Lora(path=str(tmp_path)), architecture, FluxPipeline)
+    followed, _ = follow_lora(LoraConfig(path=str(tmp_path)), architecture, FluxPipeline)
     assert set(followed.target_modules) == {"0.proj_out", "1.proj_out", "to_out.0", "x_embedder"}
     taken = followed.layers(linear_layers(pipeline.transformer))
     assert sorted(layer for some in taken.values() for layer in some) == sorted(layers)
@@ -301,17 +301,17 @@ def test_ends_of_names_take_the_files_layers_and_no_other(pipeline, architecture
 @pytest.mark.parametrize("entry", ["to_x", "attn", "o_q", "blocks.0.attn.to_q", "TO_Q", "norm1", ""])
 def test_every_entry_takes_a_layer(entry, pipeline, folder):
     """Before training and in a plan; beside one that does."""
-    lora = Lora(target_modules=["to_q", entry])
+    lora = LoraConfig(target_modules=["to_q", entry])
     told = f"^model.lora.target_modules: '{entry}' is neither the name of a linear layer nor ends one"
     with pytest.raises(ConfigError, match=told):
         meta_transformer(folder, lora)
     with pytest.raises(ConfigError, match=told):
-        Sizes(Model(path=str(folder))).adapters(lora)
+        Sizes(ModelConfig(path=str(folder))).adapters(lora)
 
 
 def test_it_is_said_what_was_adapted(folder):
     """As `proj_out` ends the names of the single blocks' layers, it takes them and the output layer."""
-    lora = Lora(rank=2, alpha=3, target_modules=["to_q", "proj_out", "single_transformer_blocks.0.proj_out"])
+    lora = LoraConfig(rank=2, alpha=3, target_modules=["to_q", "proj_out", "single_transformer_blocks.0.proj_out"])
     transformer, weights = meta_transformer(folder, lora)
     assert describe(weights.lora, transformer) == (
         "model.lora: rank 2, alpha 3, on 6 linear layers: to_q 3, proj_out 3, single_transformer_blocks.0.proj_out 1"
@@ -327,7 +327,7 @@ def test_it_is_said_what_was_adapted(folder):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_reader_runs_what_is_exported_at_the_runs_scale(alpha, dtype, pipeline, architecture, tmp_path):
     """diffusers, which reads the header; one that reads .alpha tensors; one that knows no alpha at all."""
-    lora = Lora(rank=RANK, alpha=alpha, target_modules=["to_out.0", "1.attn.to_k"])
+    lora = LoraConfig(rank=RANK, alpha=alpha, target_modules=["to_out.0", "1.attn.to_k"])
     named = {layer: factors(pipeline, layer, seed) for seed, layer in enumerate(LAYERS)}
     adapters = {
         f"{layer}.lora_{which}.default.weight": factor
@@ -349,5 +349,5 @@ def test_every_reader_runs_what_is_exported_at_the_runs_scale(alpha, dtype, pipe
         assert all(
             (change - ours).norm() / ours.norm() < (1e-5 if dtype == torch.float32 else 4e-3) for change in scaled
         )
-    again, found = follow_lora(Lora(path=str(tmp_path)), architecture, FluxPipeline)
+    again, found = follow_lora(LoraConfig(path=str(tmp_path)), architecture, FluxPipeline)
     assert again.rank == again.alpha == RANK and all(adapter.scale == 1 for adapter in found.values())

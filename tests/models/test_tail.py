@@ -6,18 +6,18 @@ import shutil
 import sys
 from functools import partial
 
+import peft
 import pytest
 import torch
 from diffusers import AutoencoderTiny, FluxPipeline, FluxTransformer2DModel
 from diffusers.models.attention_dispatch import AttentionBackendName
-from peft import LoraConfig
 from safetensors.torch import save_file
 from torch.utils._pytree import tree_leaves
 
 from egrpo_fast import ops
 from egrpo_fast.commands.cluster import Cluster
 from egrpo_fast.commands.cost import Cost
-from egrpo_fast.config import Lora, Model, Tail, TaylorSeer, load_config
+from egrpo_fast.config import LoraConfig, ModelConfig, TailConfig, TaylorSeerConfig, load_config
 from egrpo_fast.methods.e_grpo import e_grpo
 from egrpo_fast.models import folder as folders
 from egrpo_fast.models import tail as tail_models
@@ -33,10 +33,10 @@ from egrpo_fast.shapes import PIPELINE
 
 CPU, TIME = torch.device("cpu"), 0.5
 ROWS = torch.zeros(2, dtype=torch.int64)
-SMALL = Model(path=str(PIPELINE), height=32, width=32, max_sequence_length=24, dtype="float32")
+SMALL = ModelConfig(path=str(PIPELINE), height=32, width=32, max_sequence_length=24, dtype="float32")
 
 
-CACHE = TaylorSeer(name="taylor_seer", warm_up=1)
+CACHE = TaylorSeerConfig(name="taylor_seer", warm_up=1)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def latents(backbone):
     return torch.randn(2, *backbone.latent_shape, generator=torch.Generator().manual_seed(0))
 
 
-ADAPTERS = Lora(rank=3, alpha=6, target_modules=["to_q", "to_out.0"])
+ADAPTERS = LoraConfig(rank=3, alpha=6, target_modules=["to_q", "to_out.0"])
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def another(backbone, scale=1.1):
 
 
 def model_of(backbone, **settings):
-    return loaded(Tail(**settings), backbone)
+    return loaded(TailConfig(**settings), backbone)
 
 
 def loaded(settings, backbone, compiled=False):
@@ -89,9 +89,9 @@ def velocity(backbone, module, latents, conditioning):
 
 def test_without_a_model_of_its_own_there_is_none():
     policy = Policy(SMALL, PIPELINE)
-    policy.use_tail(Tail(cache=CACHE))
+    policy.use_tail(TailConfig(cache=CACHE))
     assert policy.tail is not None
-    policy.use_tail(Tail(stride=4, solver="ab2"))
+    policy.use_tail(TailConfig(stride=4, solver="ab2"))
     assert policy.tail is None and policy.tail_velocity(None) is None
 
 
@@ -120,7 +120,8 @@ def test_another_checkpoint_never_follows(backbone, conditioning, latents, tmp_p
 
 def adapted(policy, adapters):
     """The policy with these adapters beside its weights, as peft trains them."""
-    policy.add_adapter(LoraConfig(r=ADAPTERS.rank, lora_alpha=ADAPTERS.alpha, target_modules=ADAPTERS.target_modules))
+    rank, alpha, targets = ADAPTERS.rank, ADAPTERS.alpha, ADAPTERS.target_modules
+    policy.add_adapter(peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets))
     policy.load_state_dict(adapters, strict=False)
     return policy.eval()
 
@@ -138,7 +139,7 @@ def test_a_lora_is_added_to_the_policy_of_each_rollout(backbone, conditioning, l
 
 def test_a_copy_of_a_policy_that_trains_adapters_has_them_merged(backbone, conditioning, latents, adapters):
     policy = adapted(another(backbone, 1.0), adapters)
-    model = loaded(Tail(), backbone)
+    model = loaded(TailConfig(), backbone)
     expected = velocity(backbone, policy, latents, conditioning)
     with model.following(policy):
         assert torch.allclose(model.velocity(latents, TIME, conditioning, ROWS), expected, atol=1e-4)
@@ -159,7 +160,7 @@ def test_compiled_it_is_the_same_and_compiled_once(quantization, backbone, condi
     """Whatever the policy's weights, and for any number of rows; in 8 bits too."""
     pytest.importorskip("torchao")
     monkeypatch.setattr(FluxBackbone, "compiled", partial(CompiledFlux.of, backend="aot_eager"))
-    settings = Tail(quantization=quantization), backbone
+    settings = TailConfig(quantization=quantization), backbone
     model, eager = loaded(*settings, compiled=True), loaded(*settings)
     graphs, made = torch._dynamo.utils.counters["stats"], []
     for policy in (backbone.transformer, another(backbone)):
@@ -296,7 +297,7 @@ def test_the_cost_knows_what_a_cache_keeps(backbone):
 def test_taylor_seer_is_the_series_in_steps(backbone, order):
     """Steps 0, 1, 3 and 6 of a tail are computed; f_0 is the velocity, f_n the last change of f_(n-1) per step, and
     between them the velocity is the sum of k^n f_n / n!."""
-    cache = TaylorSeer(name="taylor_seer", interval=3, warm_up=2, order=order)
+    cache = TaylorSeerConfig(name="taylor_seer", interval=3, warm_up=2, order=order)
     model, conditioning = model_of(backbone, cache=cache), backbone.encode(["a red circle"])
     x = torch.randn(2, *backbone.latent_shape, generator=torch.Generator().manual_seed(0))
     factors, last = [], None
@@ -398,7 +399,7 @@ def test_what_is_slower_than_it_seems_is_said(overrides, told):
 
 
 def test_a_lora_of_another_model_is_refused(tmp_path):
-    settings = Lora(rank=2, alpha=2, target_modules=["to_q"])
+    settings = LoraConfig(rank=2, alpha=2, target_modules=["to_q"])
     name = "transformer_blocks.0.attn.to_q.lora_{}.default.weight"
     save_lora(
         tmp_path, {name.format("A"): torch.zeros(2, 7), name.format("B"): torch.zeros(7, 2)}, settings, FluxPipeline

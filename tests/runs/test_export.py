@@ -17,7 +17,7 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
 
 from egrpo_fast import cli, noise, ops
-from egrpo_fast.config import CHECKPOINTS, CONFIG_FILE, RUN_FILE, Lora, load_config
+from egrpo_fast.config import CHECKPOINTS, CONFIG_FILE, RUN_FILE, LoraConfig, load_config
 from egrpo_fast.distributed.checkpoint import INDEX, CheckpointReader, Checkpoints, Piece, _read_sealed, _write_sealed
 from egrpo_fast.models.fingerprint import identity
 from egrpo_fast.models.flux.backbone import FluxBackbone
@@ -249,7 +249,7 @@ def test_images_of_the_base_with_the_lora_are_the_trainers(base, tmp_path):
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"pytorch_lora_weights.safetensors", "README.md", "LICENSE.md", "curve.png", "export.json"}
     # What was exported can be trained on.
-    _, weights = meta_transformer(base, Lora(path=str(tmp_path / "out")))
+    _, weights = meta_transformer(base, LoraConfig(path=str(tmp_path / "out")))
     assert weights.lora.rank == weights.lora.alpha == 4
     assert set(weights.lora.target_modules) == {"to_q", "to_v", "proj_out"}
     for name, value in trained(base, config.model.lora).items():

@@ -16,7 +16,7 @@ from egrpo_fast.plan import ode_plan
 from egrpo_fast.prompts.order import PromptOrder
 from egrpo_fast.runs.guards import Guard, verdict
 from egrpo_fast.runs.plots import curves
-from egrpo_fast.runs.progress import Asked, Progress
+from egrpo_fast.runs.progress import Progress, ShutdownRequested
 from egrpo_fast.runs.report import HeldOut
 from egrpo_fast.sampler import TailCheck
 from egrpo_fast.schedule import make_schedule
@@ -129,7 +129,7 @@ class Scripted(TrainingLoop):
     def __init__(self, output, clip, iteration=0, history=()):
         self.config = load_config("shapes", [RULE, f"output_dir={output}", "evaluation.every=1", "iterations=6"])
         self.world = SimpleNamespace(
-            is_main=False, rank=0, size=1, agree=int, device=torch.device("cpu"), hardware="1 rank"
+            is_main=False, rank=0, size=1, max_on_host=int, device=torch.device("cpu"), hardware="1 rank"
         )
         self.progress = Progress(self.world, SimpleNamespace(at=lambda *place: None), SimpleNamespace(signal=0))
         self.progress.iteration, self.order, self.held_out = iteration, PromptOrder(["a"], 0), ["a"]
@@ -186,7 +186,7 @@ def test_a_tail_is_judged_with_the_iteration_that_it_was_checked_in(tmp_path):
 
     def asked_in_the_third(batch):
         if trainer.iteration == 2:
-            raise Asked(15)
+            raise ShutdownRequested(15)
         return update(batch)
 
     trainer.update, trainer.save = asked_in_the_third, lambda needed=False: states.append(trainer.sampler.state)

@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
 
-from egrpo_fast.config import Model
+from egrpo_fast.config import ModelConfig
 from egrpo_fast.files import read_json
 from egrpo_fast.models.fingerprint import part_identity
 from egrpo_fast.models.flux.compiled import CompiledFlux
@@ -56,7 +56,7 @@ class FluxBackbone(Backbone):
         return CompiledFlux.of(transformer)
 
     @classmethod
-    def load_decoder(cls, folder: Path, model: Model, device: torch.device) -> AutoencoderKL:
+    def load_decoder(cls, folder: Path, model: ModelConfig, device: torch.device) -> AutoencoderKL:
         vae = load_vae(folder, getattr(torch, model.dtype), device)
         if model.vae_tiling:  # tile by tile, where an image is larger than the VAE's own tile size
             vae.enable_tiling()
@@ -67,11 +67,11 @@ class FluxBackbone(Backbone):
         return hollow_vae(folder)
 
     @classmethod
-    def frozen_bytes(cls, folder: Path, model: Model) -> dict[str, float]:
+    def frozen_bytes(cls, folder: Path, model: ModelConfig) -> dict[str, float]:
         vae = hollow_vae(folder).num_parameters() * getattr(torch, model.dtype).itemsize
         return {"VAE": vae, "text encoders": FluxTextEncoder.weight_bytes(folder, model)}
 
-    def __init__(self, transformer: Any, decoder: AutoencoderKL, text: Text, model: Model) -> None:
+    def __init__(self, transformer: Any, decoder: AutoencoderKL, text: Text, model: ModelConfig) -> None:
         self.transformer, self._vae, self._text, self._guidance = transformer, decoder, text, model.guidance_scale
         self.height, self.width, self.decode_batch_size = model.height, model.width, model.decode_batch_size
         self._tiny: AutoencoderTiny | None = None

@@ -7,7 +7,7 @@ from types import MappingProxyType
 import torch
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from egrpo_fast.config import Model
+from egrpo_fast.config import ModelConfig
 from egrpo_fast.host_to_device import to_device
 from egrpo_fast.models.text import Conditioning, TextEncoder, Truncation, load_tokenizer
 
@@ -18,7 +18,7 @@ class FluxTextEncoder(TextEncoder):
     encoders = MappingProxyType({"text_encoder": "clip_text_model", "text_encoder_2": "t5"})
     tokenizers = ("tokenizer", "tokenizer_2")
 
-    def __init__(self, folder: Path, model: Model, device: torch.device | str = "cpu") -> None:
+    def __init__(self, folder: Path, model: ModelConfig, device: torch.device | str = "cpu") -> None:
         self._tokenizers = {
             "T5": load_tokenizer(T5TokenizerFast, folder, "tokenizer_2"),
             "CLIP": load_tokenizer(CLIPTokenizer, folder, "tokenizer"),
@@ -31,7 +31,7 @@ class FluxTextEncoder(TextEncoder):
         self.limits = {"T5": model.max_sequence_length, "CLIP": most}
 
     @classmethod
-    def shapes(cls, folder: Path, model: Model) -> dict[str, tuple[int, ...]]:
+    def shapes(cls, folder: Path, model: ModelConfig) -> dict[str, tuple[int, ...]]:
         try:
             t5 = int(cls.config(folder, "text_encoder_2")["d_model"])
             clip = int(cls.config(folder, "text_encoder")["hidden_size"])
@@ -41,7 +41,7 @@ class FluxTextEncoder(TextEncoder):
         return {"t5": (model.max_sequence_length, t5), "pooled": (clip,)}
 
     @classmethod
-    def weight_bytes(cls, folder: Path, model: Model) -> float:
+    def weight_bytes(cls, folder: Path, model: ModelConfig) -> float:
         clip = cls.hollow(CLIPTextModel, folder, "text_encoder").num_parameters()
         t5 = cls.hollow(T5EncoderModel, folder, "text_encoder_2")
         itemsize = getattr(torch, model.dtype).itemsize

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from egrpo_fast import noise, ops
-from egrpo_fast.config import Lora, Model, TaylorSeer
+from egrpo_fast.config import LoraConfig, ModelConfig, TaylorSeerConfig
 from egrpo_fast.methods.e_grpo import e_grpo
 from egrpo_fast.models import folder as folders
 from egrpo_fast.models.flux.backbone import FluxBackbone
@@ -40,7 +40,7 @@ from egrpo_fast.shapes import PIPELINE, PROMPTS
 
 CAPTIONS = PROMPTS["held_out"].read_text().splitlines()[:3]
 KEY = NoiseKey(5, 0, torch.arange(3))
-SMALL = Model(path=str(PIPELINE), height=32, width=32, max_sequence_length=24, dtype="float32")
+SMALL = ModelConfig(path=str(PIPELINE), height=32, width=32, max_sequence_length=24, dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_micro_batches_agree(backbone):
 
 
 STEMS = {part: stem for part in FluxBackbone.parts if (stem := folders.weights_stem(part))}
-LORA = Lora(rank=4, alpha=16, target_modules=["to_q", "proj_out"])
+LORA = LoraConfig(rank=4, alpha=16, target_modules=["to_q", "proj_out"])
 
 
 def weight_file(folder, part="transformer"):
@@ -372,7 +372,7 @@ def test_a_lora_file_is_taken_up_where_it_was_left(tmp_path):
     """With alpha as the rank: the scale is in B since it was written."""
     saved = adapters()
     save_lora(tmp_path, saved, LORA, FluxPipeline)
-    transformer, weights = meta_transformer(PIPELINE, Lora(path=str(tmp_path)))
+    transformer, weights = meta_transformer(PIPELINE, LoraConfig(path=str(tmp_path)))
     trained = {name for name, value in transformer.named_parameters() if value.requires_grad}
     assert trained == saved.keys() and weights.lora.rank == weights.lora.alpha == 4
     assert all(torch.equal(weights(name), saved[name] * (4 if ".lora_B." in name else 1)) for name in saved)
@@ -433,7 +433,7 @@ def test_a_wavefront_never_waits_for_its_device(monkeypatch):
     made = Wavefront(plan, 2, meta.latent_shape, chosen, "meta", micro_batch=5)
     key = NoiseKey(5, 0, torch.empty(2, dtype=torch.int64, device="meta"))
     other, _ = meta_transformer(PIPELINE)
-    cache = TailCache(TaylorSeer(name="taylor_seer"), other, FluxBackbone.blocks(other), torch.float32)
+    cache = TailCache(TaylorSeerConfig(name="taylor_seer"), other, FluxBackbone.blocks(other), torch.float32)
     policy, tail = (
         lambda x, t, rows, module=module: meta.velocity(module, x, t, conditioning, rows)
         for module in (transformer, other)

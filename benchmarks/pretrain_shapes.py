@@ -1,4 +1,4 @@
-"""Trains everything that `egrpo_fast.shapes` ships: `python -m egrpo_fast.shapes.pretrain OUT [--stages ...]`.
+"""Trains everything that `egrpo_fast.shapes` ships: `python benchmarks/pretrain_shapes.py OUT [--stages ...]`.
 
     OUT/pipeline       a FluxPipeline: 32x32 images, latents [4, 16, 16], 64 packed tokens of 16 channels
     OUT/clip           an open_clip model and its tokenizer, `local-dir:OUT/clip`
