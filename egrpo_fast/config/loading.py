@@ -22,7 +22,7 @@ RENAMED = {
     "deepspeed.offload_weights": "deepspeed.offload_param",
     "evaluation.num_steps": "evaluation.num_inference_steps",
     "evaluation.prompts_per_call": "evaluation.batch_size",
-    "evaluation.grid_images": "evaluation.grid_images",
+    "evaluation.grid_pictures": "evaluation.grid_images",
     "checkpoint.keep": "checkpoint.save_total_limit",
 }
 """What a setting was called in earlier versions, and what it is called now."""

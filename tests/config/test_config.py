@@ -3,7 +3,8 @@
 import pytest
 import yaml
 
-from egrpo_fast.config import ConfigError, load_config
+from egrpo_fast.config import ConfigError, load_config, loading
+from egrpo_fast.config.loading import RENAMED
 from egrpo_fast.config.recipe_files import recipe_names
 
 
@@ -190,3 +191,8 @@ def test_a_dollar_sign_in_a_path_is_written_twice_and_recorded_so(tmp_path):
     (run / "config.yaml").write_text(config.yaml())
     assert load_config(str(run / "config.yaml")) == config
     assert load_config("shapes", ["output_dir='2026'"]).output_dir.name == "2026"
+
+
+def test_renamed_settings_are_settings_and_their_old_names_are_none():
+    known = set(loading._field_names(Config))
+    assert set(RENAMED.values()) <= known and not known & RENAMED.keys()
