@@ -1,4 +1,4 @@
-"""Advantages, log-ratios by replay and the clipped surrogate: from scores and a new velocity to a loss (paper, 3.2)."""
+"""From rewards and a new velocity to a loss: advantages, ratios of new to old policy, the clip (paper, 3.2)."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -33,6 +33,8 @@ class GroupLoss:
 @dataclass(frozen=True)
 class Objective:
     """`loss_n = -w_n mean_(prompt, i) min(r_i A_i, clip(r_i, 1 - c, 1 + c) A_i)` for one group n.
+
+    The op `group_advantage_clip_loss` computes advantages and clip.
 
     weights: one per reward. mix: 'reward' standardises the weighted sum of rewards inside a group, 'advantage' adds the
     standardised rewards; advantages of several views are added. clip_range: c, of per-element-averaged log-probs.

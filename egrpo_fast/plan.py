@@ -1,9 +1,9 @@
 """Which rows live at which grid step, where they branch and which model calls are made: a static table.
 
-One prompt has a fixed set of state rows. At every grid step each live row is the *source* of one or more *edges*,
-affine steps to a destination row (its own next state, or a branch). All live rows of a wavefront step share its time,
-so a step is one batched model call, whatever the number of branches. A method is a function that draws a plan
-(`methods/`); `PlanBuilder` is what it draws with.
+One prompt has a fixed set of state rows. At every grid step each live row goes on to one or more rows: to its own next
+state, or to new branches. Each such move is an *edge* from a source to a destination. All rows that are live at a step
+have the same time, so one batched model call serves them (`Wavefront` may split it). A method is a class whose `plan()`
+makes a plan, with `PlanBuilder` (`methods/`).
 """
 
 from __future__ import annotations
@@ -487,7 +487,8 @@ class PlanBuilder:
             rows += [*([] if keep else [source]), *self._rows(each - (not keep))]
             for sample in range(each):
                 mirrored = self._antithetic and sample % 2 == 1
-                draws.append(draw_word(index, len(draws) - mirrored))
+                # A mirrored sample has its twin's noise: that of the sample before it.
+                draws.append(draws[-1] if mirrored else draw_word(index, len(draws)))
                 signs.append(-1 if mirrored else 1)
         left = [source for source in sources for _ in range(each)]
         self._add(index, len(rows), (Edge(*sample) for sample in zip(left, rows, [step] * len(rows), draws, signs)))

@@ -1,4 +1,4 @@
-"""The policy: the flow model that is trained. Prompts to conditioning, velocities of policy and tail, images."""
+"""The policy: the flow model that is trained. It encodes prompts, predicts velocities and decodes images."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext

@@ -1,4 +1,4 @@
-"""Runs a plan over a velocity callable: one batched model call per grid step, branches parted in one op.
+"""Runs a plan over a velocity callable: one batched model call per grid step, then one op that makes every next state.
 
 Knows no model: any `velocity(latents[R, L, C], t, rows[R]) -> [R, L, C]` will do, an analytic flow included.
 """
@@ -191,7 +191,10 @@ class Wavefront:
         return self._latents.unflatten(0, (self.num_prompts, self.plan.num_rows))
 
     def _step(self, v: Tensor, table: WaveTable, key: NoiseKey) -> None:
-        """From velocities [S, L, C] at a wave's sources to the next state of every row."""
+        """From velocities [S, L, C] at a wave's sources to the next state of every row.
+
+        `sde_step` where no row branches, as in Flow-GRPO's trajectories; else `branch_rows`.
+        """
         if table.plain and self.ops.chosen["sde_step"] == self.ops.chosen["branch_rows"]:
             streams = noise.streams_of(key.iteration, key.prompts[table.slots], table.draws)
             self._latents, copy = self.ops.sde_step(

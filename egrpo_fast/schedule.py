@@ -1,4 +1,4 @@
-"""Time grid, affine steps, entropy and merging: the closed forms of the algorithm (paper, sections 3.1 to 3.3).
+"""Time grid, affine steps and merges: the closed forms of the algorithm (paper, sections 3.1 to 3.3).
 
 t = 1 is noise, t = 0 the image; grid index 0 is the noisiest step. Pure functions of numbers, in Python floats.
 """
@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from egrpo_fast.entropy import entropy, merge_length
 
 SdeForm = Literal["flow_grpo", "dance_grpo", "cps"]
 """Whose stochastic step it is: see `Schedule.sde`."""
@@ -24,22 +26,14 @@ class AffineStep:
 
     @property
     def entropy(self) -> float:
-        """Per-dimension entropy of the step's policy N(mean, s^2 I): `exp(h / d) = sqrt(2 pi e s^2)`."""
-        return math.sqrt(2.0 * math.pi * math.e) * self.s
+        """Per-dimension entropy of the step's policy."""
+        return entropy(self.s)
 
 
 def time_grid(num_steps: int, shift: float) -> tuple[float, ...]:
     """`t_i = shift u_i / (1 + (shift - 1) u_i)`, `u_i = 1 - i / T`, i = 0..T."""
     fractions = (1.0 - i / num_steps for i in range(num_steps + 1))
     return tuple(shift * u / (1.0 + (shift - 1.0) * u) for u in fractions)
-
-
-def merge_length(entropies: Sequence[float], threshold: float) -> int:
-    """Smallest l whose merged entropy reaches the threshold; all that is left where none does.
-
-    entropies: per-dimension entropy H of one step merged over l = 1, 2, ... grid steps. Threshold 0 never merges.
-    """
-    return next((length for length, entropy in enumerate(entropies, 1) if entropy >= threshold), len(entropies))
 
 
 @dataclass(frozen=True)
@@ -113,11 +107,7 @@ class Schedule:
         )
 
     def entropy(self, index: int, length: int) -> float:
-        """Per-dimension entropy H of the stochastic step's policy (`AffineStep.entropy`).
-
-        The paper compares exp(h) with tau and leaves the dimension open; per dimension its thresholds tell apart the
-        merge patterns that it reports different results for.
-        """
+        """Per-dimension entropy of the stochastic step at a grid index that spans `length` grid steps."""
         return self.sde(index, length).entropy
 
 

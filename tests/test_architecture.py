@@ -17,7 +17,7 @@ ROOMS = [  # from the top, every floor from left to right; a room imports only f
     ("models", "rewards", "scoring", "distributed"),
     ("objective", "rollout"),
     ("config", "methods", "plan", "prompts", "shapes", "recipes"),
-    ("section", "schedule", "noise", "ops", "kernels", "terminal", "files", "folder_lock", "host_to_device"),
+    ("section", "schedule", "entropy", "noise", "ops", "kernels", "terminal", "files", "folder_lock", "host_to_device"),
 ]
 PLACE = {room: place for place, room in enumerate(room for rooms in ROOMS for room in rooms)}
 KNOWN_TO = {

@@ -8,6 +8,8 @@
     <folder>/iteration-000050.old/                               stands in while a repeated iteration-000050 takes over
     <folder>/iteration-000030.<word>.deleted/                    on its way out
 
+What is saved comes from `Engine.state_shards` (weights, averages, moments) and `TrainingLoop.save` (the state).
+
 Ranks meet in the files alone, never in a collective, so that a thread may write while training goes on; they must
 share the filesystem. Safetensors and JSON only: reading a checkpoint executes nothing.
 """

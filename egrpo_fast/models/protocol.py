@@ -1,4 +1,4 @@
-"""What a model family gives: one `Backbone` in a folder of its own under `models/`. No other code knows a family."""
+"""What a model family gives: a subclass of `Backbone` in `models/FAMILY/backbone.py`. No other code knows a family."""
 
 import pkgutil
 from abc import ABC, abstractmethod

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from egrpo_fast.config import ConfigError, load_config, loading
+from egrpo_fast.config import Config, ConfigError, load_config, loading
 from egrpo_fast.config.loading import RENAMED
 from egrpo_fast.config.recipe_files import recipe_names
 

@@ -1,4 +1,7 @@
-"""FLUX.1 taken apart into what training needs: text in, velocity, images out."""
+"""FLUX.1 taken apart into what training needs: text in, velocity, images out.
+
+Latents are packed from the start: noise is drawn as [tokens, channels], and only `decode` unpacks them.
+"""
 
 from pathlib import Path
 from typing import Any
