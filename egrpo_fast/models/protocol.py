@@ -50,6 +50,8 @@ class Backbone(ABC):
     """diffusers' class of what is trained. Its config and its weights are in the folder `transformer`."""
     parts: ClassVar[tuple[str, ...]]
     """All folders of a pipeline. An export copies all but `transformer`."""
+    input_sizes: ClassVar[tuple[str, ...]]
+    """What in the transformer's config says how wide its inputs are: two checkpoints with the same read the same."""
 
     transformer: Any
     _text: Text

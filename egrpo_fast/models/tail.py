@@ -116,7 +116,7 @@ class TailModel:
         transformer, self._weights = meta_transformer(folder, field=field)
         family = family_of(folder, field)
         if not self._follows:
-            _check_like(transformer, policy, str(folder), family is family_of(pipeline))
+            _check_like(transformer, policy, str(folder), family, family_of(pipeline))
         self._lora = read_lora("tail.lora", settings.lora, transformer, family.pipeline) if settings.lora else {}
         use_same_attention(transformer, policy)
         if compiled and settings.cache is None:
@@ -177,11 +177,11 @@ class TailModel:
         return layer
 
 
-def _check_like(transformer: Any, policy: Any, folder: str, same_family: bool) -> None:
+def _check_like(transformer: Any, policy: Any, folder: str, family: type[Backbone], of_policy: type[Backbone]) -> None:
     """ValueError where a tail's checkpoint does not read the same latents and text as the policy's."""
-    if not same_family:
+    if family is not of_policy:
         raise ValueError(f"tail.path: {folder} is of another model family than model.path")
-    for name in ("in_channels", "joint_attention_dim", "pooled_projection_dim"):
+    for name in family.input_sizes:
         if (theirs := transformer.config.get(name)) != (ours := policy.config.get(name)):
             message = f"its {name} is {theirs}, that of model.path {ours}"
             raise ValueError(f"tail.path: {folder} is another kind of model: {message}")

@@ -513,3 +513,20 @@ def test_the_page_needs_nothing_and_escapes_everything(evaluated, tmp_path):
 def test_markdown_cells_cannot_break_their_table():
     lines = Table("t", ["model", "r"], [["a|b\nc", "1"]]).markdown().splitlines()
     assert lines[-1].startswith("| a\\|b c |") and len({line.count("|") - line.count("\\|") for line in lines[2:]}) == 1
+
+
+def test_a_hub_id_is_downloaded_when_all_else_is_known_to_be_right(monkeypatch, tmp_path):
+    asked = []
+
+    def download(path, **patterns):
+        asked.append(path)
+        raise OSError("no network")
+
+    monkeypatch.setattr("egrpo_fast.models.folder.snapshot_download", download)
+    models = evaluate.find_models(["some/model"])
+    settings = evaluate.Settings(("a red circle",), 32, 32)
+    for reward, told in (("beauty", "no reward 'beauty'"), ("jpeg", "model.path: some/model is no folder here")):
+        assert not asked
+        with pytest.raises(ValueError, match=told):
+            evaluate.evaluate(models, settings, [RewardConfig(name=reward)], tmp_path / "out")
+    assert asked == ["some/model"]

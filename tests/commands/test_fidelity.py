@@ -209,3 +209,20 @@ def test_a_lora_runs_policy_is_its_base_with_the_adapters(tmp_path):
         fidelity(recipe, overrides, ["tail.stride=2"], num_prompts=1, out=tmp_path / "told.json")
         measured.append(json.loads((tmp_path / "told.json").read_text())["tails"][0]["reward_bias"])
     assert measured[0] == pytest.approx(measured[1], abs=1e-4) and abs(measured[0] - measured[2]) > 1e-3
+
+
+def test_a_hub_id_is_downloaded_when_all_else_is_known_to_be_right(monkeypatch):
+    asked = []
+
+    def download(path, **patterns):
+        asked.append(path)
+        raise OSError("no network")
+
+    monkeypatch.setattr("egrpo_fast.models.folder.snapshot_download", download)
+    settings = [*SMALL, "model.path=some/model", "rewards=[{name: shapes_soft}]", "model.height=64"]
+    with pytest.raises(ValueError, match="^rewards.shapes_soft: judges images of 32x32"):
+        fidelity("shapes", settings, ["tail.stride=2"], num_prompts=1)
+    assert not asked
+    with pytest.raises(ValueError, match="model.path: some/model is no folder here and could not be downloaded"):
+        fidelity("shapes", settings[:-1], ["tail.stride=2"], num_prompts=1)
+    assert asked == ["some/model"]

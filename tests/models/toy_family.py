@@ -57,7 +57,8 @@ class ToyText(TextEncoder):
 
 
 class ToyBackbone(Backbone):
-    pipeline, transformer_class, text_encoder, parts = ToyPipeline, ToyTransformer, ToyText, ("transformer", "vae")
+    pipeline, transformer_class, text_encoder = ToyPipeline, ToyTransformer, ToyText
+    parts, input_sizes = ("transformer", "vae"), ()
 
     @classmethod
     def check(cls, folder, height, width):

@@ -36,6 +36,7 @@ class FluxBackbone(Backbone):
     """FLUX.1-dev, -schnell and their kin. `model.guidance_scale` is for transformers that embed it."""
 
     pipeline, transformer_class, text_encoder = FluxPipeline, FluxTransformer2DModel, FluxTextEncoder
+    input_sizes = ("in_channels", "joint_attention_dim", "pooled_projection_dim")
     parts = ("transformer", "vae", *FluxTextEncoder.encoders, *FluxTextEncoder.tokenizers, "scheduler")
 
     @classmethod
