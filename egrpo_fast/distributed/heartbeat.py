@@ -6,7 +6,6 @@ its client caches show news late. Rank 0 collects, the others read one table: on
 """
 
 import atexit
-import errno
 import faulthandler
 import json
 import os
@@ -18,7 +17,6 @@ from contextlib import suppress
 from dataclasses import astuple, dataclass, replace
 from datetime import timedelta
 from itertools import groupby
-from pathlib import Path
 from types import TracebackType
 
 import torch.distributed as dist
@@ -39,17 +37,6 @@ FAREWELL = 30.0
 ABSENT = "not started"
 
 
-def _process_space() -> str:
-    """Equal for processes that see one another by their ids: those of one container or machine. Empty: unknown."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""
-
-
-PROCESS_SPACE = _process_space()
-
-
 @dataclass(frozen=True)
 class Entry:
     """Where a rank is. count: its calls of `at`; seconds: since the last; silent: seconds since it was heard of."""
@@ -61,24 +48,11 @@ class Entry:
     limit: float = float("inf")
     failure: str = ""
     closed: bool = False
-    process: int = 0
-    process_space: str = ""
     silent: float = 0.0
 
     @property
     def place(self) -> str:
         return f"{self.phase} {self.detail}".rstrip()
-
-    @property
-    def ended(self) -> bool:
-        """Whether its process is known to be no more; on another machine it never is."""
-        if not self.process_space or self.process_space != PROCESS_SPACE:
-            return False
-        try:
-            os.kill(self.process, 0)
-        except OSError as error:
-            return error.errno == errno.ESRCH
-        return False
 
 
 Table = Mapping[int, Entry]
@@ -133,8 +107,8 @@ class Heartbeat:
 
     rank, world_size: of the process group. store: the group's (`group_store`); None where there is one rank.
     stall_seconds: how long one entry may last unless `at` says otherwise. gone_seconds: a rank that is not heard of for
-    so long is taken for dead (after a few beats where its process is seen to be gone); choose more than any one call
-    holds Python's lock. beat: seconds between messages.
+    so long is taken for dead; choose more than any one call holds Python's lock. beat: seconds between messages. A
+    process that is killed on this machine is missed sooner, by the launcher.
 
     A process is ended with EXIT_CODE, after a block on stderr: where every rank is, whom it likely waits for and, where
     this rank is the one that waits, its threads' tracebacks. Should Python's lock be held too long for that, or stderr
@@ -223,10 +197,7 @@ class Heartbeat:
 
     def _mine(self) -> Entry:
         count, phase, detail, since, limit = self._said
-        return Entry(
-            count, phase, detail, time.monotonic() - since, limit, self._failure, self._closing, os.getpid(),
-            PROCESS_SPACE,
-        )  # fmt: skip
+        return Entry(count, phase, detail, time.monotonic() - since, limit, self._failure, self._closing)
 
     def _where(self) -> str:
         return describe(self._table, hush=HUSH * self._beat)
@@ -281,9 +252,9 @@ class Heartbeat:
         others = {rank: entry for rank, entry in self._table.items() if rank != self._rank and not entry.closed}
         failures = [f"rank {rank} failed: {entry.failure}" for rank, entry in others.items() if entry.failure]
         gone = [
-            f"rank {rank} is gone: {why}, last in {entry.place}"
+            f"rank {rank} is gone: not heard of for {entry.silent:.0f} s, last in {entry.place}"
             for rank, entry in others.items()
-            if (why := self._death(entry)) is not None
+            if entry.silent > self._gone_seconds
         ]
         if mine.seconds > mine.limit:
             self._end(f"rank {self._rank} waited {mine.seconds:.0f} s in {mine.place}{self._hint()}", traceback=True)
@@ -297,12 +268,6 @@ class Heartbeat:
             self._end("\n".join(gone))
         elif self._lost:
             self._end(f"rank 0 is gone: its store does not answer ({self._lost}), last in {self._table[0].place}")
-
-    def _death(self, entry: Entry) -> str | None:
-        # A process that ended a moment ago may have left a word that is still on its way.
-        if entry.silent > LINGER * self._beat and entry.ended:
-            return "its process was killed, or ended without a word"
-        return f"not heard of for {entry.silent:.0f} s" if entry.silent > self._gone_seconds else None
 
     def _hint(self) -> str:
         behind = culprits(self._table, self._rank)
