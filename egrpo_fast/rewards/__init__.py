@@ -81,8 +81,9 @@ def parameters(name: str, options: Mapping[str, Any]) -> int | None:
         return None  # a plan runs no code of a stranger's recipe
     try:
         count = getattr(_find(name), "parameters", None)
-        return count(**options) if count else None
-    except (ValueError, TypeError):
+        with _naming(name):
+            return count(**options) if count else None
+    except ValueError:
         return None
 
 

@@ -82,14 +82,8 @@ class ClipScore(OpenClipCosine):
 
     @staticmethod
     def parameters(model: str, **options: Any) -> int:
-        """Of the architecture. ValueError: it is not known without its files."""
-        kind, _, folder = _spelled(model).partition("local-dir:")
-        if kind:
-            return weights_in(open_clip.get_model_config(kind))
-        try:
-            return weights_in(read_json(Path(folder) / "open_clip_config.json")["model_cfg"])
-        except (OSError, KeyError, TypeError) as error:
-            raise ValueError(f"model: {model} cannot be read: {error!r}") from None
+        """Of the architecture, whose config alone is read, from a folder or the hub if need be."""
+        return weights_in(open_clip.get_model_config(_spelled(model)))
 
     def __init__(
         self,

@@ -76,8 +76,8 @@ def export(
                 if out.exists() and not (out.is_dir() and (replace or not any(out.iterdir()))):
                     raise ValueError(f"export: {out} is in the way{_about(out)}; choose another folder, or delete it")
                 if KINDS[weights] not in reader.kinds():
-                    told_how = "train with optimizer.ema_decay for them"
-                    raise ValueError(f"export: {reader.path} holds no {weights} weights; {told_how}")
+                    remedy = "train with optimizer.ema_decay for them"
+                    raise ValueError(f"export: {reader.path} holds no {weights} weights; {remedy}")
                 if verify:
                     check_sound(reader.path)
                 for left in _siblings(out, "partial"):

@@ -42,5 +42,5 @@ def test_a_family_is_one_folder(tmp_path):
     assert told.stdout.splitlines()[-1] == f"RESULT True {float(flops)} True True", told.stdout[-500:]
 
 
-def test_nothing_of_a_family_is_needed_but_its_folder():
+def test_families_are_found_by_their_folders():
     assert list(families()) == ["FluxPipeline"]
