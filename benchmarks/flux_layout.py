@@ -2,7 +2,7 @@
 
     python benchmarks/flux_layout.py --prompts FILE [--size small medium] [--ranks 2] [--iterations 3]
 
-Per size: a folder with random weights in several shards (`egrpo_fast.models.flux.random`); loaded under ZeRO-3 by
+Per size: a folder with random weights in several shards (`egrpo_fast.models.random`); loaded under ZeRO-3 by
 1, 2 and 4 ranks, with the memory it took; then trained by `deepspeed egrpo_fast/train.py flux-dev` on the prompts of
 FILE, a prompt per rank and iteration, on the rewards `jpeg` and `clip` (embedded model); exported by `egrpo export`;
 and images of `FluxPipeline.from_pretrained(export)` compared with those of the trainer, resumed from its checkpoint.
@@ -254,7 +254,7 @@ def main():
         folder = arguments.out / size / "pipeline"
         shutil.rmtree(folder, ignore_errors=True)
         made = ["--size", size, "--shard-size", SHARDS[size], "--dtype", "bfloat16"]
-        subprocess.run([sys.executable, "-m", "egrpo_fast.models.flux.random", folder, *made], check=True)
+        subprocess.run([sys.executable, "-m", "egrpo_fast.models.random", folder, *made], check=True)
         transformer, _ = meta_transformer(folder)
         found = results.setdefault(size, {"loading": {}, "runs": {}})
         found["parameters"] = transformer.num_parameters()

@@ -48,8 +48,8 @@ from egrpo_fast.kernels.reference.philox import philox_normal
 from egrpo_fast.models.attention import use_arithmetic, use_attention
 from egrpo_fast.models.flux.backbone import FluxBackbone
 from egrpo_fast.models.flux.compiled import CompiledFlux
-from egrpo_fast.models.flux.random import make_pipeline
 from egrpo_fast.models.folder import configs_of
+from egrpo_fast.models.random import make_pipeline
 from egrpo_fast.models.sizes import Sizes
 from egrpo_fast.policy import Policy
 from egrpo_fast.prompts.order import Prompt
@@ -102,7 +102,7 @@ def shapes(device, folder):
 
 
 def flux_30m(device, folder):
-    make_pipeline("30m").save_pretrained(folder)
+    make_pipeline("flux-dev", "30m").save_pretrained(folder)
     # 960 tokens of the image and 64 of the prompt.
     model = SMALL.model_copy(update={"height": 512, "width": 480, "max_sequence_length": 64})
     backbone = Policy(model, folder).load(device).backbone

@@ -44,8 +44,9 @@ def _train(arguments: argparse.Namespace) -> None:
 
 def _plan(arguments: argparse.Namespace) -> None:
     from egrpo_fast.commands import cost
+    from egrpo_fast.models.folder import with_times
 
-    config = launch.load_checked(arguments.recipe, arguments.overrides)
+    config = with_times(launch.load_checked(arguments.recipe, arguments.overrides))
     if arguments.plot and (arguments.plot.suffix != ".png" or not arguments.plot.resolve().parent.is_dir()):
         raise ValueError(f"--plot: {arguments.plot} is not the name of a .png file in a folder that exists")
     description = describe(config)

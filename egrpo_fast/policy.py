@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,9 @@ from egrpo_fast.models.folder import check_folder
 from egrpo_fast.models.protocol import Backbone
 from egrpo_fast.models.tail import TailModel, check_tail
 from egrpo_fast.models.text import Conditioning
-from egrpo_fast.models.transformer import fill_whole, meta_transformer, with_adapters
+from egrpo_fast.models.transformer import fill_buffers, fill_whole, meta_transformer, with_adapters
 from egrpo_fast.rollout import TailVelocity, Velocity
+from egrpo_fast.schedule import time_grid
 
 Fill = Callable[[nn.Module, Callable[[str], Tensor]], None]
 """Gives a transformer on the meta device its parameters, which the second argument reads by name."""
@@ -44,7 +46,7 @@ class Policy:
         of new adapters. fuse: a LoRA file that is added to the weights. ValueError names what the user must mend."""
         check_attention(model.attention)
         self.model, self.folder, self._embeddings = model, folder, embeddings
-        self._family = check_folder(folder, model.height, model.width)
+        self._family = check_folder(folder, model)
         self.transformer, weights = meta_transformer(folder, model.lora, seed)
         self.lora: LoraConfig | None = weights.lora
         self._weights = with_adapters(weights, self.transformer, folder, fuse, "models") if fuse else weights
@@ -73,9 +75,15 @@ class Policy:
     def dtype(self) -> torch.dtype:
         return getattr(torch, self.model.dtype)
 
+    def times(self, num_steps: int, shift: float | Literal["auto"]) -> Sequence[float]:
+        """The grid of so many steps, from 1 to 0. ValueError: the model's own scheduler has none to train on."""
+        if shift == "auto":
+            return self._family.times(self.folder, self.model, num_steps)
+        return time_grid(num_steps, shift)
+
     @property
     def latent_shape(self) -> tuple[int, int]:
-        """(tokens, channels) of one image's latents."""
+        """Of one image's latents, as they are drawn."""
         return self.backbone.latent_shape
 
     def use_tail(self, tail: TailConfig) -> None:
@@ -103,6 +111,7 @@ class Policy:
             fill(self.transformer, self._weights)
         else:
             fill_whole(self.transformer.requires_grad_(False).eval(), self._weights, self.dtype, device)
+        fill_buffers(self.transformer, self._weights, self.dtype, device)
         self._weights.files.close()
         if self.model.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()

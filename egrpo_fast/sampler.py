@@ -161,7 +161,8 @@ class Sampler:
         names = [reward.name for reward in self.config.rewards]
         if self._held_out is None:
             size = min(settings.batch_size, -(-len(prompts) // self._world.size))
-            plan = ode_plan(make_schedule(settings.num_inference_steps, self.config.schedule.shift))
+            steps = settings.num_inference_steps
+            plan = ode_plan(make_schedule(steps, self.policy.times(steps, self.config.schedule.shift)))
             self._held_out = Wavefront(plan, size, **self._buffers)
         size = self._held_out.num_prompts
         # Every rank makes the same number of calls: the last ones are filled up with prompts that do not count.

@@ -113,7 +113,7 @@ class Schedule:
 
 def make_schedule(
     num_steps: int = 16,
-    shift: float = 3.0,
+    shift: float | Sequence[float] = 3.0,
     eta: float = 0.7,
     entropy_threshold: float = 2.2,
     merge_lengths: int | Sequence[int] | None = None,
@@ -123,11 +123,12 @@ def make_schedule(
 ) -> Schedule:
     """The schedule of a run.
 
+    shift: of the grid; or the grid itself, num_steps + 1 times from 1 to 0.
     merge_lengths, one for all or a list by grid index, overrides the threshold; a single number is cut at t = 0.
     max_merge caps what the threshold asks for. active_steps: None for the first half of the grid.
     Arguments are trusted: `config/` refuses what is out of range.
     """
-    times = time_grid(num_steps, shift)
+    times = time_grid(num_steps, shift) if isinstance(shift, int | float) else tuple(shift)
     plain = Schedule(times, eta, (1,) * num_steps, (), sde_form)
     remaining = [num_steps - index for index in range(num_steps)]
     if merge_lengths is None:

@@ -220,6 +220,10 @@ def run(config: Config, callbacks: "Callbacks | None" = None) -> "tuple[Training
 
     ValueError: what the user must mend; of its kinds, RewardError where a reward fails, perhaps on this rank alone.
     """
+    if config.schedule.shift == "auto":
+        from egrpo_fast.models.folder import with_times
+
+        config = with_times(config)
     checked = check_inputs(config)
     from egrpo_fast.distributed.heartbeat import Heartbeat, group_store
     from egrpo_fast.distributed.world import World

@@ -29,12 +29,20 @@ KNOWN_TO = {
     },
     # The scripts that make pipelines build them from its parts; no module imports them.
     "diffusers": {
-        "egrpo_fast.models.flux.backbone",
         "egrpo_fast.models.flux.compiled",
         "egrpo_fast.models.attention",
         "egrpo_fast.models.vae",
         "egrpo_fast.models.tail",
-        "egrpo_fast.models.flux.random",
+        "egrpo_fast.models.scheduler",
+        "egrpo_fast.models.protocol",
+        "egrpo_fast.models.random",
+        *(
+            f"egrpo_fast.models.{family}.{part}"
+            for family in ("flux", "flux2", "qwen_image", "stable_diffusion_3", "z_image")
+            for part in ("backbone", "random")
+        ),
+        "egrpo_fast.models.flux2.text",
+        "egrpo_fast.models.z_image.transformer",
     },
     "torchao": {"egrpo_fast.models.tail"},
     "open_clip": {"egrpo_fast.rewards.clip", "egrpo_fast.rewards.hps"},

@@ -13,6 +13,7 @@ from typing import Any
 
 from egrpo_fast.commands.cluster import GIB, Cluster
 from egrpo_fast.config import Config, plan_of
+from egrpo_fast.models.folder import with_times
 from egrpo_fast.models.sizes import Sizes
 from egrpo_fast.plan import Plan
 from egrpo_fast.rewards import parameters
@@ -45,6 +46,7 @@ class Cost:
     def __init__(self, config: Config, cluster: Cluster, sizes: Sizes | None = None) -> None:
         """sizes: of the config's model; None: counted here."""
         self.sizes = sizes or Sizes(config.model)
+        config = with_times(config)
         self.config, self.cluster = config, cluster
         per_iteration = config.prompts.per_iteration
         if per_iteration % cluster.gpus:
@@ -155,12 +157,13 @@ class Cost:
         rows_kept = len(self.plan.image_rows) + samples
         kept = float(self.prompts * latents * (4 * rows_kept + (4 + size) * self.plan.trained_states))
         states = self._per_call * max(len(group.sources) for group in self.plan.groups)
+        trained_rows = self.sizes.backbone.trained_rows_per_velocity
         phases = {
             "rollout": {
                 "gathered weights": weights if whole else gathered,
                 "the tail's copy": 0.0 if config.tail.path is not None else tails,
                 "the tail's cache": self._tail_cache(),
-                "activations": micro_batch * activations.forward,
+                "activations": micro_batch * self.sizes.backbone.rows_per_velocity * activations.forward,
                 "velocities": 2.0 * size * live * latents,
                 "images' latents": kept,
             },
@@ -172,7 +175,7 @@ class Cost:
             },
             "update": {
                 "gathered weights": gathered,
-                "activations": states * activations.update(config.model.gradient_checkpointing),
+                "activations": states * trained_rows * activations.update(config.model.gradient_checkpointing),
                 "gradients in reduction": (4.0 if size == 2 else 0.0) * min(self.bucket, self.trained),
                 "images' latents": kept,
             },
@@ -211,7 +214,9 @@ class Cost:
         """Of one prompt's iteration; scoring by the reward models is not counted, it is below 1% for ViT-H."""
         evaluation, attention = self.sizes.evaluation_flops
         # Backward: gradients of inputs and of weights, each as much as the forward; adapters need no base weights'.
-        passes = 1 + (1 if self.adapters else 2) + (1 if self.config.model.gradient_checkpointing else 0)
+        backward = (1 if self.adapters else 2) + (1 if self.config.model.gradient_checkpointing else 0)
+        backbone = self.sizes.backbone
+        passes = 1 + backward * backbone.trained_rows_per_velocity / backbone.rows_per_velocity
         steps = self.plan.trained_states
         references = steps if self.config.objective.optimizer_step == "active_step" else 0
         return {

@@ -83,7 +83,7 @@ def encode(
         with tqdm(total=len(places), desc="encoding", unit="prompt") as bar:
             for some in _batches(prompts, places, batch):
                 try:
-                    rows = encoder.encode(some)
+                    rows = encoder.stored(some)
                 except torch.OutOfMemoryError:
                     raise ValueError(
                         f"--batch: {batch} prompts do not fit on {device}; try {max(1, batch // 2)}"

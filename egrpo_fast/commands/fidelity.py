@@ -18,7 +18,7 @@ from egrpo_fast.commands.page import Table
 from egrpo_fast.config import CONFIG_FILE, Config, load_config, plan_of
 from egrpo_fast.distributed.checkpoint import CheckpointReader, check_sound
 from egrpo_fast.models.fingerprint import check_base
-from egrpo_fast.models.folder import resolve
+from egrpo_fast.models.folder import resolve, with_times
 from egrpo_fast.models.tail import with_local_tail
 from egrpo_fast.models.tail_check import Comparison, compare
 from egrpo_fast.models.transformer import fill_whole
@@ -182,7 +182,7 @@ class _Search:
         self._exact: dict[int, _Sampled] = {}
 
     def config(self, settings: str) -> Config:
-        return load_config(self._recipe, [*self._overrides, *settings.split()])
+        return with_times(load_config(self._recipe, [*self._overrides, *settings.split()]))
 
     def measure(self, settings: str, part: int = 0) -> Measured:
         """The tail on the `part`-th lot of prompts."""
@@ -283,11 +283,11 @@ def fidelity(
             recipe = str(run / CONFIG_FILE)
             reader = stack.enter_context(open_checkpoint(run, checkpoint))
             check_sound(reader.path)
-        config = load_config(recipe, overrides)
+        config = with_times(load_config(recipe, overrides))
         if reader and not trust_run and not any(given.startswith("rewards=") for given in overrides):
             require_trust((reward.name for reward in config.rewards if reward.weight), run / CONFIG_FILE)
         candidates = list(tails) or _candidates(config)
-        configs = [load_config(recipe, [*overrides, *settings.split()]) for settings in candidates]
+        configs = [with_times(load_config(recipe, [*overrides, *settings.split()])) for settings in candidates]
         if not plan_of(config.with_tail(), 0).tail_evaluations or not configs:
             raise ValueError(f"method: the tails of {config.method.name} cannot be approximated by strides or solvers")
         for settings, one in zip(candidates, configs):

@@ -1,11 +1,12 @@
 """The whole configuration: its sections together, and what they refuse in each other."""
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, PlainSerializer, SerializeAsAny, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, PrivateAttr, SerializeAsAny, model_validator
 
 from egrpo_fast.config.recipe_files import ConfigError, Tree, write_yaml
 from egrpo_fast.config.sections import (
@@ -74,6 +75,8 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     guards: GuardsConfig = GuardsConfig()
+    _times: tuple[float, ...] | None = PrivateAttr(None)
+    """The grid that `schedule.shift: auto` stands for."""
 
     @model_validator(mode="before")
     @classmethod
@@ -149,10 +152,9 @@ class Config(Section):
                 raise ValueError(f"schedule.merge_lengths: {message}")
         if merges is not None and schedule.max_merge is not None:
             raise ValueError("schedule.max_merge: caps the threshold's merges; not allowed beside merge_lengths")
-        num_active = len(active) if active is not None else steps // 2
         for field, value in (("rollout.group_size", self.rollout.group_size), ("tail.stride", self.tail.stride)):
-            if isinstance(value, list) and len(value) != num_active:
-                raise ValueError(f"{field}: {len(value)} numbers, one per active step needed ({num_active})")
+            if isinstance(value, list) and len(value) != self._num_active:
+                raise ValueError(f"{field}: {len(value)} numbers, one per active step needed ({self._num_active})")
         if not any(reward.weight for reward in self.rewards):
             raise ValueError("rewards: at least one needs a weight other than 0")
         names = [reward.name for reward in self.rewards]
@@ -193,19 +195,33 @@ class Config(Section):
             raise ValueError(f"tail.{name}: {message}")
         if schedule.sde_form == "cps" and schedule.eta > 1.0:
             raise ValueError(f"schedule.eta: {schedule.eta:g}; with sde_form cps at most 1")
+        if schedule.shift != "auto":
+            self._check_schedule()
+        return self
+
+    def _check_schedule(self) -> None:
+        """ConfigError where the closed forms give nothing to sample by."""
+        schedule = self.schedule
         try:
             made = self.build_schedule()
             finite = all(map(math.isfinite, (made.entropy(i, n) for i, n in enumerate(made.merges))))
         except ArithmeticError:
             finite = False
         if not finite or any(earlier <= later for earlier, later in pairwise(made.times)):
-            raise ValueError(f"schedule: shift {schedule.shift:g} and eta {schedule.eta:g} leave no usable time grid")
+            shift = schedule.shift if isinstance(schedule.shift, str) else f"{schedule.shift:g}"
+            raise ConfigError(f"schedule: shift {shift} and eta {schedule.eta:g} leave no usable time grid")
         if "schedule.active_steps" in self.method.uses:
             for index in made.active:
                 if not made.sde(index, made.merges[index]).s > 0.0:
                     message = f"cps adds no noise in a step to t = 0, as step {index} is over {made.merges[index]}"
-                    raise ValueError(f"schedule.sde_form: {message}; use entropy_threshold 0 or other merge_lengths")
-        return self
+                    raise ConfigError(f"schedule.sde_form: {message}; use entropy_threshold 0 or other merge_lengths")
+
+    def with_times(self, times: Sequence[float]) -> "Config":
+        """The same with the grid that `schedule.shift: auto` stands for. ConfigError: it cannot be sampled by."""
+        made = self.model_copy()
+        made._times = tuple(times)
+        made._check_schedule()
+        return made
 
     def with_lora(self, lora: LoraConfig) -> "Config":
         """The same with other settings of the adapters."""
@@ -219,6 +235,10 @@ class Config(Section):
     def build_schedule(self) -> Schedule:
         """The schedule as the method uses it: without merging where it knows none."""
         settings = dict(self.schedule)
+        if settings["shift"] == "auto":
+            if self._times is None:
+                raise ConfigError("schedule.shift: auto stands for no grid yet")
+            settings["shift"] = self._times
         if not self.method.uses.issuperset(MERGING):
             settings["entropy_threshold"] = 0.0
         return make_schedule(**settings)
@@ -229,7 +249,11 @@ class Config(Section):
 
     def per_active_step(self, value: int | list[int]) -> list[int]:
         """A setting that is one number or one per active step, as a list."""
-        return value if isinstance(value, list) else [value] * len(self.build_schedule().active)
+        return value if isinstance(value, list) else [value] * self._num_active
+
+    @property
+    def _num_active(self) -> int:
+        return len(self.schedule.active_steps or range(self.schedule.num_steps // 2))
 
     def used(self) -> Tree:
         """All settings but those that the method does not use, as YAML can say them."""

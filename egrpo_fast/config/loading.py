@@ -11,7 +11,6 @@ from egrpo_fast.config.recipe_files import ConfigError, override, read_recipe
 from egrpo_fast.methods import METHODS, Method
 
 RENAMED = {
-    "model.guidance": "model.guidance_scale",
     "model.decode_batch": "model.decode_batch_size",
     "rollout.micro_batch": "rollout.max_rows_per_call",
     "rollout.prompts_per_call": "rollout.prompts_per_rollout",

@@ -65,25 +65,26 @@ class LoraConfig(Section):
     """Rank of every adapter."""
     alpha: float = Field(64.0, gt=0.0)
     """Scale of the adapters is alpha / rank."""
-    target_modules: list[str] = Field(
-        ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"], min_length=1
-    )
-    """Linear layers that get one. An entry takes every layer with that name, or whose name ends in a dot and the entry:
-    `proj_out` takes that of the single blocks and the model's output layer."""
+    target_modules: list[str] | None = Field(None, min_length=1)
+    """Linear layers that get one; none given: those of attention, as the model family names them. An entry takes every
+    layer with that name, or whose name ends in a dot and the entry: `proj_out` takes that of FLUX.1's single blocks
+    and the model's output layer."""
     path: PathName | None = None
     """A LoRA file or folder to start from, in a layout that diffusers reads; none given: a new one."""
 
     @property
     def follows(self) -> frozenset[str]:
-        """The settings that are still to be read from the file."""
-        return frozenset({"rank", "alpha", "target_modules"} - self.model_fields_set if self.path else ())
+        """The settings that are still to be found: in the file, or in the model's family."""
+        given = self.model_fields_set if self.target_modules else self.model_fields_set - {"target_modules"}
+        return frozenset({"rank", "alpha", "target_modules"} if self.path else {"target_modules"}) - given
 
     def layers(self, names: Collection[str]) -> dict[str, list[str]]:
         """Of a transformer's linear layers, those that each entry of target_modules takes.
 
         ConfigError: an entry that takes none.
         """
-        taken = {target: [name for name in names if takes(target, name)] for target in self.target_modules}
+        targets = self.target_modules or ()
+        taken = {target: [name for name in names if takes(target, name)] for target in targets}
         for target, layers in taken.items():
             if not layers:
                 ends = sorted({name.rpartition(".")[2] for name in names})
@@ -93,16 +94,36 @@ class LoraConfig(Section):
         return taken
 
 
+class GuidanceConfig(Section):
+    """Classifier-free guidance, for models that do not embed their guidance scale: the velocity of the prompt and that
+    of the negative prompt are made into one, and that is the policy."""
+
+    negative_prompt: str = ""
+    """What guidance leads away from."""
+    train: Literal["both", "conditional"] = "both"
+    """Which of the two velocities gradients flow through. Both is Flow-GRPO's choice."""
+    calls: Literal[1, 2] = 1
+    """Both velocities in one model call, or in two of half the memory."""
+    normalization: float | None = Field(None, gt=0.0)
+    """Most that guidance may lengthen the velocity of an image, as a multiple of the prompt's own; none given: no
+    bound."""
+    truncation: float = Field(1.0, ge=0.0, le=1.0)
+    """Time 1 - t after which there is no guidance; 1: there is to the end."""
+
+
 class ModelConfig(Section):
     path: PathName
     """Folder or hub id of a pipeline in diffusers' layout, or `shapes` for the embedded one."""
     height: Positive = 720
-    """Image height in pixels, a multiple of what the model family needs (16 for FLUX)."""
+    """Image height in pixels, a multiple of what the model family needs, which is 16 for most."""
     width: Positive = 720
     """Image width in pixels, likewise."""
-    guidance_scale: float = Field(3.5, ge=0.0)
-    """Guidance scale fed to models that embed it."""
-    max_sequence_length: Annotated[int, Field(ge=1, le=512)] = 512
+    guidance_scale: float | None = Field(None, ge=0.0)
+    """What the model's diffusers pipeline calls its guidance scale: embedded, or of classifier-free guidance. None
+    given: that pipeline's default, 3.5 for FLUX.1."""
+    guidance: GuidanceConfig = GuidanceConfig()
+    """Classifier-free guidance."""
+    max_sequence_length: Annotated[int, Field(ge=1, le=1024)] = 512
     """Tokens of a prompt that the model reads; longer prompts are cut."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """What the transformer computes in; the master weights are float32."""
@@ -116,13 +137,20 @@ class ModelConfig(Section):
     lora: LoraConfig | None = None
     """Train adapters instead of the whole transformer; none given: all weights."""
     text_encoder_quantization: Literal["none", "int8", "nf4"] = "none"
-    """Weights of the large text encoder (T5): as loaded, or in 8 or 4 bits by bitsandbytes."""
+    """Weights of the largest text encoder: as loaded, or in 8 or 4 bits by bitsandbytes."""
     decode_batch_size: Positive = 32
     """Images that the VAE decodes and the rewards score at a time."""
     vae_tiling: bool = False
     """Decode large images tile by tile: less memory, seams are blended."""
     gradient_checkpointing: bool = False
     """Recompute activations in the update's backward pass."""
+
+    @field_validator("guidance", mode="before")
+    @classmethod
+    def _no_number(cls, guidance: Any) -> Any:
+        if isinstance(guidance, int | float):
+            raise ValueError("is called model.guidance_scale now")
+        return guidance
 
 
 class PromptsConfig(Section):
@@ -144,8 +172,8 @@ class PromptsConfig(Section):
 class ScheduleConfig(Section):
     num_steps: Annotated[int, Field(ge=2, le=1000)] = 16
     """T, grid steps of the training rollout."""
-    shift: float = Field(3.0, gt=0.0)
-    """Time shift s of the grid."""
+    shift: Annotated[float, Field(gt=0.0)] | Literal["auto"] = 3.0
+    """Time shift s of the grid; `auto`: the grid of the model's own scheduler at this size and number of steps."""
     sde_form: SdeForm = "flow_grpo"
     """The stochastic step: Flow-GRPO's, DanceGRPO's of constant noise, or coefficients-preserving sampling. Not given:
     the method's own (dance_grpo for DanceGRPO and BranchGRPO)."""

@@ -1,5 +1,6 @@
 """Who computes a transformer's attention, by diffusers' dispatcher, and what float32 products may round to."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -42,6 +43,12 @@ def use_attention(transformer: Any, name: str) -> None:
 
 def use_same_attention(transformer: Any, as_in: Any) -> None:
     """Have every attention layer of one computed as those of another are."""
-    (chosen,) = {processor._attention_backend for processor in as_in.attn_processors.values()}
-    for processor in transformer.attn_processors.values():
+    (chosen,) = {processor._attention_backend for processor in _processors(as_in)}
+    for processor in _processors(transformer):
         processor._attention_backend = chosen
+
+
+def _processors(transformer: Any) -> Iterator[Any]:
+    for module in transformer.modules():
+        if hasattr(processor := getattr(module, "processor", None), "_attention_backend"):
+            yield processor

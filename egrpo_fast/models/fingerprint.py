@@ -1,14 +1,13 @@
 """Which model a run began with: fingerprints of a pipeline's parts, kept in `run.json` and compared ever after."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from egrpo_fast.config import CONFIG_FILE, RUN_FILE
-from egrpo_fast.files import fingerprint, read_json
+from egrpo_fast.files import read_json
 from egrpo_fast.models.folder import family_of
-from egrpo_fast.models.weight_files import WeightFiles
+from egrpo_fast.models.weight_files import part_identity
 
 TRAINED = "transformer"
 """The part that a run changes."""
@@ -25,16 +24,6 @@ def identity(folder: Path) -> dict[str, str]:
     """
     transformer = {TRAINED: part_identity("model.path", folder / TRAINED)}
     return transformer | family_of(folder).fingerprints(folder)
-
-
-def part_identity(field: str, folder: Path) -> str:
-    """Fingerprint of one part, a folder of a config and weights. ValueError, which begins with `field`."""
-    try:
-        config = {key: value for key, value in read_json(folder / "config.json").items() if not key.startswith("_")}
-        weights = WeightFiles(folder)
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{field}: {folder} cannot be read: {error}") from None
-    return fingerprint([json.dumps(config, sort_keys=True).encode(), *weights.samples()])
 
 
 def base_of(run: Path) -> dict[str, str]:

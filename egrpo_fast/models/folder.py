@@ -8,8 +8,10 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
+from egrpo_fast.config import Config, ModelConfig
 from egrpo_fast.files import is_hub_id, read_json
 from egrpo_fast.models.protocol import Backbone, families
+from egrpo_fast.shapes import pipeline_path
 
 INDEX = "model_index.json"
 """Names the pipeline's class. A folder that has it holds a pipeline."""
@@ -62,7 +64,7 @@ def configs_of(path: str, field: str = "model.path") -> Path:
     for known in Path(__file__).parent.glob("*/configs"):
         if (known / path).is_dir():
             return known / path
-    return _download(path, field, [INDEX, "*/config.json"])
+    return _download(path, field, [INDEX, "*/config.json", "scheduler/*"])
 
 
 def _download(path: str, field: str, files: list[str]) -> Path:
@@ -107,11 +109,11 @@ def family_of(folder: Path, field: str = "model.path") -> type[Backbone]:
     return known[found]
 
 
-def check_folder(folder: Path, height: int, width: int, field: str = "model.path") -> type[Backbone]:
+def check_folder(folder: Path, model: ModelConfig, field: str = "model.path") -> type[Backbone]:
     """The family of a local folder whose parts are all there. No weight is read, and no transformer is made.
 
-    ValueError, which begins with `field`: something is missing or of another kind. ValueError, which begins with
-    `model.height` or `model.width`: the family makes no images of that size.
+    ValueError, which begins with `field`: something is missing or of another kind. ValueError, which begins with a
+    setting of `model`: the family makes no images of that size, or the model takes no such guidance.
     """
     family = family_of(folder, field)
     if missing := [part for part in family.parts if not (folder / part).is_dir()]:
@@ -121,7 +123,15 @@ def check_folder(folder: Path, height: int, width: int, field: str = "model.path
         architecture = read_json(folder / "transformer" / "config.json")["_class_name"]
         if architecture != expected:
             raise ValueError(f"{field}: the transformer of {folder} is a {architecture}, not a {expected}")
-        family.check(folder, height, width)
+        family.check(folder, model)
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{field}: {folder} cannot be read as a {family.pipeline.__name__}: {error!r}") from None
     return family
+
+
+def with_times(config: Config) -> Config:
+    """The same with the grid of the model's own scheduler where `schedule.shift` is `auto`. ValueError: it has none."""
+    if config.schedule.shift != "auto":
+        return config
+    folder = configs_of(pipeline_path(config.model.path))
+    return config.with_times(family_of(folder).times(folder, config.model, config.schedule.num_steps))

@@ -1,6 +1,7 @@
 """LoRA files: read with the scale that diffusers gives them, written so that every reader gives them the run's."""
 
 import copy
+import inspect
 import math
 import re
 import warnings
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from egrpo_fast.config import LoraConfig, takes
+from egrpo_fast.models.protocol import Backbone
 from egrpo_fast.models.weight_files import tensors_in
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -52,9 +54,11 @@ def read_lora(field: str, path: str, transformer: Any, pipeline: Any) -> dict[st
     transformer = copy.deepcopy(transformer)
     shapes = {name: tuple(parameter.shape) for name, parameter in transformer.named_parameters()}
     try:
-        given, alphas, metadata = pipeline.lora_state_dict(
-            str(file), local_files_only=True, use_safetensors=True, return_alphas=True, return_lora_metadata=True
+        knows_alphas = {"return_alphas": True} if "return_alphas" in _arguments(pipeline.lora_state_dict) else {}
+        given, *alphas, metadata = pipeline.lora_state_dict(
+            str(file), local_files_only=True, use_safetensors=True, return_lora_metadata=True, **knows_alphas
         )
+        alphas = alphas[0] if alphas else None
         layers = {name.partition(".lora_")[0].removeprefix("transformer."): name for name in given}
         factors = {}
         for layer, name in layers.items():
@@ -66,9 +70,12 @@ def read_lora(field: str, path: str, transformer: Any, pipeline: Any) -> dict[st
                 raise ValueError(f"it is for another architecture ({layer})")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what they tell of is checked below
-            pipeline.load_lora_into_transformer(
-                dict(given), alphas, transformer, adapter_name="default", metadata=metadata, low_cpu_mem_usage=True
-            )
+            put = pipeline.load_lora_into_transformer
+            more = {"network_alphas": alphas} if "network_alphas" in _arguments(put) else {}
+            put(
+                dict(given), transformer=transformer, adapter_name="default", metadata=metadata,
+                low_cpu_mem_usage=True, **more,
+            )  # fmt: skip
     except Exception as error:  # a converter fails in every way there is on a layout that it does not expect
         message = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{field}: {file} cannot be read as a LoRA of this transformer: {message[:300]}") from None
@@ -85,6 +92,10 @@ def read_lora(field: str, path: str, transformer: Any, pipeline: Any) -> dict[st
             message = f"diffusers runs {layer} at scale {adapter.scale:g}, by its alpha it is {written:g}"
             raise ValueError(f"{field}: {file} has no sure scale: {message}")
     return found
+
+
+def _arguments(function: Any) -> Collection[str]:
+    return inspect.signature(function).parameters
 
 
 def find_file(field: str, path: str) -> Path:
@@ -117,15 +128,16 @@ def _check_names(file: Path, names: Collection[str]) -> None:
         raise ValueError(f"{file} mixes layouts: its tensors' names begin with {' and '.join(sorted(layouts))}")
 
 
-def follow_lora(lora: LoraConfig, transformer: Any, pipeline: Any) -> tuple[LoraConfig, dict[str, Adapter]]:
+def follow_lora(lora: LoraConfig, transformer: Any, family: type[Backbone]) -> tuple[LoraConfig, dict[str, Adapter]]:
     """The settings with those of `lora.path`'s file in place of what the user did not give, and its adapters by layer.
 
-    transformer, pipeline: as for `read_lora`. Without a path: the settings as they are, no adapters. ValueError where
-    the file cannot be read, has adapters of several ranks or scales, or is another LoRA than the settings say.
+    transformer: as for `read_lora`. Without a path: the family's own layers where none are given, no adapters.
+    ValueError where the file cannot be read, has adapters of several ranks or scales, or is another LoRA than the
+    settings say.
     """
     if lora.path is None:
-        return lora, {}
-    adapters = read_lora("model.lora.path", lora.path, transformer, pipeline)
+        return lora.model_copy(update={"target_modules": lora.target_modules or list(family.lora_targets)}), {}
+    adapters = read_lora("model.lora.path", lora.path, transformer, family.pipeline)
     for what, values in (
         ("rank", {len(adapter.down) for adapter in adapters.values()}),
         ("scale", {adapter.scale for adapter in adapters.values()}),
@@ -135,7 +147,7 @@ def follow_lora(lora: LoraConfig, transformer: Any, pipeline: Any) -> tuple[Lora
             raise ValueError(f"model.lora.path: {lora.path} has adapters of {message}")
     adapter = next(iter(adapters.values()))
     rank, alpha = len(adapter.down), adapter.scale * len(adapter.down)
-    given = lora.model_fields_set
+    given = lora.model_fields_set - lora.follows
     if "rank" in given and lora.rank != rank:
         message = f"{lora.rank}, but {lora.path} is of rank {rank}"
         raise ValueError(f"model.lora.rank: {message}; leave it out to take the file's")

@@ -1,23 +1,46 @@
 """What a model family gives: a subclass of `Backbone` in `models/FAMILY/backbone.py`. No other code knows a family."""
 
+import inspect
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
 
-from egrpo_fast.config import ModelConfig
-from egrpo_fast.models.text import CachedText, Conditioning, HollowText, Text, TextEncoder, tell_truncated
+from egrpo_fast.config import GuidanceConfig, ModelConfig
+from egrpo_fast.files import read_json
+from egrpo_fast.models.scheduler import dynamic_mu, grid, scheduler_config
+from egrpo_fast.models.text import CachedText, Conditioning, HollowText, Text, TextEncoder, joined, tell_truncated
+from egrpo_fast.models.vae import decode_bytes, hollow_vae, load_tiny_decoder, load_vae, scale_factor
+from egrpo_fast.models.weight_files import part_identity
+
+
+@dataclass(frozen=True)
+class ActivationUnits:
+    """Activations of a family, measured on a CPU, in units of tokens x width x bytes of the dtype.
+
+    Keys: bytes of a number, 2 for bfloat16 and 4 for float32. forward: at the peak of one without gradient. kept: for
+    the backward, by the class of a block. kept_per_head: the same, in bytes by each of its heads and tokens. backward:
+    at the peak of one, beyond what is kept.
+    """
+
+    forward: Mapping[int, float]
+    kept: Mapping[int, Mapping[str, float]]
+    kept_per_head: float
+    backward: float
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes that a model's activations take, per image: measured once per family, and scaled by its sizes.
+    """Bytes that a model's activations take, per row of a call: measured once per family, and scaled by its sizes.
 
     forward: at the peak of one without gradient. kept: by each block for its backward. block_input: of one block, what
     gradient checkpointing keeps in their place. backward: at the peak of one, beyond what is kept. decode: of an image.
@@ -35,46 +58,130 @@ class Activations:
         return kept + self.backward
 
 
+GuidanceKind = Literal["embedded", "classifier_free", "none"]
+"""The transformer reads the scale; or a velocity is made of two; or the model is distilled to work without."""
+WITHOUT = {"embedded": "embeds its guidance scale", "none": "is distilled to work without guidance"}
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How velocities are guided. scale: as the pipeline means it. two: whether one is made of two."""
+
+    scale: float
+    two: bool
+    settings: GuidanceConfig
+
+
 class Backbone(ABC):
     """A diffusers pipeline taken apart into what training needs: text in, velocity, images out.
 
     The class says what can be known of a folder before any weight is read. An instance holds the transformer, and has
     the text encoders and the image decoder loaded, whole, frozen and on the device. A subclass is registered when it
     is defined, under the name of its `pipeline`.
+
+    Where the transformer embeds no guidance scale, the policy is the guided velocity. `velocity` makes it of the
+    model's `predict` for the prompt and for the negative prompt, and `guided` says how.
     """
 
     pipeline: ClassVar[Any]
     """diffusers' class. `model_index.json` names it, and it reads and writes LoRA files."""
     text_encoder: ClassVar[type[TextEncoder]]
     transformer_class: ClassVar[Any]
-    """diffusers' class of what is trained. Its config and its weights are in the folder `transformer`."""
-    parts: ClassVar[tuple[str, ...]]
-    """All folders of a pipeline. An export copies all but `transformer`."""
+    """diffusers' class of what is trained, or a subclass. Its config and weights are in the folder `transformer`."""
+    decoder_class: ClassVar[Any] = AutoencoderKL
+    """diffusers' class of the image decoder, in the folder `vae`."""
     input_sizes: ClassVar[tuple[str, ...]]
     """What in the transformer's config says how wide its inputs are: two checkpoints with the same read the same."""
+    lora_targets: ClassVar[tuple[str, ...]]
+    """`model.lora.target_modules` where none are given."""
+    units: ClassVar[ActivationUnits]
+    pixels_per_latent: ClassVar[int] = 2
+    """A token is a square of so many latent pixels a side."""
+    guidance_argument: ClassVar[str] = "guidance_scale"
+    """What the pipeline calls `model.guidance_scale`."""
+    unguided_scale: ClassVar[float] = 1.0
+    """The guidance scale at which, and below which, a guided velocity is that of the prompt alone."""
+
+    parts: ClassVar[tuple[str, ...]]
+    """All folders of a pipeline. An export copies all but `transformer`."""
 
     transformer: Any
-    _text: Text
     latent_shape: tuple[int, int]
-    """(tokens, channels) of one image's latents."""
-    decode_batch_size: int
-    """Most images that `decode` takes at a time."""
+    """Of one image's latents, as they are drawn: (tokens, channels), or (channels, latent pixels)."""
 
     def __init_subclass__(cls) -> None:
-        BACKBONES[cls.pipeline.__name__] = cls
+        if hasattr(cls, "pipeline"):
+            cls.parts = ("transformer", "vae", *cls.text_encoder.encoders, *cls.text_encoder.tokenizers, "scheduler")
+            BACKBONES[cls.pipeline.__name__] = cls
+
+    # What is known of a folder without its weights.
 
     @classmethod
-    @abstractmethod
-    def check(cls, folder: Path, height: int, width: int) -> None:
-        """ValueError where a part of a folder, or the image size, does not fit. The transformer is checked elsewhere.
+    def check(cls, folder: Path, model: ModelConfig) -> None:
+        """ValueError where a part of a folder, or a setting, does not fit. The transformer is checked elsewhere.
 
         OSError, KeyError, TypeError: a config cannot be read.
         """
+        factor = cls.pixels_per_latent * scale_factor(read_json(folder / "vae" / "config.json"))
+        for name, size in (("height", model.height), ("width", model.width)):
+            if size % factor:
+                raise ValueError(f"model.{name}: {size} is not a multiple of {factor}")
+        cls.guidance(folder, model)
+        if (most := cls.text_encoder.most_tokens) < model.max_sequence_length:
+            message = f"{model.max_sequence_length}; a {cls.pipeline.__name__} reads at most {most}"
+            raise ValueError(f"model.max_sequence_length: {message}")
 
     @classmethod
     @abstractmethod
+    def guidance_kind(cls, folder: Path) -> GuidanceKind:
+        """How the model of a folder is guided."""
+
+    @classmethod
+    def guidance(cls, folder: Path, model: ModelConfig) -> Guidance:
+        """By `model.guidance_scale`, or the pipeline's default. ValueError: the model takes no such settings."""
+        kind, scale = cls.guidance_kind(folder), model.guidance_scale
+        if kind == "none" and scale is not None and scale > cls.unguided_scale:
+            raise ValueError(f"model.guidance_scale: {scale:g}, but {folder} {WITHOUT[kind]}; leave it out")
+        if scale is None or kind == "none":
+            called = inspect.signature(cls.pipeline.__call__).parameters
+            scale = cls.unguided_scale if kind == "none" else float(called[cls.guidance_argument].default)
+        settings = model.guidance.model_dump()
+        changed = [name for name, value in GuidanceConfig().model_dump().items() if settings[name] != value]
+        if changed and kind != "classifier_free":
+            message = f"it is for classifier-free guidance, and {folder} {WITHOUT[kind]}"
+            raise ValueError(f"model.guidance.{changed[0]}: {message}; leave it out")
+        return Guidance(scale, two=kind == "classifier_free" and scale > cls.unguided_scale, settings=model.guidance)
+
+    @classmethod
+    def tokens(cls, folder: Path, model: ModelConfig) -> int:
+        """Of an image, without those of its text."""
+        factor = cls.pixels_per_latent * scale_factor(read_json(folder / "vae" / "config.json"))
+        return (model.height // factor) * (model.width // factor)
+
+    @classmethod
+    def times(cls, folder: Path, model: ModelConfig, num_steps: int) -> Sequence[float]:
+        """The grid of the pipeline's own scheduler, from 1 to 0. ValueError: it is none to train on."""
+        config = scheduler_config(folder)
+        return grid(config, num_steps, dynamic_mu(config, cls.tokens(folder, model)))
+
+    @classmethod
     def fingerprints(cls, folder: Path) -> dict[str, str]:
         """Of every frozen part that shapes an image, by what people call it. ValueError names what is missing."""
+        vae = part_identity("model.path", folder / "vae")
+        return {"vae": vae, "text encoders": cls.text_encoder.fingerprint(folder)}
+
+    @classmethod
+    def frozen_bytes(cls, folder: Path, model: ModelConfig) -> dict[str, float]:
+        """What the frozen parts will take on the device, by what people call them; by the folder's configs."""
+        vae = hollow_vae(folder, cls.decoder_class).num_parameters() * getattr(torch, model.dtype).itemsize
+        return {"VAE": vae, "text encoders": cls.text_encoder.weight_bytes(folder, model)}
+
+    # The transformer alone.
+
+    @classmethod
+    def mended(cls, transformer: Any) -> Any:
+        """A transformer made on the meta device, with what is computed at its making and is in no file."""
+        return transformer
 
     @classmethod
     @abstractmethod
@@ -82,23 +189,20 @@ class Backbone(ABC):
         """The transformer's blocks in order: what a cache may skip. Each takes `hidden_states` [rows, ...] by name."""
 
     @classmethod
-    @abstractmethod
     def compiled(cls, transformer: Any) -> nn.Module:
-        """One of the same parameters on the meta device, with compiled blocks, for forwards without gradient."""
+        """One of the same parameters on the meta device, with compiled blocks, for forwards without gradient.
+
+        ValueError: it has not been tried.
+        """
+        raise ValueError(f"rollout.compile: not for a {cls.pipeline.__name__}")
 
     @classmethod
-    @abstractmethod
-    def load_decoder(cls, folder: Path, model: ModelConfig, device: torch.device) -> Any:
-        """The image decoder, frozen. ValueError: it cannot be loaded."""
+    def size(cls, transformer: Any) -> tuple[int, int]:
+        """(width, heads) of its blocks."""
+        heads = transformer.config.num_attention_heads
+        return heads * transformer.config.attention_head_dim, heads
 
-    @classmethod
-    @abstractmethod
-    def hollow_decoder(cls, folder: Path) -> Any:
-        """The image decoder on the meta device, by its config."""
-
-    @abstractmethod
-    def __init__(self, transformer: Any, decoder: Any, text: Text, model: ModelConfig) -> None:
-        """decoder: from `load_decoder` or `hollow_decoder`. text: what encodes prompts; `_text` holds it."""
+    # All of it.
 
     @classmethod
     def load(
@@ -110,21 +214,53 @@ class Backbone(ABC):
             text = cls.text_encoder(folder, model, device)
         else:
             text = CachedText(embeddings, cls.text_encoder, folder, model, device)
-        return cls(transformer, cls.load_decoder(folder, model, device), text, model)
+        vae = load_vae(folder, cls.decoder_class, getattr(torch, model.dtype), device)
+        if model.vae_tiling:  # tile by tile, where an image is larger than the VAE's own tile size
+            vae.enable_tiling()
+        made = cls(transformer, vae, text, model, cls.guidance(folder, model))
+        if made._guidance.two and isinstance(text, CachedText):
+            text.require([model.guidance.negative_prompt], "model.guidance.negative_prompt")
+        return made
 
     @classmethod
     def hollow(cls, transformer: Any, folder: Path, model: ModelConfig) -> "Backbone":
         """One on the meta device, by a folder's configs: what it computes has a shape and a cost, and no values."""
-        return cls(transformer, cls.hollow_decoder(folder), HollowText(cls.text_encoder.shapes(folder, model)), model)
+        vae, text = hollow_vae(folder, cls.decoder_class), HollowText(cls.text_encoder.shapes(folder, model))
+        return cls(transformer, vae, text, model, cls.guidance(folder, model))
 
-    @classmethod
-    @abstractmethod
-    def frozen_bytes(cls, folder: Path, model: ModelConfig) -> dict[str, float]:
-        """What the frozen parts will take on the device, by what people call them; by the folder's configs."""
+    def __init__(self, transformer: Any, decoder: Any, text: Text, model: ModelConfig, guidance: Guidance) -> None:
+        """decoder: of `decoder_class`. text: what encodes prompts."""
+        self.transformer, self._vae, self._text, self._guidance = transformer, decoder, text, guidance
+        self.height, self.width = model.height, model.width
+        self.decode_batch_size = model.decode_batch_size
+        """Most images that `decode` takes at a time."""
+        self._tiny: AutoencoderTiny | None = None
+        self._scale_factor = scale_factor(decoder.config)
+        factor = self._scale_factor * self.pixels_per_latent
+        self._rows, self._columns = self.height // factor, self.width // factor  # of tokens
 
-    @abstractmethod
+    @property
+    def rows_per_velocity(self) -> int:
+        """Rows that the transformer computes for one velocity."""
+        return 2 if self._guidance.two else 1
+
+    @property
+    def trained_rows_per_velocity(self) -> int:
+        """Of them, those that gradients flow through."""
+        return 2 if self._guidance.two and self._guidance.settings.train == "both" else 1
+
     def activations(self, itemsize: int) -> Activations:
         """itemsize: bytes of a number of the model's dtype."""
+        width, heads = self.size(self.transformer)
+        of_text = (text.shape[1] for text in self.encode([""]).values() if text.ndim == 3)
+        tokens = self._rows * self._columns + max(of_text, default=0)
+        unit, per_head, units = tokens * width * itemsize, self.units.kept_per_head * tokens * heads, self.units
+        blocks = (units.kept[itemsize][type(block).__name__] for block in self.blocks(self.transformer))
+        return Activations(
+            forward=units.forward[itemsize] * unit, kept=tuple(one * unit + per_head for one in blocks),
+            block_input=unit, backward=units.backward * unit,
+            decode=decode_bytes(self._vae.config, self.height, self.width, itemsize),
+        )  # fmt: skip
 
     def check_prompts(self, prompts: Sequence[str], field: str, tell: bool = True) -> None:
         """ValueError, which begins with `field`, where prompts cannot be encoded. tell: print which will be cut."""
@@ -137,22 +273,59 @@ class Backbone(ABC):
         """What the transformer reads of these prompts. Nothing outside the family looks into it."""
         return self._text.encode(prompts)
 
+    @cached_property
+    def _unconditional(self) -> Conditioning:
+        return self._text.encode([self._guidance.settings.negative_prompt])
+
     @abstractmethod
+    def predict(self, module: nn.Module, latents: Tensor, t: float, conditioning: Conditioning, rows: Tensor) -> Tensor:
+        """As `velocity`, of the prompts alone."""
+
     def velocity(
         self, module: nn.Module, latents: Tensor, t: float, conditioning: Conditioning, rows: Tensor
     ) -> Tensor:
-        """The model's velocity `v = x_1 - x_0` at time t in [0, 1]: [R, L, C] in the model's dtype, contiguous.
+        """The policy's velocity `v = x_1 - x_0` at time t in [0, 1]: [R, L, C] in the model's dtype, contiguous.
 
         module: the transformer, or what stands in for it. latents [R, L, C]. rows int64 [R]: each row's prompt.
         """
+        settings = self._guidance.settings
+        if not self._guidance.two or 1.0 - t > settings.truncation:
+            return self.predict(module, latents, t, conditioning, rows)
+        frozen = torch.is_grad_enabled() and settings.train == "conditional"
+        if settings.calls == 1 and not frozen:
+            both = joined(conditioning, self._unconditional)
+            last = torch.full_like(rows, len(next(iter(both.values()))) - 1)
+            found = self.predict(module, latents.repeat(2, 1, 1), t, both, torch.cat((rows, last)))
+            conditional, unconditional = found.chunk(2)
+        else:
+            conditional = self.predict(module, latents, t, conditioning, rows)
+            with torch.no_grad() if frozen else nullcontext():
+                unconditional = self.predict(module, latents, t, self._unconditional, torch.zeros_like(rows))
+        v = self.guided(conditional.float(), unconditional.float())
+        if settings.normalization is not None:
+            before, after = (one.float().square().sum((1, 2), keepdim=True).sqrt() for one in (conditional, v))
+            v = v * (settings.normalization * before / after).clamp(max=1.0)
+        return v.to(conditional.dtype)
 
-    @abstractmethod
+    def guided(self, conditional: Tensor, unconditional: Tensor) -> Tensor:
+        """`u + scale (c - u)`, the guided velocity of that of the prompt c and that of the negative prompt u."""
+        return unconditional + self._guidance.scale * (conditional - unconditional)
+
     def use_tiny_decoder(self, folder: str) -> None:
         """Have `decode` with `tiny` use the small decoder in a folder. ValueError."""
+        self._tiny = load_tiny_decoder(folder, self._vae)
 
     @abstractmethod
+    def _unpacked(self, latents: Tensor, vae: Any) -> Tensor:
+        """Latents [B, L, C] as the image decoder reads them: unpacked, and in its own scale."""
+
+    @torch.no_grad()
     def decode(self, latents: Tensor, tiny: bool = False) -> Tensor:
         """Images [B, 3, H, W], float32 in [0, 1], of latents [B, L, C]. tiny: by the small decoder, if there is one."""
+        vae = self._tiny if tiny and self._tiny is not None else self._vae
+        chunks = (self._unpacked(chunk, vae).to(vae.dtype) for chunk in latents.split(self.decode_batch_size))
+        images = torch.cat([vae.decode(chunk, return_dict=False)[0] for chunk in chunks])
+        return images.reshape(-1, 3, self.height, self.width).float().div(2).add(0.5).clamp(0, 1)
 
 
 BACKBONES: dict[str, type[Backbone]] = {}

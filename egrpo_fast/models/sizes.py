@@ -25,7 +25,7 @@ class Sizes:
         self.family = family_of(folder)
         self.transformer = hollow_transformer(folder)
         try:
-            self.family.check(folder, model.height, model.width)
+            self.family.check(folder, model)
             self.backbone = self.family.hollow(self.transformer, folder, model)
         except (OSError, KeyError, TypeError, AttributeError) as error:
             name = self.family.pipeline.__name__
@@ -38,7 +38,7 @@ class Sizes:
         """Parameters of the adapters: `sum rank (inputs + outputs)` over the layers that get one. ValueError."""
         if lora is None:
             return 0
-        lora, _ = follow_lora(lora, self.transformer, self.family.pipeline)
+        lora, _ = follow_lora(lora, self.transformer, self.family)
         layers = linear_layers(self.transformer)
         found = {name for names in lora.layers(layers).values() for name in names}
         chosen = (self.transformer.get_submodule(name) for name in found)

@@ -17,7 +17,7 @@ from egrpo_fast.models.attention import use_same_attention
 from egrpo_fast.models.folder import family_of, resolve
 from egrpo_fast.models.lora import read_lora
 from egrpo_fast.models.protocol import Backbone
-from egrpo_fast.models.transformer import meta_transformer
+from egrpo_fast.models.transformer import fill_buffers, meta_transformer
 from egrpo_fast.models.vae import check_tiny_decoder
 from egrpo_fast.models.weight_files import fused
 
@@ -126,6 +126,9 @@ class TailModel:
         self._quantization = _quantization(settings.quantization)
         self._hollow = dict(self.transformer.named_parameters())
         cache = settings.cache
+        if cache and not hasattr(transformer, "enable_cache"):
+            message = f"{cache.name} is diffusers', which has none for a {type(transformer).__name__}"
+            raise ValueError(f"tail.cache: {message}")
         self.cache = TailCache(cache, transformer, family.blocks(transformer), dtype) if cache else None
 
     def load(self, backbone: Backbone, device: torch.device) -> None:
@@ -134,6 +137,7 @@ class TailModel:
         self._backbone.transformer = self.transformer
         if not self._follows:
             self._fill(self._weights)
+        fill_buffers(self.transformer, self._weights, self._dtype, device)
         self._weights.files.close()
 
     @contextmanager

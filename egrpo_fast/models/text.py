@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 from transformers.utils import logging
 
@@ -20,12 +20,42 @@ from egrpo_fast.models.weight_files import WeightFiles
 from egrpo_fast.prompts.embeddings import EmbeddingCache
 
 Conditioning = Mapping[str, Tensor]
-"""Encoded prompts: tensors [P, ...] by name. Which names there are, and what they hold, is the model family's."""
+"""Encoded prompts: tensors [P, ...] by name. Which names there are, and what they hold, is the model family's.
+
+Where prompts keep their lengths there are `text` [P, longest, C] and, unless all are as long, `mask` [P, longest],
+True at the tokens of each.
+"""
 
 WHOLE_TOKENIZER = "tokenizer.json"
 """The one file that a tokenizer needs, or it needs the others of its kind."""
 SHOWN = 3
 """Of the prompts that an encoder truncates, how many are shown."""
+
+
+def filled_up(texts: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Texts [n, C] of any lengths as `text` and `mask`, those that are shorter filled up with zeros."""
+    lengths = [len(text) for text in texts]
+    made = {"text": nn.utils.rnn.pad_sequence(list(texts), batch_first=True)}
+    if len(set(lengths)) > 1:
+        mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+        made["mask"] = to_device(mask, texts[0].device)
+    return made
+
+
+def _filled_up_to(conditioning: Conditioning, tokens: int) -> Conditioning:
+    """The same with a `mask`, and room for so many tokens."""
+    text = conditioning["text"]
+    mask = conditioning.get("mask", torch.ones(text.shape[:2], dtype=torch.bool, device=text.device))
+    more = tokens - text.shape[1]
+    return {"text": nn.functional.pad(text, (0, 0, 0, more)), "mask": nn.functional.pad(mask, (0, more))}
+
+
+def joined(*some: Conditioning) -> Conditioning:
+    """The prompts of all, one after the other."""
+    lengths = {one["text"].shape[1] for one in some if "text" in one}
+    if len(lengths) > 1 or any("mask" in one for one in some):
+        some = tuple(_filled_up_to(one, max(lengths)) for one in some)
+    return {name: torch.cat([one[name] for one in some]) for name in some[0]}
 
 
 class Text(Protocol):
@@ -57,8 +87,14 @@ class TextEncoder(ABC):
     """Folders of the encoders, and the `model_type` that their config.json names."""
     tokenizers: ClassVar[tuple[str, ...]]
     """Folders of the tokenizers."""
+    most_tokens: ClassVar[int] = 512
+    """The largest `model.max_sequence_length`."""
     limits: Mapping[str, int]
     """Most tokens of a prompt that an encoder sees, by what people call the encoder."""
+    _tokenizers: Mapping[str, Any]
+    """By the same names."""
+    room: int
+    """Where prompts keep their lengths: of the longest that there can be."""
 
     @abstractmethod
     def __init__(self, folder: Path, model: ModelConfig, device: torch.device | str = "cpu") -> None:
@@ -78,9 +114,32 @@ class TextEncoder(ABC):
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """One batch, in the model's dtype on the device."""
 
-    @abstractmethod
+    def stored(self, prompts: Sequence[str]) -> Conditioning:
+        """As `encode`, of the same `shapes` whatever the prompts: what a cache keeps. The mask is in the dtype, too."""
+        made = self.encode(prompts)
+        if "text" not in made:
+            return made
+        made = _filled_up_to(made, self.room)
+        return {"text": made["text"], "mask": made["mask"].to(made["text"].dtype)}
+
     def truncated(self, prompts: Sequence[str]) -> list[Truncation]:
         """What the encoders do not see, of prompts longer than `limits`."""
+        found = []
+        for name, limit in self.limits.items():
+            whole = self._tokenizers[name](list(prompts), return_offsets_mapping=True, verbose=False)["offset_mapping"]
+            for prompt, offsets in zip(prompts, whole):
+                if len(offsets) > limit:  # the last token kept is the end mark: the one in its place is the first cut
+                    found.append(Truncation(prompt, name, len(offsets), limit, prompt[offsets[limit - 1][0] :]))
+        return found
+
+    def token_ids(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """By encoder, [P, limit], on the CPU: filled up, or cut."""
+        return {
+            name: tokenizer(
+                list(prompts), max_length=self.limits[name], padding="max_length", truncation=True, return_tensors="pt"
+            ).input_ids
+            for name, tokenizer in self._tokenizers.items()
+        }
 
     @classmethod
     def fingerprint(cls, folder: Path, model: ModelConfig | None = None) -> str:
@@ -116,6 +175,25 @@ class TextEncoder(ABC):
         if found != cls.encoders[name]:
             raise ValueError(f"model.path: {folder / name} holds a {found}; {cls.encoders[name]} is expected")
         return config
+
+    @classmethod
+    def size(cls, folder: Path, name: str, key: str, section: str | None = None) -> int:
+        """A number in an encoder's config.json, or in a section of it."""
+        try:
+            config = cls.config(folder, name)
+            return int((config[section] if section else config)[key])
+        except (KeyError, TypeError, ValueError) as error:
+            message = f"{folder / name / 'config.json'} gives no {key} ({error})"
+            raise ValueError(f"model.path: {message}") from None
+
+    @classmethod
+    def quantized_bytes(cls, encoder: Any, model: ModelConfig) -> float:
+        """Of an encoder with `model.text_encoder_quantization`, which leaves embeddings and head as loaded."""
+        itemsize = getattr(torch, model.dtype).itemsize
+        bits = {"none": 8 * itemsize, "int8": 8, "nf4": 4.5}[model.text_encoder_quantization]
+        ends = {layer.weight for layer in (encoder.get_input_embeddings(), encoder.get_output_embeddings()) if layer}
+        whole = sum(weight.numel() for weight in ends)
+        return whole * itemsize + (encoder.num_parameters() - whole) * bits / 8
 
     @classmethod
     def hollow(cls, kind: Any, folder: Path, name: str) -> Any:
@@ -173,7 +251,8 @@ def load_tokenizer(kind: Any, folder: Path, name: str) -> Any:
     if not (folder / name).is_dir():
         raise ValueError(f"model.path: {folder} lacks {name}")
     try:
-        _check_vocabulary(kind.vocab_files_names, folder / name)
+        # A processor is a tokenizer and more, and says nothing of files.
+        _check_vocabulary(getattr(kind, "vocab_files_names", {"tokenizer_file": WHOLE_TOKENIZER}), folder / name)
         return kind.from_pretrained(folder / name, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exceptions
         message = " ".join(str(error).split())
@@ -187,8 +266,9 @@ def _check_vocabulary(files: Mapping[str, str], folder: Path) -> None:
     may read from anywhere.
     """
     names = set(files.values()) - {WHOLE_TOKENIZER}
-    if not (folder / WHOLE_TOKENIZER).is_file() and not all((folder / name).is_file() for name in names):
-        raise ValueError(f"there is neither {WHOLE_TOKENIZER} nor {' and '.join(sorted(names))}")
+    if not (folder / WHOLE_TOKENIZER).is_file() and not (names and all((folder / name).is_file() for name in names)):
+        others = f"neither {WHOLE_TOKENIZER} nor {' and '.join(sorted(names))}" if names else f"no {WHOLE_TOKENIZER}"
+        raise ValueError(f"there is {others}")
     config = folder / "tokenizer_config.json"
     settings = read_json(config) if config.exists() else {}
     for key, name in files.items():
@@ -233,7 +313,10 @@ class CachedText:
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """The rows of these prompts, on the device."""
-        return {name: to_device(tensor, self._device) for name, tensor in self.cache.encode(prompts).items()}
+        rows = self.cache.encode(prompts)
+        if "mask" in rows:  # in the cache all have room for the longest
+            rows = filled_up([text[mask.bool()] for text, mask in zip(rows["text"], rows["mask"])])
+        return {name: to_device(tensor, self._device) for name, tensor in rows.items()}
 
 
 @dataclass(frozen=True)
@@ -244,4 +327,8 @@ class HollowText:
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Without values."""
-        return {name: torch.empty(len(prompts), *shape, device="meta") for name, shape in self.shapes.items()}
+        dtypes = {"mask": torch.bool}
+        return {
+            name: torch.empty(len(prompts), *shape, dtype=dtypes.get(name), device="meta")
+            for name, shape in self.shapes.items()
+        }

@@ -52,10 +52,11 @@ class FusedWeights:
 
 def hollow_transformer(folder: Path, field: str = "model.path") -> Any:
     """The transformer of a pipeline folder on the meta device, by its config. ValueError, which begins with `field`."""
-    kind, config = family_of(folder, field).transformer_class, folder / "transformer" / "config.json"
+    family, config = family_of(folder, field), folder / "transformer" / "config.json"
     try:
         with torch.device("meta"):
-            return kind.from_config(read_json(config))
+            transformer = family.transformer_class.from_config(read_json(config))
+        return family.mended(transformer)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{field}: {config} describes no transformer: {error!r}") from None
 
@@ -68,15 +69,15 @@ def meta_transformer(
     lora: adapters are added and alone need gradients; it follows the file that it names. ValueError: files and
     architecture do not match (it begins with `field`), or the adapters do not fit.
     """
-    transformer = hollow_transformer(folder, field)
+    family, transformer = family_of(folder, field), hollow_transformer(folder, field)
     try:
         files = WeightFiles(folder / "transformer")
-        files.check(_shapes(transformer))
+        files.check({name: tuple(value.shape) for name, value in transformer.state_dict().items()})
     except ValueError as error:
         raise ValueError(f"{field}: {error}") from None
     given: Mapping[str, Adapter] = {}
     if lora is not None:
-        lora, given = follow_lora(lora, transformer, family_of(folder, field).pipeline)
+        lora, given = follow_lora(lora, transformer, family)
         lora.layers(linear_layers(transformer))  # says which entry takes nothing, as peft does not
         transformer.requires_grad_(False)
         made = peft.LoraConfig(r=lora.rank, target_modules=lora.target_modules, init_lora_weights=False)
@@ -100,8 +101,18 @@ def _shapes(transformer: nn.Module) -> dict[str, tuple[int, ...]]:
 def fill_whole(
     transformer: nn.Module, read: Callable[[str], Tensor], dtype: torch.dtype, device: torch.device | str
 ) -> None:
-    """Give a transformer from `meta_transformer` its parameters, one after the other."""
+    """Give a transformer from `meta_transformer` its parameters, one after the other. `fill_buffers` does the rest."""
     for name, hollow in list(transformer.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         value = nn.Parameter(read(name).to(device, dtype), hollow.requires_grad)
         setattr(transformer.get_submodule(owner), leaf, value)
+
+
+def fill_buffers(
+    transformer: nn.Module, read: Callable[[str], Tensor], dtype: torch.dtype, device: torch.device | str
+) -> None:
+    """Give a transformer from `meta_transformer` what its files hold and is never trained, whole on every rank."""
+    for name, hollow in list(transformer.named_buffers()):
+        if hollow.is_meta:
+            owner, _, leaf = name.rpartition(".")
+            setattr(transformer.get_submodule(owner), leaf, read(name).to(device, dtype))

@@ -11,7 +11,9 @@ from egrpo_fast.models.weight_files import WeightFiles
 
 
 def scale_factor(config: Any) -> int:
-    """Pixels of an image per latent, along a side, by an AutoencoderKL's config. KeyError, TypeError."""
+    """Pixels of an image per latent, along a side, by the config of an image decoder. KeyError, TypeError."""
+    if "temperal_downsample" in config:  # of a video
+        return 2 ** len(config["temperal_downsample"])
     return 2 ** (len(config["block_out_channels"]) - 1)
 
 
@@ -21,21 +23,21 @@ DECODE = 3.0
 
 def decode_bytes(config: Any, height: int, width: int, itemsize: int) -> float:
     """Activations of decoding one image, at their peak: in the block that works at full size."""
-    channels = config["block_out_channels"]
+    channels = config.get("block_out_channels") or [config["base_dim"] * factor for factor in config["dim_mult"]]
     return DECODE * height * width * channels[min(1, len(channels) - 1)] * itemsize
 
 
-def hollow_vae(folder: Path) -> AutoencoderKL:
+def hollow_vae(folder: Path, kind: Any = AutoencoderKL) -> Any:
     """The image decoder of a pipeline folder, on the meta device. OSError, KeyError, TypeError: a bad config."""
     with torch.device("meta"):
-        return AutoencoderKL.from_config(read_json(folder / "vae" / "config.json"))
+        return kind.from_config(read_json(folder / "vae" / "config.json"))
 
 
-def load_vae(folder: Path, dtype: torch.dtype, device: torch.device | str) -> AutoencoderKL:
-    """The image decoder of a pipeline folder, frozen. ValueError where it cannot be loaded."""
+def load_vae(folder: Path, kind: Any, dtype: torch.dtype, device: torch.device | str) -> Any:
+    """The image decoder of a pipeline folder, of diffusers' class `kind`, frozen. ValueError: it cannot be loaded."""
     try:
         WeightFiles(folder / "vae")  # says which file is missing or truncated, as diffusers does not
-        vae, report = AutoencoderKL.from_pretrained(
+        vae, report = kind.from_pretrained(
             folder / "vae", torch_dtype=dtype, use_safetensors=True, output_loading_info=True
         )
         if absent := sorted(report["missing_keys"]):

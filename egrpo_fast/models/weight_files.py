@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # headers alone tell the shapes, and do not wait for torch
     from safetensors import safe_open
     from torch import Tensor
 
-from egrpo_fast.files import read_json, sampled
+from egrpo_fast.files import fingerprint, read_json, sampled
 
 _HEADER_LIMIT = 100_000_000
 
@@ -123,6 +123,16 @@ class WeightFiles:
     def close(self) -> None:
         """Let go of the file that is open, and of the memory it is mapped to."""
         self._open = None
+
+
+def part_identity(field: str, folder: Path) -> str:
+    """Fingerprint of one part, a folder of a config and weights. ValueError, which begins with `field`."""
+    try:
+        config = {key: value for key, value in read_json(folder / "config.json").items() if not key.startswith("_")}
+        weights = WeightFiles(folder)
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{field}: {folder} cannot be read: {error}") from None
+    return fingerprint([json.dumps(config, sort_keys=True).encode(), *weights.samples()])
 
 
 def _sample(path: Path, offset: int, size: int) -> bytes:

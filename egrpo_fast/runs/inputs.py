@@ -13,8 +13,9 @@ from pathlib import Path
 
 from egrpo_fast.config import RUN_FILE, Config
 from egrpo_fast.files import file_fingerprint, fingerprint
-from egrpo_fast.models.fingerprint import TRAINED, part_identity, recorded
+from egrpo_fast.models.fingerprint import TRAINED, recorded
 from egrpo_fast.models.lora import find_file
+from egrpo_fast.models.weight_files import part_identity
 from egrpo_fast.rewards import GIVEN, Reward, built_in
 from egrpo_fast.scoring.scorer import Scorer
 
@@ -30,7 +31,8 @@ def of_files(config: Config, train: Sequence[str], held_out: Sequence[str], pack
     config: with a folder for `tail.path`. train, held_out: its prompts. package: this one's version and commit.
     """
     lora, tail = config.model.lora, config.tail
-    found = {
+    grid = {"schedule.shift": fingerprint([repr(config.build_schedule().times).encode()])}
+    found = (grid if config.schedule.shift == "auto" else {}) | {
         "prompts.train": fingerprint(prompt.encode() for prompt in train),
         "prompts.held_out": fingerprint(prompt.encode() for prompt in held_out[: config.evaluation.num_prompts]),
         f"{SOURCE}egrpo_fast": package,

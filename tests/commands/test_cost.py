@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -24,10 +25,10 @@ from egrpo_fast.commands.cluster import GIB, Cluster, Gpu, parse_gpu
 from egrpo_fast.commands.cost import Cost
 from egrpo_fast.config import Config, LoraConfig, ModelConfig, load_config
 from egrpo_fast.config.recipe_files import recipe_names
-from egrpo_fast.models.flux import random as random_flux
 from egrpo_fast.models.flux.backbone import FluxBackbone
 from egrpo_fast.models.folder import configs_of
 from egrpo_fast.models.lora import save_lora
+from egrpo_fast.models.random import make_pipeline
 from egrpo_fast.models.sizes import Sizes
 from egrpo_fast.models.vae import decode_bytes
 from egrpo_fast.rewards import NAMES, make_reward, parameters
@@ -66,10 +67,10 @@ def folder(tmp_path_factory):
 
 
 def small_configs(folder, **transformer):
-    pipeline = random_flux.make_pipeline("small")
+    pipeline = make_pipeline("flux-dev", "small")
     # The shape of FLUX's: its channels double twice.
     vae = dict(pipeline.vae.config) | {"block_out_channels": (16, 32, 64, 64), "layers_per_block": 2}
-    random_flux.AutoencoderKL.from_config(vae).save_config(folder / "vae")
+    AutoencoderKL.from_config(vae).save_config(folder / "vae")
     for part in ("text_encoder", "text_encoder_2"):
         getattr(pipeline, part).config.save_pretrained(folder / part)
     config = dict(pipeline.transformer.config) | transformer
@@ -85,7 +86,7 @@ def settings_of(folder, height=256, width=256, tokens=64, dtype="float32"):
 
 def made(sizes, dtype=torch.float32):
     """The transformer that was counted, with weights."""
-    return random_flux.FluxTransformer2DModel.from_config(sizes.transformer.config).to(dtype)
+    return FluxTransformer2DModel.from_config(sizes.transformer.config).to(dtype)
 
 
 def evaluate(transformer, sizes, rows):
@@ -136,7 +137,7 @@ def test_a_plan_follows_the_lora_that_a_run_would_start_from(tmp_path):
         f"transformer_blocks.{block}.attn.to_q.lora_{which}.default.weight" for block in range(19) for which in "AB"
     ]
     adapters = {name: torch.zeros((5, 3072) if "_A." in name else (3072, 5)) for name in layers}
-    save_lora(tmp_path, adapters, LoraConfig(rank=5, target_modules=["to_q"]), random_flux.FluxPipeline)
+    save_lora(tmp_path, adapters, LoraConfig(rank=5, target_modules=["to_q"]), FluxPipeline)
     config = load_config("flux-dev-lora-8x24gb", [f"model.lora.path={tmp_path}"])
     assert Cost(config, Cluster(8)).adapters == 19 * 5 * 2 * 3072
     with pytest.raises(ValueError, match="model.lora.path: no file or folder /nowhere"):
@@ -191,7 +192,7 @@ def test_a_reward_is_one_file():
 
 def test_a_local_folder_is_counted_from_its_configs():
     sizes = Sizes(load_config("shapes").model)
-    loaded = random_flux.FluxPipeline.from_pretrained(PIPELINE)
+    loaded = FluxPipeline.from_pretrained(PIPELINE)
     assert sizes.parameters == loaded.transformer.num_parameters()
     text = loaded.text_encoder.num_parameters() + loaded.text_encoder_2.num_parameters()
     assert sizes.frozen == {"VAE": 4 * loaded.vae.num_parameters(), "text encoders": 4 * text}
@@ -211,7 +212,7 @@ def test_flops_of_an_evaluation_and_of_decoding(folder):
     assert 2 * found == pytest.approx(counter.get_total_flops(), rel=0.01)
     blocks, width = len(FluxBackbone.blocks(model)), model.inner_dim
     assert attention == 4 * (tokens + 24) ** 2 * width * blocks < found
-    vae = random_flux.AutoencoderKL.from_config(sizes.backbone._vae.config)
+    vae = AutoencoderKL.from_config(sizes.backbone._vae.config)
     for dtype in (torch.float32, torch.bfloat16):
         vae.to(dtype)
         latents = torch.randn(2, 16, 16, 8, dtype=dtype)
@@ -470,7 +471,7 @@ def test_a_hub_id_is_asked_for_its_configs_alone(monkeypatch):
     monkeypatch.setattr("egrpo_fast.models.folder.snapshot_download", download)
     assert Sizes(ModelConfig(path="owner/name")).parameters == 11_901_408_320
     assert Sizes(ModelConfig(path=FLUX_DEV)).parameters == 11_901_408_320
-    assert asked == [("owner/name", ["model_index.json", "*/config.json"])]
+    assert asked == [("owner/name", ["model_index.json", "*/config.json", "scheduler/*"])]
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from egrpo_fast.config import ConfigError, LoraConfig, ModelConfig
-from egrpo_fast.models.flux.random import make_pipeline
 from egrpo_fast.models.lora import FILE, describe, follow_lora, linear_layers, read_lora, save_lora
+from egrpo_fast.models.random import make_pipeline
 from egrpo_fast.models.sizes import Sizes
 from egrpo_fast.models.transformer import meta_transformer
 
@@ -21,7 +21,7 @@ RANK = 4
 
 @pytest.fixture(scope="module")
 def pipeline():
-    return make_pipeline("tiny")
+    return make_pipeline("flux-dev")
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,8 @@ from egrpo_fast.config import CHECKPOINTS, CONFIG_FILE, RUN_FILE, LoraConfig, lo
 from egrpo_fast.distributed.checkpoint import INDEX, CheckpointReader, Checkpoints, Piece, _read_sealed, _write_sealed
 from egrpo_fast.models.fingerprint import identity
 from egrpo_fast.models.flux.backbone import FluxBackbone
-from egrpo_fast.models.flux.random import make_pipeline
 from egrpo_fast.models.flux.text import FluxTextEncoder
+from egrpo_fast.models.random import make_pipeline
 from egrpo_fast.models.transformer import meta_transformer
 from egrpo_fast.plan import ode_plan
 from egrpo_fast.rollout import NoiseKey, Wavefront
@@ -45,7 +45,7 @@ PROMPTS = ["a café at night", "two dogs"]
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base") / "flux"
-    make_pipeline("tiny").save_pretrained(folder)
+    make_pipeline("flux-dev").save_pretrained(folder)
     (folder / "README.md").write_text(CARD)
     (folder / "LICENSE.md").write_text("No commerce.")
     return folder
@@ -502,7 +502,7 @@ def test_a_base_of_another_size_is_refused(run, tmp_path):
     """The run's model.path holds another transformer than the one that was trained."""
     moved = tmp_path / "run"
     shutil.copytree(run, moved)
-    make_pipeline("tiny", guidance_embeds=False).save_pretrained(tmp_path / "base")
+    make_pipeline("flux-schnell").save_pretrained(tmp_path / "base")
     config = yaml.safe_load((moved / CONFIG_FILE).read_text())
     config["model"]["path"] = str(tmp_path / "base")
     (moved / CONFIG_FILE).write_text(yaml.safe_dump(config))

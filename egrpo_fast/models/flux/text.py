@@ -9,7 +9,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 
 from egrpo_fast.config import ModelConfig
 from egrpo_fast.host_to_device import to_device
-from egrpo_fast.models.text import Conditioning, TextEncoder, Truncation, load_tokenizer
+from egrpo_fast.models.text import Conditioning, TextEncoder, load_tokenizer
 
 
 class FluxTextEncoder(TextEncoder):
@@ -32,40 +32,18 @@ class FluxTextEncoder(TextEncoder):
 
     @classmethod
     def shapes(cls, folder: Path, model: ModelConfig) -> dict[str, tuple[int, ...]]:
-        try:
-            t5 = int(cls.config(folder, "text_encoder_2")["d_model"])
-            clip = int(cls.config(folder, "text_encoder")["hidden_size"])
-        except (KeyError, TypeError) as error:
-            message = f"a text encoder's config.json in {folder} gives no width ({error})"
-            raise ValueError(f"model.path: {message}") from None
+        t5, clip = cls.size(folder, "text_encoder_2", "d_model"), cls.size(folder, "text_encoder", "hidden_size")
         return {"t5": (model.max_sequence_length, t5), "pooled": (clip,)}
 
     @classmethod
     def weight_bytes(cls, folder: Path, model: ModelConfig) -> float:
         clip = cls.hollow(CLIPTextModel, folder, "text_encoder").num_parameters()
-        t5 = cls.hollow(T5EncoderModel, folder, "text_encoder_2")
-        itemsize = getattr(torch, model.dtype).itemsize
-        bits = {"none": 8 * itemsize, "int8": 8, "nf4": 4.5}[model.text_encoder_quantization]
-        embeddings = t5.get_input_embeddings().weight.numel()  # it is never quantized
-        return (clip + embeddings) * itemsize + (t5.num_parameters() - embeddings) * bits / 8
+        t5 = cls.quantized_bytes(cls.hollow(T5EncoderModel, folder, "text_encoder_2"), model)
+        return clip * getattr(torch, model.dtype).itemsize + t5
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        ids = {
-            name: tokenizer(
-                list(prompts), max_length=self.limits[name], padding="max_length", truncation=True, return_tensors="pt"
-            ).input_ids
-            for name, tokenizer in self._tokenizers.items()
-        }
+        ids = self.token_ids(prompts)
         t5 = self._t5(to_device(ids["T5"], self._t5.device))[0]
         pooled = self._clip(to_device(ids["CLIP"], self._clip.device)).pooler_output
         return {"t5": t5.to(self._dtype), "pooled": pooled.to(self._dtype)}
-
-    def truncated(self, prompts: Sequence[str]) -> list[Truncation]:
-        found = []
-        for name, limit in self.limits.items():
-            whole = self._tokenizers[name](list(prompts), return_offsets_mapping=True, verbose=False)["offset_mapping"]
-            for prompt, offsets in zip(prompts, whole):
-                if len(offsets) > limit:  # the last token kept is the end mark: the one in its place is the first cut
-                    found.append(Truncation(prompt, name, len(offsets), limit, prompt[offsets[limit - 1][0] :]))
-        return found

@@ -24,10 +24,10 @@ from egrpo_fast.methods.e_grpo import e_grpo
 from egrpo_fast.models import folder as folders
 from egrpo_fast.models.flux.backbone import FluxBackbone
 from egrpo_fast.models.flux.compiled import CompiledFlux
-from egrpo_fast.models.flux.random import make_pipeline
 from egrpo_fast.models.flux.text import FluxTextEncoder
 from egrpo_fast.models.folder import check_folder, fetch_card, resolve
 from egrpo_fast.models.lora import save_lora
+from egrpo_fast.models.random import make_pipeline
 from egrpo_fast.models.tail import TailCache
 from egrpo_fast.models.transformer import meta_transformer
 from egrpo_fast.models.vae import load_vae
@@ -103,13 +103,14 @@ DEV_SHIFT = {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max
 def test_flux_layouts_are_sampled_as_the_pipeline_samples_them(guided, scheduler, shift, height, width, tmp_path):
     """Not square, an odd number of tokens a side, with and without guidance embedding. One fixed `schedule.shift` does
     what each of the schedulers does: 1 is schnell's, and exp(mu) dev's at one image size."""
-    pipeline = make_pipeline("small", guidance_embeds=guided)
+    pipeline = make_pipeline("flux-dev" if guided else "flux-schnell", "small")
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler(**scheduler)
     pipeline.save_pretrained(tmp_path / "pipeline")
     pipeline = FluxPipeline.from_pretrained(tmp_path / "pipeline")
     if shift is None:
         shift = math.exp(calculate_shift(height * width // 256))
-    changes = {"height": height, "width": width, "guidance_scale": 2.0, "max_sequence_length": 40}
+    scale = {"guidance_scale": 2.0} if guided else {}
+    changes = {"height": height, "width": width, "max_sequence_length": 40} | scale
     model = SMALL.model_copy(update=changes)
     backbone = Policy(model, tmp_path / "pipeline").load(torch.device("cpu")).backbone
     prompts = CAPTIONS[:2] if height < 720 else CAPTIONS[:1]
@@ -283,9 +284,9 @@ def test_a_tokenizer_that_gives_no_length_has_its_encoders(tmp_path, backbone):
 
 def test_bad_sizes_and_paths_are_refused_before_loading(tmp_path):
     with pytest.raises(ValueError, match="model.width: 30 is not a multiple of 4"):
-        check_folder(PIPELINE, 32, 30)
+        check_folder(PIPELINE, SMALL.model_copy(update={"width": 30}))
     with pytest.raises(ValueError, match="model.path: no folder"):
-        check_folder(tmp_path / "absent", 32, 32)
+        check_folder(tmp_path / "absent", SMALL)
 
 
 RESPONSE = SimpleNamespace(headers={}, request=None)

@@ -20,7 +20,7 @@ from egrpo_fast.commands.encode import encode
 from egrpo_fast.config import CHECKPOINTS, CONFIG_FILE, load_config
 from egrpo_fast.distributed.checkpoint import CheckpointReader, problems
 from egrpo_fast.distributed.world import free_port
-from egrpo_fast.models.flux.random import make_pipeline
+from egrpo_fast.models.random import make_pipeline
 from egrpo_fast.models.transformer import meta_transformer
 from egrpo_fast.runs.export import export, find_checkpoint
 
@@ -116,7 +116,7 @@ def launch(ranks, what, folder):
 def runs(tmp_path_factory):
     """full, lora, offload and eight, by two ranks."""
     folder = tmp_path_factory.mktemp("flux")
-    make_pipeline("tiny").save_pretrained(folder / "base", max_shard_size="400KB")
+    make_pipeline("flux-dev").save_pretrained(folder / "base", max_shard_size="400KB")
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
     encode(
         [folder / "prompts.txt"], folder / "embeddings", str(folder / "base"), max_sequence_length=32, dtype="float32"

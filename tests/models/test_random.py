@@ -1,21 +1,22 @@
-"""The script that makes FLUX folders with random weights: whole, loadable, the same for the same seed."""
+"""The script that makes folders with random weights: whole, loadable, the same for the same seed."""
 
 import json
 import sys
 
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, FluxTransformer2DModel
 from safetensors.torch import load_file
 
-from egrpo_fast.models.flux import random as random_flux
+from egrpo_fast.models import random
+from egrpo_fast.models.flux.random import SIZES
 
 PROMPTS = ["a café at night, watercolour — by nobody", "two dogs in the snow"]
 
 
 def make(monkeypatch, folder, *options):
-    monkeypatch.setattr(sys, "argv", ["random_flux", str(folder), "--size", "tiny", *options])
-    random_flux.main()
+    monkeypatch.setattr(sys, "argv", ["random", str(folder), "--size", "tiny", *options])
+    random.main()
     return folder
 
 
@@ -35,7 +36,8 @@ def test_a_folder_draws_images_that_hear_prompt_and_noise(monkeypatch, tmp_path)
 
 
 def test_shards_dtype_and_no_guidance(monkeypatch, tmp_path):
-    folder = make(monkeypatch, tmp_path / "tiny", "--schnell", "--shard-size", "400KB", "--dtype", "bfloat16")
+    options = ("--family", "flux-schnell", "--shard-size", "400KB", "--dtype", "bfloat16")
+    folder = make(monkeypatch, tmp_path / "tiny", *options)
     transformer = folder / "transformer"
     index = json.loads((transformer / "diffusion_pytorch_model.safetensors.index.json").read_text())
     shards = sorted(transformer.glob("*.safetensors"))
@@ -50,7 +52,7 @@ def test_shards_dtype_and_no_guidance(monkeypatch, tmp_path):
 
 def test_the_seed_makes_the_weights():
     def weights(seed):
-        pipeline = random_flux.make_pipeline("tiny", seed)
+        pipeline = random.make_pipeline("flux-dev", "tiny", seed)
         parts = (pipeline.transformer, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2)
         return [tensor for part in parts for tensor in part.state_dict().values()]
 
@@ -64,8 +66,8 @@ def test_the_seed_makes_the_weights():
 @pytest.mark.parametrize(("size", "millions"), [("tiny", 0.3), ("small", 5), ("medium", 491)])
 def test_sizes(size, millions):
     with torch.device("meta"):
-        transformer = random_flux.FluxTransformer2DModel(
-            **random_flux.SIZES[size], in_channels=64, joint_attention_dim=64, pooled_projection_dim=64,
+        transformer = FluxTransformer2DModel(
+            **SIZES[size], in_channels=64, joint_attention_dim=64, pooled_projection_dim=64,
             guidance_embeds=True,
         )  # fmt: skip
     assert transformer.num_parameters() / 1e6 == pytest.approx(millions, abs=0.5)

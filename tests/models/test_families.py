@@ -1,0 +1,150 @@
+"""Every model family against its own diffusers pipeline, on small random models of its real classes."""
+
+from dataclasses import dataclass, field
+
+import diffusers
+import pytest
+import torch
+
+from egrpo_fast import noise
+from egrpo_fast.config import ModelConfig
+from egrpo_fast.models.random import make_pipeline
+from egrpo_fast.policy import Policy
+from egrpo_fast.schedule import make_schedule
+
+PROMPTS = ["a café at night", "two dogs that chase a red kite over the sea in the snow", "rain"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """guidance: scales that are tried, the first of them without guidance. called: what the pipeline is called with."""
+
+    guidance: tuple[float, ...] = (1.0, 4.5)
+    called: dict = field(default_factory=dict)
+    argument: str = "guidance_scale"
+    max_sequence_length: int = 40
+    packs: bool = False
+    """Its pipeline takes latents [B, C, h, w] that it packs itself."""
+
+
+FAMILIES = {
+    "sd3": Family(),
+    "flux2-dev": Family((1.0, 4.0), packs=True, max_sequence_length=320),
+    "flux2-klein": Family((1.0, 1.0), packs=True),
+    "flux2-klein-base": Family((1.0, 4.0), packs=True),
+    "qwen-image": Family(argument="true_cfg_scale", called={"negative_prompt": [""] * len(PROMPTS)}),
+    "z-image": Family((0.0, 4.0)),
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def made(request, tmp_path_factory):
+    """(name, folder)"""
+    folder = tmp_path_factory.mktemp(request.param)
+    make_pipeline(request.param).save_pretrained(folder)
+    return request.param, folder
+
+
+def open_model(made, **settings):
+    name, folder = made
+    model = {"dtype": "float32", "max_sequence_length": FAMILIES[name].max_sequence_length} | settings
+    return Policy(ModelConfig(path=str(folder), **model), folder).load(torch.device("cpu"))
+
+
+def open_pipeline(folder, dtype=torch.float32):
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=dtype)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def their_latents(name, latents, height, width):
+    """Our [B, L, C] as the pipeline takes them."""
+    if FAMILIES[name].packs:
+        return latents.transpose(1, 2).unflatten(2, (height // 16, width // 16))
+    return latents.unflatten(2, (height // 8, width // 8)) if latents.shape[1] == 16 else latents
+
+
+SIZES = [(80, 144), (96, 96), (176, 112)]
+
+
+@pytest.mark.parametrize("guided", [False, True], ids=["unguided", "guided"])
+@pytest.mark.parametrize(("height", "width"), SIZES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_ode_sampler_reproduces_the_pipeline(made, height, width, dtype, guided, steps=3):
+    """Latents after every step, each from the pipeline's own before it, and the images: prompts of mixed length."""
+    name, folder = made
+    family = FAMILIES[name]
+    scale = family.guidance[guided]
+    policy = open_model(made, height=height, width=width, dtype=dtype, guidance_scale=scale)
+    start = noise.initial_noise(5, 0, torch.arange(len(PROMPTS)), policy.latent_shape).to(policy.dtype)
+    after = []
+    images = open_pipeline(folder, policy.dtype)(
+        prompt=list(PROMPTS), height=height, width=width, num_inference_steps=steps, output_type="pt",
+        latents=their_latents(name, start, height, width), max_sequence_length=family.max_sequence_length,
+        callback_on_step_end=lambda pipe, i, t, values: after.append(values["latents"].clone()) or {},
+        **{family.argument: scale}, **family.called,
+    ).images  # fmt: skip
+    schedule = make_schedule(steps, policy.times(steps, "auto"))
+    velocity, rows, x = policy.velocity(policy.encode(PROMPTS)), torch.arange(len(PROMPTS)), start.float()
+    bound = 1e-5 if dtype == "float32" else 0.02 * (1 + scale)
+    with torch.no_grad():
+        for i, theirs in enumerate(after):
+            v = velocity(x.to(policy.dtype), schedule.times[i], rows)
+            ours = x + schedule.ode(i, i + 1).c_v * v.float()
+            theirs = theirs.float().reshape(ours.shape)
+            assert v.std() > 0.05
+            torch.testing.assert_close(ours, theirs, rtol=bound, atol=bound, msg=lambda m, i=i: f"step {i}: {m}")
+            x = theirs
+    assert len(after) == steps
+    ours, theirs = policy.decode(x.to(policy.dtype)), images.float()
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 if dtype == "float32" else 0.15)
+    assert (ours - theirs).abs().mean() < 0.01
+
+
+def test_a_row_hears_its_own_prompt_and_no_other(made):
+    """Alone, or beside shorter and longer prompts in any order: the same but for rounding. 1e-5, in float32."""
+    policy = open_model(made, height=80, width=96, guidance_scale=FAMILIES[made[0]].guidance[1])
+    x = noise.initial_noise(5, 0, torch.arange(len(PROMPTS)), policy.latent_shape)
+    with torch.no_grad():
+        together = policy.velocity(policy.encode(PROMPTS))
+        rows = torch.tensor([2, 0, 1, 1])
+        beside = together(x[rows], 0.7, rows)
+        for row, found in zip(rows.tolist(), beside):
+            (alone,) = policy.velocity(policy.encode([PROMPTS[row]]))(x[row : row + 1], 0.7, torch.zeros(1).long())
+            (another,) = policy.velocity(policy.encode(["a red cat"]))(x[row : row + 1], 0.7, torch.zeros(1).long())
+            torch.testing.assert_close(found, alone, rtol=1e-5, atol=1e-5)
+            assert (found - another).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("train", ["both", "conditional"])
+def test_guidance_in_one_call_and_in_two(made, train):
+    """The same velocity; the gradient of both is that of the formula, of one that of the prompt's velocity alone."""
+    family = FAMILIES[made[0]]
+    if family.guidance[0] == family.guidance[1] or made[0] == "flux2-dev":
+        pytest.skip("without classifier-free guidance")
+    found = []
+    for calls in (1, 2):
+        policy = open_model(
+            made, height=80, width=96, guidance_scale=3.0, guidance={"train": train, "calls": calls},
+        )  # fmt: skip
+        weight = next(policy.transformer.parameters()).requires_grad_(True)
+        x = noise.initial_noise(5, 0, torch.arange(len(PROMPTS)), policy.latent_shape)
+        v = policy.velocity(policy.encode(PROMPTS))(x, 0.7, torch.arange(len(PROMPTS)))
+        (gradient,) = torch.autograd.grad(v.square().sum(), weight)
+        found.append((v.detach(), gradient))
+    for one, two in zip(*found):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4 * one.abs().max().item())
+    plain = open_model(made, height=80, width=96, guidance_scale=family.guidance[0])
+    rows = torch.arange(len(PROMPTS))
+    conditional = plain.velocity(plain.encode(PROMPTS))(x, 0.7, rows)
+    unconditional = plain.velocity(plain.encode([""] * len(PROMPTS)))(x, 0.7, rows)
+    assert (conditional - unconditional).abs().max() > 1e-3
+    expected = policy.backbone.guided(conditional, unconditional)
+    torch.testing.assert_close(expected, found[0][0], rtol=1e-4, atol=1e-4)
+
+
+def test_the_system_message_of_qwen_image_is_left_out(tmp_path):
+    from egrpo_fast.models.qwen_image.text import CHAT, QwenImageTextEncoder
+
+    tokens = make_pipeline("qwen-image").tokenizer(CHAT.partition("{}")[0])["input_ids"]
+    assert len(tokens) == QwenImageTextEncoder.left_out
