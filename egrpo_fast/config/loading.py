@@ -61,6 +61,7 @@ def _nearest(where: str, given: Any) -> str:
         known = name.split(".")
         ends = {name, ".".join(known[-len(parts) :])}
         alike = max(difflib.SequenceMatcher(None, where, end).ratio() for end in ends)
+        alike += 0.1 if len(known) == len(parts) == 1 else 0.0  # where it stands, not at the end of another
         scores[name] = max(alike, 0.8 if known[-1] == parts[-1] else 0.0)
     best = max(scores.values())
     names = [name for name, score in scores.items() if score == best]

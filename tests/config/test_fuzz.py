@@ -19,7 +19,7 @@ from egrpo_fast.methods import METHODS, Method
 
 SECTIONS = {  # a whole tree in which every optional section is there, so that every field can be broken
     "output_dir": "runs/fuzz",
-    "model": {"path": "shapes", "lora": {}},
+    "model": {"path": "shapes", "lora": {}, "guidance": {}},
     "prompts": {"train": "shapes", "held_out": "shapes"},
     "schedule": {}, "rollout": {}, "tail": {}, "objective": {}, "optimizer": {}, "deepspeed": {}, "checkpoint": {},
     "guards": {},
@@ -106,7 +106,7 @@ def wrong_values(kinds):
         found += [st.integers(), st.floats()]
     if literals:
         found.append(st.text("xyz", min_size=1).filter(lambda text: text not in literals))
-        if int not in plain:
+        if not {int, float} & set(plain):
             found.append(st.integers(10, 99))
     for kind, metadata in kinds:
         bounds = constraints(metadata)
