@@ -171,6 +171,10 @@ def _fidelity(arguments: argparse.Namespace) -> None:
     print(f"\n{message}", end="")
 
 
+def _shift(text: str) -> Any:
+    return text if text == "auto" else _number(0.01, 100, float)(text)
+
+
 def _number(least: float, most: float = 2**63 - 1, kind: type = int) -> Any:
     """For argparse: a number from `least` to `most`."""
 
@@ -275,10 +279,10 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     add("--height", type=_number(1, 8192), metavar="PIXELS", help="(1024)")
     add("--width", type=_number(1, 8192), metavar="PIXELS", help="(1024)")
     add("--num-inference-steps", type=_number(2, 1000), metavar="N", help="ODE steps (50)")
-    add("--guidance-scale", type=_number(0, 1000, float), metavar="SCALE", help="for models that embed it (3.5)")
-    add("--shift", type=_number(0.01, 100, float), metavar="S",
-        help="time shift (3, as in training; not the size-dependent one of a model's scheduler)")  # fmt: skip
-    add("--max-sequence-length", type=_number(1, 512), metavar="N", help="tokens of the prompt (512)")
+    add("--guidance-scale", type=_number(0, 1000, float), metavar="SCALE", help="(that of the model's pipeline)")
+    add("--shift", type=_shift, metavar="S",
+        help="time shift, or `auto`: the model's own scheduler (FLUX.1: 3, as in training; else auto)")  # fmt: skip
+    add("--max-sequence-length", type=_number(1, 1024), metavar="N", help="tokens of the prompt (512)")
     add("--dtype", choices=("float32", "bfloat16"), help="(bfloat16)")
     add("--seed", type=_number(0), metavar="N", help="of the noise (0)")
     work = evaluate.add_argument_group("how the work is done", "changes no score beyond rounding")

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import stat
+import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -109,9 +110,12 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_whole(path: Path, content: bytes | str) -> None:
-    """Write a file that is whole or as it was before, also where the power fails. OSError: it is as it was."""
-    beside = path.with_name(f"{path.name}.tmp")
+def write_whole(path: Path, content: bytes | str, alone: bool = True) -> None:
+    """Write a file that is whole or as it was before, also where the power fails. OSError: it is as it was.
+
+    alone: no other process writes the same file at this moment.
+    """
+    beside = path.with_name(f"{path.name}.tmp" if alone else f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     beside.unlink(missing_ok=True)  # what a killed process left; a link that lies there is not followed
     try:
         with beside.open("xb") as file:

@@ -47,6 +47,8 @@ class Cost:
         """sizes: of the config's model; None: counted here."""
         self.sizes = sizes or Sizes(config.model)
         config = with_times(config)
+        if config.model.lora is not None:
+            config = config.with_lora(self.sizes.followed(config.model.lora))
         self.config, self.cluster = config, cluster
         per_iteration = config.prompts.per_iteration
         if per_iteration % cluster.gpus:

@@ -65,7 +65,7 @@ def encode(
     kind = family_of(configs_of(pipeline)).text_encoder
     path = resolve(pipeline, parts=(*kind.encoders, *kind.tokenizers))
     made_with = {"max_sequence_length": max_sequence_length, "dtype": dtype}
-    settings = ModelConfig.model_validate({"path": str(path), "text_encoder_quantization": quantization, **made_with})
+    settings = ModelConfig.model_validate({"path": ".", "text_encoder_quantization": quantization, **made_with})
     index = Index(
         encoder=kind.fingerprint(path, settings), made_with={"model": model, **made_with, "quantization": quantization},
         shapes=kind.shapes(path, settings), dtype=settings.dtype,

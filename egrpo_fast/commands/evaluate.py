@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow
@@ -38,7 +38,7 @@ from egrpo_fast.config.recipe_files import read_yaml
 from egrpo_fast.files import expanded, fingerprint, is_hub_id, read_json, read_text, write_whole
 from egrpo_fast.models.fingerprint import TRAINED, base_of, check_base, differing, identity
 from egrpo_fast.models.folder import INDEX as WHOLE
-from egrpo_fast.models.folder import resolve
+from egrpo_fast.models.folder import configs_of, family_of, resolve
 from egrpo_fast.models.lora import FILE as ADAPTERS
 from egrpo_fast.plan import ode_plan
 from egrpo_fast.policy import Policy
@@ -67,7 +67,7 @@ class Settings:
     width: int = 1024
     num_inference_steps: int = 50
     guidance_scale: float = 3.5
-    shift: float = 3.0
+    shift: float | Literal["auto"] = 3.0
     max_sequence_length: int = 512
     dtype: str = "bfloat16"
     seed: int = 0
@@ -79,7 +79,7 @@ class Settings:
     def __str__(self) -> str:
         return (
             f"{len(self.prompts)} prompts, {self.width}x{self.height} pixels, {self.num_inference_steps} ODE steps, "
-            f"shift {self.shift:g}, guidance {self.guidance_scale:g}, {self.dtype}, seed {self.seed}"
+            f"shift {self.shift}, guidance {self.guidance_scale:g}, {self.dtype}, seed {self.seed}"
         )
 
 
@@ -191,10 +191,14 @@ def comparability_warnings(models: Sequence[Model]) -> Iterator[str]:
 def default_settings(model: Model) -> dict[str, Any]:
     """What is not asked for: this project's protocol, or the embedded recipe's for a model of the Shapes world.
 
-    The size that a run trained at is not looked at: numbers of one protocol can be compared.
+    Guidance and shift are the model family's. The size that a run trained at is not looked at: numbers of one protocol
+    can be compared. ValueError: the model's configs cannot be read.
     """
     if not model.is_shapes:
-        return {}
+        folder = configs_of(model.path)
+        family = family_of(folder)
+        guidance = family.guidance(folder, ModelConfig(path="."))
+        return {"guidance_scale": guidance.scale, "shift": family.evaluation_shift}
     recipe = load_config("shapes")
     names = ("height", "width", "guidance_scale", "max_sequence_length", "dtype")
     return {name: getattr(recipe.model, name) for name in names} | {
@@ -244,7 +248,9 @@ class Folder:
                 if before.get(key) != now.get(key):
                     raise ValueError(f"{key}: {now.get(key)} differs from {before.get(key)} in {file}; {way_out}")
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps({**before, **now, **(notes or {})}, indent=2) + "\n")
+        text = json.dumps({**before, **now, **(notes or {})}, indent=2) + "\n"
+        if not file.exists() or file.read_text() != text:
+            write_whole(file, text, alone=False)  # parts of one evaluation may begin together
         return before
 
     def keep_reward(self, name: str, reward: Reward) -> None:
@@ -345,7 +351,8 @@ def draw(
     if not todo:
         return
     policy.load(device, tell=False)
-    plan = ode_plan(make_schedule(settings.num_inference_steps, settings.shift))
+    steps = settings.num_inference_steps
+    plan = ode_plan(make_schedule(steps, policy.times(steps, settings.shift)))
     wavefronts: dict[int, Wavefront] = {}
     with _progress(f"{model.label}: drawing", len(places), len(todo)) as bar:
         for chunk in _batches(todo, batch):
@@ -434,6 +441,8 @@ def bootstrap(values: Tensor, level: float = 0.95, resamples: int = RESAMPLES) -
 
     Always the same resamples, so that an interval is a function of its scores.
     """
+    if values.shape[-1] == 1:  # nothing to resample
+        return torch.cat((values, values), dim=-1)
     found = scipy.stats.bootstrap(
         (values.numpy(),), np.mean, axis=-1, confidence_level=level, n_resamples=resamples, method="percentile",
         batch=500, rng=0,

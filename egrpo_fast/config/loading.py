@@ -2,12 +2,14 @@
 
 import difflib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
 from egrpo_fast.config.config import Config
-from egrpo_fast.config.recipe_files import ConfigError, override, read_recipe
+from egrpo_fast.config.recipe_files import ConfigError, Tree, override, read_recipe
+from egrpo_fast.config.sections import CONFIG_FILE, RUN_FILE
 from egrpo_fast.methods import METHODS, Method
 
 RENAMED = {
@@ -97,12 +99,27 @@ def _explain(error: ValidationError) -> str:
     return "\n".join(lines.values())
 
 
+def _as_called_now(tree: Tree) -> None:
+    """Give the settings of a run's own file, which has all of them, the names that they have now."""
+    for old, new in RENAMED.items():
+        section, _, name = old.partition(".")
+        if isinstance(settings := tree.get(section), dict) and name in settings:
+            settings[new.partition(".")[2]] = settings.pop(name)
+    model, tail = tree.get("model"), tree.get("tail")
+    if isinstance(model, dict) and isinstance(model.get("guidance"), int | float):
+        model["guidance_scale"] = model.pop("guidance")
+    if isinstance(tail, dict) and tail.get("quantization") == "exact":
+        tail["quantization"] = "none"
+
+
 def load_config(recipe: str | Config, overrides: Sequence[str] = ()) -> Config:
     """A named recipe or a YAML file, and what it extends, with `key.path=value` overrides (YAML values), checked.
 
     recipe: or settings that were loaded already. Raises ConfigError.
     """
     tree = recipe.used() if isinstance(recipe, Config) else read_recipe(recipe)
+    if isinstance(recipe, str) and Path(recipe).name == CONFIG_FILE and Path(recipe).with_name(RUN_FILE).exists():
+        _as_called_now(tree)
     for assignment in overrides:
         override(tree, assignment)
     try:

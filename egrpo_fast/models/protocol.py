@@ -95,6 +95,8 @@ class Backbone(ABC):
     lora_targets: ClassVar[tuple[str, ...]]
     """`model.lora.target_modules` where none are given."""
     units: ClassVar[ActivationUnits]
+    evaluation_shift: ClassVar[float | Literal["auto"]] = "auto"
+    """Of `egrpo evaluate` where none is given."""
     pixels_per_latent: ClassVar[int] = 2
     """A token is a square of so many latent pixels a side."""
     guidance_argument: ClassVar[str] = "guidance_scale"

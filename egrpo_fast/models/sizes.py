@@ -38,11 +38,15 @@ class Sizes:
         """Parameters of the adapters: `sum rank (inputs + outputs)` over the layers that get one. ValueError."""
         if lora is None:
             return 0
-        lora, _ = follow_lora(lora, self.transformer, self.family)
+        lora = self.followed(lora)
         layers = linear_layers(self.transformer)
         found = {name for names in lora.layers(layers).values() for name in names}
         chosen = (self.transformer.get_submodule(name) for name in found)
         return sum(lora.rank * (layer.in_features + layer.out_features) for layer in chosen)
+
+    def followed(self, lora: LoraConfig) -> LoraConfig:
+        """With what its file says, or the family."""
+        return follow_lora(lora, self.transformer, self.family)[0]
 
     @cached_property
     def evaluation_flops(self) -> tuple[float, float]:

@@ -23,7 +23,7 @@ from typing import IO, Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -63,6 +63,13 @@ class Index(BaseModel):
     shapes: dict[Annotated[str, Field(pattern=r"^[a-z0-9_]{1,99}$")], tuple[Positive, ...]]
     dtype: Literal["float32", "bfloat16"]
     shards: tuple[Shard, ...] = ()
+
+    @field_validator("shapes")
+    @classmethod
+    def _apart(cls, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        if taken := shapes.keys() & {"keys", "sums"}:
+            raise ValueError(f"{min(taken)} is the name of one of the cache's own tables")
+        return shapes
 
     @property
     def row_bytes(self) -> int:

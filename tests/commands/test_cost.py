@@ -142,6 +142,8 @@ def test_a_plan_follows_the_lora_that_a_run_would_start_from(tmp_path):
     assert Cost(config, Cluster(8)).adapters == 19 * 5 * 2 * 3072
     with pytest.raises(ValueError, match="model.lora.path: no file or folder /nowhere"):
         Cost(load_config("flux-dev-lora-8x24gb", ["model.lora.path=/nowhere"]), Cluster(8))
+    tight = Cost(config, Cluster(1, 1, "RTX4090"))
+    assert not tight.fits and tight.advice, "advice is for the adapters of the file, too"
 
 
 def test_frozen_parts_of_flux_dev():

@@ -1,6 +1,7 @@
 """`egrpo evaluate` on the embedded pipeline against a perturbed copy of it, and its statistics against known values."""
 
 import json
+import multiprocessing
 import re
 import shutil
 import socket
@@ -453,6 +454,34 @@ def test_the_bootstrap_is_the_percentile_interval():
         assert evaluate.bootstrap(values).tolist() == pytest.approx(known, abs=1 / count + 1e-9)
     both = evaluate.bootstrap(torch.tensor([[3.0, 3.0], [0.0, 1.0]], dtype=torch.float64))
     assert both.tolist() == [[3.0, 3.0], [0.0, 1.0]]
+
+
+def test_one_prompt_has_an_interval_of_no_width():
+    assert evaluate.bootstrap(torch.tensor([[2.0], [3.0]])).tolist() == [[2.0, 2.0], [3.0, 3.0]]
+
+
+def open_folder(out, barrier, told):
+    barrier.wait()
+    for _ in range(5):
+        try:
+            model = evaluate.Model("shapes", str(PIPELINE))
+            evaluate.Folder(out).open(evaluate.Settings(("a",)), [model], [RewardConfig(name="jpeg")])
+        except Exception as error:
+            told.put(repr(error))
+
+
+def test_parts_of_one_evaluation_may_begin_together(tmp_path):
+    context = multiprocessing.get_context("fork")
+    told = context.Queue()
+    for trial in range(3):
+        barrier = context.Barrier(4)
+        parts = [context.Process(target=open_folder, args=(tmp_path / f"{trial}", barrier, told)) for _ in range(4)]
+        for part in parts:
+            part.start()
+        for part in parts:
+            part.join()
+        assert told.empty(), told.get()
+        assert not list((tmp_path / f"{trial}").rglob("*.tmp"))
 
 
 def test_the_bootstrap_covers():

@@ -193,6 +193,22 @@ def test_a_dollar_sign_in_a_path_is_written_twice_and_recorded_so(tmp_path):
     assert load_config("shapes", ["output_dir='2026'"]).output_dir.name == "2026"
 
 
+def test_a_run_of_an_earlier_version_is_read_under_todays_names(tmp_path):
+    config = load_config("shapes", ["tail.stride=2"])
+    tree = config.model_dump(mode="json", exclude={"model": {"guidance"}})
+    for old, new in RENAMED.items():
+        section, _, name = old.partition(".")
+        if (new := new.partition(".")[2]) in tree.get(section, {}):
+            tree[section][name] = tree[section].pop(new)
+    tree["model"]["guidance"] = tree["model"].pop("guidance_scale")
+    tree["tail"]["weights"] = "exact"
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**tree, "schedule": config.used()["schedule"]}))
+    with pytest.raises(ConfigError, match=r"tail.weights: is called tail.quantization now"):
+        load_config(str(tmp_path / "config.yaml"))
+    (tmp_path / "run.json").write_text("{}")
+    assert load_config(str(tmp_path / "config.yaml")) == config
+
+
 def test_renamed_settings_are_settings_and_their_old_names_are_none():
     known = set(loading._field_names(Config))
     assert set(RENAMED.values()) <= known and not known & RENAMED.keys()

@@ -23,6 +23,7 @@ TINY = [
     "optimizer.lr=1e-3", "optimizer.weight_decay=0.1", "evaluation.num_prompts=2", "optimizer.max_grad_norm=0.002",
     "deepspeed.overrides={zero_optimization: {stage3_param_persistence_threshold: 100}}",
 ]  # fmt: skip
+FAMILY_LORA = "model.lora={rank: 4, alpha: 8}"
 LORA = "model.lora={rank: 4, alpha: 8, target_modules: [to_q, to_k, to_v, proj_out]}"
 
 
@@ -71,18 +72,19 @@ def plain_iteration(trainer, transformer, batch):
 
 def check(world, heart, folder, overrides, saved):
     """One iteration, ours and by plain PyTorch on all ranks' experience. saved: where the trained weights go."""
-    from egrpo_fast.models.transformer import meta_transformer
+    from egrpo_fast.models.transformer import fill_buffers, meta_transformer
     from egrpo_fast.rollout import NoiseKey
-    from egrpo_fast.shapes import PIPELINE
+    from egrpo_fast.shapes import pipeline_path
     from egrpo_fast.train import check_inputs, make_trainer
 
     config = load_config("shapes", [*TINY, f"output_dir={folder}", *overrides])
     trainer = make_trainer(config, world, heart, *check_inputs(config))
     before = gathered_weights(trainer)
-    transformer, weights = meta_transformer(PIPELINE, config.model.lora, config.seed)
+    transformer, weights = meta_transformer(Path(pipeline_path(config.model.path)), config.model.lora, config.seed)
     dtype = getattr(torch, config.model.dtype)
     values = {name: weights(name).to(dtype) for name, _ in transformer.named_parameters()}
-    transformer.load_state_dict(values, assign=True)
+    transformer.load_state_dict(values, assign=True, strict=False)
+    fill_buffers(transformer, weights, dtype, "cpu")
     trained = {name: value for name, value in transformer.named_parameters() if value.requires_grad}
     assert trained.keys() == before.keys() and all(torch.equal(trained[name], before[name]) for name in before)
 
@@ -131,7 +133,9 @@ def main(folder, stage, *overrides):
 
     world = World()
     with Heartbeat(world.rank, world.size, group_store(), 300.0) as heart:
-        for name, settings in (("full", overrides),) if overrides else (("full", ()), ("lora", (LORA,))):
+        families = overrides and overrides[0].startswith("model.path=")
+        variants = {"full": overrides, "lora": (*overrides, FAMILY_LORA if families else LORA)}
+        for name, settings in (variants if families or not overrides else {"full": overrides}).items():
             saved = folder / f"{name}-{stage}-{world.size}.safetensors"
             check(world, heart, folder / name, [f"deepspeed.zero_stage={stage}", *settings], saved)
     world.close()
@@ -158,6 +162,22 @@ def test_an_iteration_under_zero_equals_plain_pytorch(stage, ranks, tmp_path):
     """Full and LoRA: gradients of active steps, prompts and ranks add up, clipping bites, AdamW decays weights."""
     launch(tmp_path, stage, ranks)
     assert {len(load_file(tmp_path / f"{name}-{stage}-{ranks}.safetensors")) > 0 for name in ("full", "lora")} == {True}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["sd3", "z-image", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("flux2-dev", "flux2-klein",
+                                                                                 "flux2-klein-base", "qwen-image"))],
+)  # fmt: skip
+def test_an_iteration_of_every_family_equals_plain_pytorch(kind, tmp_path):
+    """Full, and LoRA on the family's own layers; guidance at the pipeline's default, which gradients flow through."""
+    from egrpo_fast.models.random import make_pipeline
+
+    make_pipeline(kind).save_pretrained(tmp_path / "base")
+    # AdamW's first step follows the sign of the smallest gradients, whose rounding is another: a larger epsilon.
+    settings = ["model.max_sequence_length=64", "optimizer.max_grad_norm=1", "optimizer.eps=1e-5"]
+    launch(tmp_path, 3, 2, f"model.path={tmp_path / 'base'}", *settings)
+    assert {len(load_file(tmp_path / f"{name}-3-2.safetensors")) > 0 for name in ("full", "lora")} == {True}
 
 
 def stall():

@@ -23,6 +23,7 @@ class FluxBackbone(Backbone):
     pipeline, transformer_class, text_encoder = FluxPipeline, FluxTransformer2DModel, FluxTextEncoder
     input_sizes = ("in_channels", "joint_attention_dim", "pooled_projection_dim")
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    evaluation_shift = 3.0  # the paper's, in training as in evaluation
     units = ActivationUnits(
         forward={2: 17.5, 4: 15.2},
         kept={2: {"FluxTransformerBlock": 29.0, "FluxSingleTransformerBlock": 25.0},
