@@ -148,7 +148,8 @@ def draw_by_diffusers(config, exported):
         pipeline = FluxPipeline.from_pretrained(exported, torch_dtype=dtype)
     pipeline.set_progress_bar_config(disable=True)
     text = FluxTextEncoder(Path(model.path if model.lora else exported), model)
-    backbone = FluxBackbone(pipeline.transformer.eval(), pipeline.vae, text, model)
+    guidance = FluxBackbone.guidance(Path(model.path), model)
+    backbone = FluxBackbone(pipeline.transformer.eval(), pipeline.vae, text, model, guidance)
     steps = config.evaluation.num_inference_steps
     plan = ode_plan(make_schedule(steps, config.schedule.shift))
     wavefront = Wavefront(plan, 1, backbone.latent_shape, ops.choose("reference"), model_dtype=dtype)

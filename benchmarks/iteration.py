@@ -123,13 +123,14 @@ def flux(device, folder):
             kind.from_config(read_json(configs / part / "config.json")).requires_grad_(False)
             for kind, part in ((FluxTransformer2DModel, "transformer"), (AutoencoderKL, "vae"))
         )
+        targets = list(FluxBackbone.lora_targets)
         transformer.add_adapter(
-            LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.target_modules, init_lora_weights=False)
+            LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, init_lora_weights=False)
         )
     torch.set_default_dtype(torch.float32)
     transformer.enable_gradient_checkpointing()
     model = load_config("shapes", settings).model
-    backbone = FluxBackbone(transformer, vae, RandomText(device), model)
+    backbone = FluxBackbone(transformer, vae, RandomText(device), model, FluxBackbone.guidance(configs, model))
     return backbone, RandomScore(device), [*settings, "rollout.max_rows_per_call=auto"]
 
 

@@ -147,6 +147,7 @@ def _encode(arguments: argparse.Namespace) -> None:
     encoding.encode(
         arguments.prompts, arguments.out, arguments.model, quantization=arguments.quantization, batch=arguments.batch,
         column=arguments.column, device=_device(arguments.device), verify=arguments.verify,
+        negative_prompt=arguments.negative_prompt,
         **settings,
     )  # fmt: skip
 
@@ -300,10 +301,12 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     add("out", type=_path, metavar="OUT", help="folder of the embeddings")
     add("--model", required=True, type=_name, metavar="PATH",
         help="a diffusers pipeline's folder or hub id, or `shapes`")  # fmt: skip
-    add("--max-sequence-length", type=_number(1, 512), metavar="N", help="tokens of the T5 prompt (512; shapes 24)")
+    add("--max-sequence-length", type=_number(1, 1024), metavar="N", help="tokens of a prompt (512; shapes 24)")
     add("--dtype", choices=("float32", "bfloat16"), help="as `model.dtype` of the run (bfloat16; shapes float32)")
     add("--quantization", choices=("none", "int8", "nf4"), default="none",
-        help="of T5's weights, as `model.text_encoder_quantization` of the run (%(default)s)")  # fmt: skip
+        help="of the largest encoder, as `model.text_encoder_quantization` of the run (%(default)s)")  # fmt: skip
+    add("--negative-prompt", default="", metavar="TEXT",
+        help="`model.guidance.negative_prompt` of the run, for a model with classifier-free guidance (empty)")  # fmt: skip
     add("--column", default="prompt", metavar="NAME", help="field or column that holds the prompt (%(default)s)")
     add("--batch", type=_number(1), default=16, metavar="N", help="prompts at a time (%(default)s)")
     add("--device", help="(cuda where there is one, else cpu)")

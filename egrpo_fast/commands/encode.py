@@ -52,17 +52,23 @@ def encode(
     device: torch.device | str = "cpu",
     shard_bytes: int = 2**28,
     verify: bool = False,
+    negative_prompt: str = "",
 ) -> int:
     """Encode what `out` does not hold yet; returns how many prompts that were. Repeat an interrupted call to go on.
 
-    ValueError, before any weight is loaded, for what the user must mend. A row depends on which prompts shared its
+    negative_prompt: encoded, too, for a model with classifier-free guidance. ValueError, before any weight is loaded,
+    for what the user must mend. A row depends on which prompts shared its
     batch by rounding alone; after an interruption the same call makes the same batches.
     """
     prompts, repeats = read_all(files, column)
     for warning in repeats:
         print(printable(f"warning: {warning}"))
     pipeline = pipeline_path(model)
-    kind = family_of(configs_of(pipeline)).text_encoder
+    folder = configs_of(pipeline)
+    family = family_of(folder)
+    kind = family.text_encoder
+    if family.guidance_kind(folder) == "classifier_free":
+        prompts = [negative_prompt, *prompts]
     path = resolve(pipeline, parts=(*kind.encoders, *kind.tokenizers))
     made_with = {"max_sequence_length": max_sequence_length, "dtype": dtype}
     settings = ModelConfig.model_validate({"path": ".", "text_encoder_quantization": quantization, **made_with})

@@ -38,11 +38,11 @@ class Adapter(NamedTuple):
     scale: float
 
 
-def read_lora(field: str, path: str, transformer: Any, pipeline: Any) -> dict[str, Adapter]:
+def read_lora(field: str, path: str, transformer: Any, family: type[Backbone]) -> dict[str, Adapter]:
     """The adapters in a LoRA file, or in a folder's, by layer; of any layout that diffusers reads.
 
-    transformer: without adapters, on the meta device; stays as it is. pipeline: diffusers' class, whose own loader
-    puts the file onto a copy of the transformer, so the scale is the one with which it would run the file. ValueError,
+    transformer: without adapters, on the meta device; stays as it is. The own loader of the family's pipeline
+    puts the file onto a copy of it, so the scale is the one with which it would run the file. ValueError,
     which begins with `field`: the file cannot be read, is of another kind or architecture, or holds a tensor that the
     loader would leave out.
     """
@@ -51,7 +51,7 @@ def read_lora(field: str, path: str, transformer: Any, pipeline: Any) -> dict[st
         _check_names(file, tensors_in(file))
     except ValueError as error:
         raise ValueError(f"{field}: {error}") from None
-    transformer = copy.deepcopy(transformer)
+    transformer, pipeline = copy.deepcopy(transformer), family.pipeline
     shapes = {name: tuple(parameter.shape) for name, parameter in transformer.named_parameters()}
     try:
         knows_alphas = {"return_alphas": True} if "return_alphas" in _arguments(pipeline.lora_state_dict) else {}
@@ -137,7 +137,7 @@ def follow_lora(lora: LoraConfig, transformer: Any, family: type[Backbone]) -> t
     """
     if lora.path is None:
         return lora.model_copy(update={"target_modules": lora.target_modules or list(family.lora_targets)}), {}
-    adapters = read_lora("model.lora.path", lora.path, transformer, family.pipeline)
+    adapters = read_lora("model.lora.path", lora.path, transformer, family)
     for what, values in (
         ("rank", {len(adapter.down) for adapter in adapters.values()}),
         ("scale", {adapter.scale for adapter in adapters.values()}),

@@ -117,7 +117,7 @@ class TailModel:
         family = family_of(folder, field)
         if not self._follows:
             _check_like(transformer, policy, str(folder), family, family_of(pipeline))
-        self._lora = read_lora("tail.lora", settings.lora, transformer, family.pipeline) if settings.lora else {}
+        self._lora = read_lora("tail.lora", settings.lora, transformer, family) if settings.lora else {}
         use_same_attention(transformer, policy)
         if compiled and settings.cache is None:
             transformer = family.compiled(transformer)

@@ -91,7 +91,7 @@ def meta_transformer(
 
 def with_adapters(weights: TransformerWeights, transformer: Any, folder: Path, lora: str, field: str) -> FusedWeights:
     """The same weights with the adapters in a LoRA file. ValueError, which begins with `field`: they do not fit."""
-    return FusedWeights(weights, read_lora(field, lora, transformer, family_of(folder).pipeline))
+    return FusedWeights(weights, read_lora(field, lora, transformer, family_of(folder)))
 
 
 def _shapes(transformer: nn.Module) -> dict[str, tuple[int, ...]]:

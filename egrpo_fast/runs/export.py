@@ -27,6 +27,7 @@ from egrpo_fast.models.fingerprint import check_base, recorded, run_name
 from egrpo_fast.models.folder import INDEX as PIPELINE_INDEX
 from egrpo_fast.models.folder import family_of, fetch_card, resolve
 from egrpo_fast.models.lora import save_lora
+from egrpo_fast.models.transformer import hollow_transformer
 from egrpo_fast.models.weight_files import WeightFiles, fused
 from egrpo_fast.runs.metrics import RunLog
 from egrpo_fast.shapes import pipeline_path
@@ -116,12 +117,18 @@ def _write(
     else:
         files = WeightFiles(base / "transformer")
         if lora is None:
-            like = {name: torch.empty(reader.shape(name, kind), dtype=dtype, device="meta")
-                    for name in reader.names(kind)}  # fmt: skip
-            files.check({name: tuple(value.shape) for name, value in like.items()})
+            shapes = {name: tuple(reader.shape(name, kind)) for name in reader.names(kind)}
+            fixed = {name for name, _ in hollow_transformer(base).named_buffers()} & files.shapes.keys()
+            files.check(shapes | {name: files.shapes[name] for name in fixed})
+            like = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in files.shapes.items()}
         else:
             like = {name: torch.empty_like(files.read(name), device="meta") for name in files.shapes}
-        read = trained if lora is None else _fusing(files, reader, kind, dtype, lora)
+            fixed = set()
+        moved = trained if lora is None else _fusing(files, reader, kind, dtype, lora)
+
+        def read(name: str) -> Tensor:
+            return files.read(name).to(dtype) if name in fixed else moved(name)
+
         _check_room(out, base, like)
         _copy_rest(base, out)
         _write_transformer(out / "transformer", like, read, shard_bytes)

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from egrpo_fast.config import ConfigError, LoraConfig, ModelConfig
+from egrpo_fast.models.flux.backbone import FluxBackbone
 from egrpo_fast.models.lora import FILE, describe, follow_lora, linear_layers, read_lora, save_lora
 from egrpo_fast.models.random import make_pipeline
 from egrpo_fast.models.sizes import Sizes
@@ -141,7 +142,7 @@ def change_by_diffusers(pipeline, path):
 def test_a_lora_has_the_scale_that_diffusers_gives_it(name, pipeline, architecture, tmp_path):
     tensors, metadata, scale = FILES[name]
     save_file(tensors(pipeline), tmp_path / FILE, metadata=metadata)
-    found = read_lora("tail.lora", str(tmp_path), architecture, FluxPipeline)
+    found = read_lora("tail.lora", str(tmp_path), architecture, FluxBackbone)
     expected = change_by_diffusers(pipeline, tmp_path)
     assert expected.keys() == {f"{layer}.weight" for layer in found}
     for layer, (down, up, at) in found.items():
@@ -171,7 +172,7 @@ def test_training_goes_on_from_a_file_at_its_strength(name, pipeline, folder, tm
 def refused(tensors, architecture, tmp_path, metadata=None):
     save_file(tensors, tmp_path / FILE, metadata=metadata)
     with pytest.raises(ValueError, match=r"^tail\.lora: ") as error:
-        read_lora("tail.lora", str(tmp_path), architecture, FluxPipeline)
+        read_lora("tail.lora", str(tmp_path), architecture, FluxBackbone)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -227,7 +228,7 @@ def test_another_architecture_is_refused_by_layer(pipeline, architecture, tmp_pa
 def test_an_unreadable_file_is_refused_by_name(content, architecture, tmp_path):
     (tmp_path / FILE).write_bytes(content)
     with pytest.raises(ValueError, match=f"model.lora.path: {tmp_path / FILE} cannot be read as safetensors"):
-        follow_lora(LoraConfig(path=str(tmp_path)), architecture, FluxPipeline)
+        follow_lora(LoraConfig(path=str(tmp_path)), architecture, FluxBackbone)
 
 
 def test_which_file_is_never_guessed(pipeline, architecture, tmp_path):
@@ -235,14 +236,14 @@ def test_which_file_is_never_guessed(pipeline, architecture, tmp_path):
     for name in ("one", "two"):
         save_file(of_diffusers(pipeline), tmp_path / "a" / f"{name}.safetensors")
     with pytest.raises(ValueError, match="holds 2 safetensors files and no pytorch_lora_weights.safetensors; name"):
-        read_lora("tail.lora", str(tmp_path / "a"), architecture, FluxPipeline)
+        read_lora("tail.lora", str(tmp_path / "a"), architecture, FluxBackbone)
     (tmp_path / "a" / "one.safetensors").unlink()
-    assert read_lora("tail.lora", str(tmp_path / "a"), architecture, FluxPipeline).keys() == set(LAYERS)
+    assert read_lora("tail.lora", str(tmp_path / "a"), architecture, FluxBackbone).keys() == set(LAYERS)
     (tmp_path / "lora.pt").write_bytes(b"")
     with pytest.raises(ValueError, match=r"tail.lora: .*lora.pt is no \.safetensors file; other formats can run code"):
-        read_lora("tail.lora", str(tmp_path / "lora.pt"), architecture, FluxPipeline)
+        read_lora("tail.lora", str(tmp_path / "lora.pt"), architecture, FluxBackbone)
     with pytest.raises(ValueError, match="tail.lora: no file or folder /nowhere"):
-        read_lora("tail.lora", "/nowhere", architecture, FluxPipeline)
+        read_lora("tail.lora", "/nowhere", architecture, FluxBackbone)
 
 
 SAID = {"rank": RANK, "alpha": 16, "target_modules": ["to_out.0", "0.attn.to_k", "1.attn.to_k"]}
@@ -252,12 +253,12 @@ def test_settings_follow_the_file_or_agree_with_it(pipeline, architecture, tmp_p
     layers = [layer for layer in linear_layers(pipeline.transformer) if layer.endswith((".to_out.0", ".to_k"))]
     save_file(of_diffusers(pipeline, layers) | alphas(dict.fromkeys(layers, 16.0)), tmp_path / FILE)
     lora = LoraConfig(path=str(tmp_path))
-    assert lora.follows == {"rank", "alpha", "target_modules"} and not LoraConfig().follows
-    followed, adapters = follow_lora(lora, architecture, FluxPipeline)
+    assert lora.follows == {"rank", "alpha", "target_modules"} and LoraConfig().follows == {"target_modules"}
+    followed, adapters = follow_lora(lora, architecture, FluxBackbone)
     assert dict(followed) == {"rank": 4, "alpha": 16, "target_modules": ["to_k", "to_out.0"], "path": str(tmp_path)}
     assert adapters.keys() == set(layers) and not followed.follows
     for name, value in SAID.items():
-        assert getattr(follow_lora(lora.model_copy(update={name: value}), architecture, FluxPipeline)[0], name) == value
+        assert getattr(follow_lora(lora.model_copy(update={name: value}), architecture, FluxBackbone)[0], name) == value
 
 
 @pytest.mark.parametrize(
@@ -273,14 +274,14 @@ def test_another_lora_than_the_settings_say_is_refused(changes, told, pipeline, 
     layers = [layer for layer in linear_layers(pipeline.transformer) if layer.endswith((".to_out.0", ".to_k"))]
     save_file(of_diffusers(pipeline, layers) | alphas(dict.fromkeys(layers, 16.0)), tmp_path / FILE)
     with pytest.raises(ValueError, match=told):
-        follow_lora(LoraConfig(path=str(tmp_path), **changes), architecture, FluxPipeline)
+        follow_lora(LoraConfig(path=str(tmp_path), **changes), architecture, FluxBackbone)
 
 
 def test_what_cannot_be_trained_as_it_is_is_refused(pipeline, architecture, tmp_path):
     def told(tensors):
         save_file(tensors, tmp_path / FILE)
         with pytest.raises(ValueError, match="^model.lora.path: ") as error:
-            follow_lora(LoraConfig(path=str(tmp_path)), architecture, FluxPipeline)
+            follow_lora(LoraConfig(path=str(tmp_path)), architecture, FluxBackbone)
         return str(error.value)
 
     assert "adapters of ranks 4, 8; one rank for all" in told(of_diffusers(pipeline, ranks={IMAGE: 4, SINGLE: 8}))
@@ -292,7 +293,7 @@ def test_what_cannot_be_trained_as_it_is_is_refused(pipeline, architecture, tmp_
 def test_ends_of_names_take_the_files_layers_and_no_other(pipeline, architecture, tmp_path):
     layers = ["single_transformer_blocks.0.proj_out", "single_transformer_blocks.1.proj_out", IMAGE, "x_embedder"]
     save_file(of_diffusers(pipeline, layers), tmp_path / FILE)
-    followed, _ = follow_lora(LoraConfig(path=str(tmp_path)), architecture, FluxPipeline)
+    followed, _ = follow_lora(LoraConfig(path=str(tmp_path)), architecture, FluxBackbone)
     assert set(followed.target_modules) == {"0.proj_out", "1.proj_out", "to_out.0", "x_embedder"}
     taken = followed.layers(linear_layers(pipeline.transformer))
     assert sorted(layer for some in taken.values() for layer in some) == sorted(layers)
@@ -349,5 +350,5 @@ def test_every_reader_runs_what_is_exported_at_the_runs_scale(alpha, dtype, pipe
         assert all(
             (change - ours).norm() / ours.norm() < (1e-5 if dtype == torch.float32 else 4e-3) for change in scaled
         )
-    again, found = follow_lora(LoraConfig(path=str(tmp_path)), architecture, FluxPipeline)
+    again, found = follow_lora(LoraConfig(path=str(tmp_path)), architecture, FluxBackbone)
     assert again.rank == again.alpha == RANK and all(adapter.scale == 1 for adapter in found.values())

@@ -191,7 +191,8 @@ def sampled(transformer, folder, config):
     """By the trainer's own sampler: latents, and images."""
     text = FluxTextEncoder(Path(folder), config.model)
     vae = FluxPipeline.from_pretrained(folder, transformer=None, text_encoder=None, text_encoder_2=None).vae
-    backbone = FluxBackbone(transformer, vae, text, config.model)
+    guidance = FluxBackbone.guidance(Path(folder), config.model)
+    backbone = FluxBackbone(transformer, vae, text, config.model, guidance)
     wavefront = Wavefront(ode_plan(make_schedule(4)), 2, backbone.latent_shape, ops.choose("reference"))
     conditioning = backbone.encode(PROMPTS)
     latents = wavefront.run(

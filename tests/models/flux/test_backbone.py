@@ -10,7 +10,7 @@ import huggingface_hub
 import huggingface_hub.errors as hub
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
@@ -345,7 +345,7 @@ def test_a_cache_as_diffusers_leaves_it_is_enough_without_a_network(hub_cache):
         huggingface_hub.snapshot_download("someone/FLUX", allow_patterns=["model_index.json", "README.md", "LICENSE*"])
     fetch_card("someone/FLUX")  # nothing comes of it, and nothing is said
     assert resolve("someone/FLUX") == hub_cache
-    check_folder(resolve("someone/FLUX"), 32, 32)
+    check_folder(resolve("someone/FLUX"), SMALL)
     shutil.rmtree(hub_cache / "transformer")
     with pytest.raises(ValueError, match="model.path: someone/FLUX is no folder here.*transformer/"):
         resolve("someone/FLUX")
@@ -386,7 +386,7 @@ def test_a_lora_file_is_taken_up_where_it_was_left(tmp_path):
 def test_the_vae_is_the_folders(tmp_path):
     """Loaded strictly: the numbers of the file, in the asked dtype."""
     weights = load_file(weight_file(PIPELINE, "vae"))
-    loaded = load_vae(PIPELINE, torch.float32, "cpu").state_dict()
+    loaded = load_vae(PIPELINE, AutoencoderKL, torch.float32, "cpu").state_dict()
     assert loaded.keys() == weights.keys() and all(torch.equal(loaded[k], weights[k].float()) for k in weights)
 
 

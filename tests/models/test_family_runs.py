@@ -1,0 +1,126 @@
+"""Whole runs of every model family: full and LoRA, resumed, exported, and drawn by the family's own pipeline.
+
+Started with a folder, this file is what its process runs: several trainers one after the other.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from egrpo_fast import noise
+from egrpo_fast.commands.encode import encode
+from egrpo_fast.config import CHECKPOINTS, load_config
+from egrpo_fast.distributed.checkpoint import CheckpointReader
+from egrpo_fast.models.random import make_pipeline
+from egrpo_fast.runs.export import find_checkpoint
+
+PROMPTS = ["a café at night", "two dogs that chase a red kite over the sea in the snow", "rain", "an old map"]
+SETTINGS = [
+    "model.height=48", "model.width=80", "model.max_sequence_length=64", "prompts.per_iteration=2",
+    "rollout.prompts_per_rollout=2", "schedule.num_steps=4", "schedule.shift=auto", "schedule.active_steps=[0]",
+    "rollout.group_size=2", "evaluation.num_inference_steps=3", "evaluation.num_prompts=3", "checkpoint.every=1",
+    "checkpoint.save_total_limit=4", "iterations=2", "optimizer.lr=1e-3", "optimizer.warmup_steps=0",
+    f"prompts.train={json.dumps(PROMPTS)}", f"prompts.held_out={json.dumps(PROMPTS)}",
+    "rewards=[{name: jpeg, weight: 2.0}, {name: clip, options: {model: shapes}}]",
+]  # fmt: skip
+LORA = "model.lora={rank: 4, alpha: 16}"
+KINDS = ["sd3", "qwen-image", *(pytest.param(kind, marks=pytest.mark.slow)
+                                for kind in ("flux2-dev", "flux2-klein", "flux2-klein-base", "z-image"))]  # fmt: skip
+
+
+def config(folder, name, *others):
+    # The system message of FLUX.2-dev is read before the prompt.
+    longer = ["model.max_sequence_length=320"] if folder.name.startswith("flux2-dev") else []
+    inputs = [f"model.path={folder / 'base'}", f"output_dir={folder / name}"]
+    return load_config("shapes", [*SETTINGS, "model.guidance_scale=null", *longer, *inputs, *others])
+
+
+def main(folder):
+    from egrpo_fast.distributed.heartbeat import Heartbeat, group_store
+    from egrpo_fast.distributed.world import World
+    from egrpo_fast.models.folder import with_times
+    from egrpo_fast.train import check_inputs, make_trainer
+
+    world = World()
+
+    def run(name, *others):
+        settings = with_times(config(folder, name, *others))
+        trainer = make_trainer(settings, world, heart, *check_inputs(settings))
+        assert trainer.train() == 0
+        save_file({"images": trainer.evaluate().images.contiguous()}, folder / f"{name}.safetensors")
+
+    with Heartbeat(world.rank, world.size, group_store(), 300.0) as heart:
+        run("full")
+        run("lora", LORA, f"prompts.embeddings={folder / 'embeddings'}")
+        shutil.copytree(folder / "full", folder / "resumed")
+        shutil.rmtree(folder / "resumed" / CHECKPOINTS / "iteration-000002")
+        run("resumed", "resume=true")
+    world.close()
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def runs(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    make_pipeline(request.param).save_pretrained(folder / "base")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    length = config(folder, "any").model.max_sequence_length
+    encode([folder / "prompts.txt"], folder / "embeddings", str(folder / "base"), length, "float32")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, str(folder)]
+    told = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
+    assert told.returncode == 0, told.stdout[-3000:] + told.stderr[-3000:]
+    return request.param, folder
+
+
+def weights(run, iteration):
+    reader = CheckpointReader(find_checkpoint(run, str(iteration)))
+    return {name: reader.tensor(name) for name in reader.names()}
+
+
+def test_it_learns_and_resumes_bit_by_bit(runs):
+    _, folder = runs
+    for name in ("full", "lora"):
+        lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+        for line in (line for line in lines if "loss" in line):
+            assert line["log_ratio_before_update"] == 0.0 and line["grad_norm"] > 0 and line["skipped_steps"] == 0
+        before, after = weights(folder / name, 1), weights(folder / name, 2)
+        assert max((before[key] - after[key]).abs().max() for key in before) > 1e-4
+    whole, resumed = weights(folder / "full", 2), weights(folder / "resumed", 2)
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+@pytest.mark.parametrize("name", ["full", "lora"])
+def test_the_familys_own_pipeline_draws_the_trainers_images(runs, name):
+    kind, folder = runs
+    settings = config(folder, name).model
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder / ("base" if name == "lora" else "full/pipeline"))
+    if name == "lora":
+        pipeline.load_lora_weights(folder / "lora" / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    rows = torch.arange(3)
+    packed = kind == "qwen-image"
+    start = noise.initial_noise(0, 0, rows, (15, 64) if packed else (15, 128), step=noise.EVALUATION)
+    if kind in ("sd3", "z-image"):
+        start = noise.initial_noise(0, 0, rows, (16, 60), step=noise.EVALUATION).unflatten(2, (6, 10))
+    elif not packed:
+        start = start.transpose(1, 2).unflatten(2, (3, 5))
+    images = pipeline(
+        prompt=PROMPTS[:3], height=48, width=80, num_inference_steps=3, latents=start, output_type="pt",
+        max_sequence_length=settings.max_sequence_length, **({"negative_prompt": [""] * 3} if packed else {}),
+    ).images  # fmt: skip
+    others = (name, "full" if name == "lora" else "lora")
+    ours, other = (load_file(folder / f"{one}.safetensors")["images"] for one in others)
+    torch.testing.assert_close(ours, images, rtol=0, atol=2e-4)
+    assert (ours - other).abs().max() > 1e-3, "training must show, or the comparison shows nothing"
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
