@@ -306,7 +306,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     add("--quantization", choices=("none", "int8", "nf4"), default="none",
         help="of the largest encoder, as `model.text_encoder_quantization` of the run (%(default)s)")  # fmt: skip
     add("--negative-prompt", default="", metavar="TEXT",
-        help="`model.guidance.negative_prompt` of the run, for a model with classifier-free guidance (empty)")  # fmt: skip
+        help="`model.guidance.negative_prompt` of the run, where guidance is classifier-free (empty)")  # fmt: skip
     add("--column", default="prompt", metavar="NAME", help="field or column that holds the prompt (%(default)s)")
     add("--batch", type=_number(1), default=16, metavar="N", help="prompts at a time (%(default)s)")
     add("--device", help="(cuda where there is one, else cpu)")

@@ -1,8 +1,12 @@
 """A pipeline's folder in diffusers' layout: found, downloaded if need be, and checked."""
 
+import atexit
 import json
+import shutil
+import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -62,9 +66,20 @@ def configs_of(path: str, field: str = "model.path") -> Path:
     if not is_hub_id(path):
         return Path(path)
     for known in Path(__file__).parent.glob("*/configs"):
-        if (known / path).is_dir():
-            return known / path
+        if (file := known / f"{path}.json").is_file():
+            return _laid_out(file)
     return _download(path, field, [INDEX, "*/config.json", "scheduler/*"])
+
+
+@cache
+def _laid_out(file: Path) -> Path:
+    """A folder, until this process ends, with the configs of a pipeline that one file holds by their names."""
+    folder = Path(tempfile.mkdtemp(prefix="egrpo-configs-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for name, config in read_json(file).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(config))
+    return folder
 
 
 def _download(path: str, field: str, files: list[str]) -> Path:

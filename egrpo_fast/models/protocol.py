@@ -28,7 +28,7 @@ class ActivationUnits:
     """Activations of a family, measured on a CPU, in units of tokens x width x bytes of the dtype.
 
     Keys: bytes of a number, 2 for bfloat16 and 4 for float32. forward: at the peak of one without gradient. kept: for
-    the backward, by the class of a block. kept_per_head: the same, in bytes by each of its heads and tokens. backward:
+    the backward, by the kind of a block. kept_per_head: the same, in bytes by each of its heads and tokens. backward:
     at the peak of one, beyond what is kept.
     """
 
@@ -53,9 +53,10 @@ class Activations:
     decode: float
 
     def update(self, checkpointing: bool) -> float:
-        """At the peak of a forward and backward. With checkpointing the last block keeps all that it needs, too."""
-        kept = len(self.kept) * self.block_input + self.kept[-1] if checkpointing else sum(self.kept)
-        return kept + self.backward
+        """At the peak of a forward and backward. With checkpointing a block keeps all that it needs in its turn alone,
+        while the inputs of those before it are kept, too."""
+        turns = (number * self.block_input + kept for number, kept in enumerate(self.kept, 1))
+        return (max(turns) if checkpointing else sum(self.kept)) + self.backward
 
 
 GuidanceKind = Literal["embedded", "classifier_free", "none"]
@@ -143,7 +144,8 @@ class Backbone(ABC):
         """By `model.guidance_scale`, or the pipeline's default. ValueError: the model takes no such settings."""
         kind, scale = cls.guidance_kind(folder), model.guidance_scale
         if kind == "none" and scale is not None and scale > cls.unguided_scale:
-            raise ValueError(f"model.guidance_scale: {scale:g}, but {folder} {WITHOUT[kind]}; leave it out")
+            message = f"{scale:g}, but {folder} {WITHOUT[kind]}; leave it out, or give null"
+            raise ValueError(f"model.guidance_scale: {message}")
         if scale is None or kind == "none":
             called = inspect.signature(cls.pipeline.__call__).parameters
             scale = cls.unguided_scale if kind == "none" else float(called[cls.guidance_argument].default)
@@ -189,6 +191,11 @@ class Backbone(ABC):
     @abstractmethod
     def blocks(cls, transformer: Any) -> list[nn.Module]:
         """The transformer's blocks in order: what a cache may skip. Each takes `hidden_states` [rows, ...] by name."""
+
+    @classmethod
+    def kind(cls, block: nn.Module) -> str:
+        """A block's key in `units`."""
+        return type(block).__name__
 
     @classmethod
     def compiled(cls, transformer: Any) -> nn.Module:
@@ -251,15 +258,22 @@ class Backbone(ABC):
         """Of them, those that gradients flow through."""
         return 2 if self._guidance.two and self._guidance.settings.train == "both" else 1
 
+    def tokens_by_block(self, image: int, text: int) -> list[int]:
+        """How many each block works on."""
+        return [image + text] * len(self.blocks(self.transformer))
+
     def activations(self, itemsize: int) -> Activations:
         """itemsize: bytes of a number of the model's dtype."""
         width, heads = self.size(self.transformer)
-        of_text = (text.shape[1] for text in self.encode([""]).values() if text.ndim == 3)
-        tokens = self._rows * self._columns + max(of_text, default=0)
-        unit, per_head, units = tokens * width * itemsize, self.units.kept_per_head * tokens * heads, self.units
-        blocks = (units.kept[itemsize][type(block).__name__] for block in self.blocks(self.transformer))
+        image = self._rows * self._columns
+        text = max((one.shape[1] for one in self.encode([""]).values() if one.ndim == 3), default=0)
+        unit, per_head, units = (image + text) * width * itemsize, self.units.kept_per_head * heads, self.units
+        kept = (
+            (units.kept[itemsize][self.kind(block)] * width * itemsize + per_head) * tokens
+            for block, tokens in zip(self.blocks(self.transformer), self.tokens_by_block(image, text))
+        )
         return Activations(
-            forward=units.forward[itemsize] * unit, kept=tuple(one * unit + per_head for one in blocks),
+            forward=units.forward[itemsize] * unit, kept=tuple(kept),
             block_input=unit, backward=units.backward * unit,
             decode=decode_bytes(self._vae.config, self.height, self.width, itemsize),
         )  # fmt: skip

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from egrpo_fast.files import read_json
 
@@ -27,9 +26,10 @@ def scheduler_config(folder: Path) -> Mapping[str, Any]:
 
 
 def dynamic_mu(config: Mapping[str, Any], tokens: int) -> float:
-    """mu by the number of an image's tokens, on the line that a scheduler's config gives."""
-    names = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
-    return float(calculate_shift(tokens, *(config.get(name, default) for name, default in names.items())))
+    """mu by the number of an image's tokens, on the line that a scheduler's config gives by two of its points."""
+    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    return low + (high - low) * (tokens - few) / (many - few)
 
 
 def grid(config: Mapping[str, Any], num_steps: int, mu: float | None, uniform: bool = True) -> tuple[float, ...]:

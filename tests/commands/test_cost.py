@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLQwenImage, FluxPipeline, FluxTransformer2DModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -35,7 +35,7 @@ from egrpo_fast.rewards import NAMES, make_reward, parameters
 from egrpo_fast.shapes import PIPELINE
 
 FLUX_DEV = "black-forest-labs/FLUX.1-dev"
-RECIPES = [name for name in recipe_names() if name.startswith("flux-dev-")]
+RECIPES = [name for name in recipe_names() if name not in ("shapes", "flux-dev")]
 
 
 class LiveBytes(TorchDispatchMode):
@@ -89,6 +89,17 @@ def made(sizes, dtype=torch.float32):
     return FluxTransformer2DModel.from_config(sizes.transformer.config).to(dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_other_decoders_activations(dtype):
+    double = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    flux2 = AutoencoderKLFlux2(**double, block_out_channels=(16, 32, 64, 64), norm_num_groups=8)
+    for vae, shape in ((flux2, (2, 32, 16, 12)), (AutoencoderKLQwenImage(base_dim=16), (2, 16, 1, 16, 12))):
+        vae.to(dtype).eval()
+        with torch.no_grad(), LiveBytes(vae.parameters()) as live:
+            vae.decode(torch.randn(shape, dtype=dtype), return_dict=False)
+        assert 2 * decode_bytes(vae.config, 128, 96, dtype.itemsize) == pytest.approx(live.peak, rel=0.15)
+
+
 def evaluate(transformer, sizes, rows):
     """By the family's own code, on the CPU."""
     model = getattr(transformer, "module", transformer)  # what DeepSpeed's engine wraps
@@ -111,6 +122,46 @@ def test_flux_dev_is_what_the_paper_notes_say():
     total = sum(estimate.flops[part] for part in ("rollout", "update", "decode"))
     assert total == pytest.approx(39e15, rel=0.02)
     assert estimate.flops["rollout"] / total == pytest.approx(0.97, abs=0.02)
+
+
+KNOWN = {
+    "black-forest-labs/FLUX.1-dev": 11_901_408_320,
+    "black-forest-labs/FLUX.2-dev": 32_223_281_152,
+    "black-forest-labs/FLUX.2-klein-4B": 3_875_544_576,
+    "black-forest-labs/FLUX.2-klein-9B": 9_078_581_248,
+    "black-forest-labs/FLUX.2-klein-base-4B": 3_875_544_576,
+    "black-forest-labs/FLUX.2-klein-base-9B": 9_078_581_248,
+    "Qwen/Qwen-Image": 20_430_401_088,
+    "stabilityai/stable-diffusion-3.5-medium": 2_243_171_520,
+    "stabilityai/stable-diffusion-3.5-large": 8_056_627_520,
+    "Tongyi-MAI/Z-Image": 6_154_908_736,
+    "Tongyi-MAI/Z-Image-Turbo": 6_154_908_736,
+}
+"""Parameters of the transformers of known models."""
+
+
+def test_known_models_are_counted_without_a_network():
+    rooms = Path(cost.__file__).parents[1] / "models"
+    assert {f"{file.parent.name}/{file.stem}" for file in rooms.glob("*/configs/*/*.json")} == KNOWN.keys()
+    assert {path: Sizes(ModelConfig(path=path)).parameters for path in KNOWN} == KNOWN
+
+
+def test_guidance_costs_a_second_evaluation():
+    """None at the scale without it; the negative half has no backward where it is not trained."""
+    settings = ["model.path=stabilityai/stable-diffusion-3.5-medium", "model.height=512", "model.width=512"]
+
+    def estimate(*more):
+        return Cost(load_config("flux-dev", [*settings, *more]), Cluster(8))
+
+    guided, plain = estimate(), estimate("model.guidance_scale=1")
+    assert guided.flops["evaluation"] == pytest.approx(2 * plain.flops["evaluation"], rel=1e-6)
+    assert guided.flops["update"] == pytest.approx(2 * plain.flops["update"], rel=1e-6)
+    half = estimate("model.guidance.train=conditional")
+    forward = guided.flops["evaluation"] * guided.plan.trained_states
+    assert half.flops["update"] == pytest.approx(forward + (guided.flops["update"] - forward) / 2, rel=1e-6)
+    update = "update"
+    assert guided.memory.phases[update]["activations"] == 2 * plain.memory.phases[update]["activations"]
+    assert half.memory.phases[update]["activations"] == plain.memory.phases[update]["activations"]
 
 
 @pytest.mark.parametrize(
@@ -227,6 +278,35 @@ def test_flops_of_an_evaluation_and_of_decoding(folder):
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["sd3", "flux2-klein-base", "qwen-image", "z-image"])
+def test_activations_of_every_family(kind, dtype, tmp_path):
+    """Measured peaks of a forward, and of a forward and backward with and without checkpointing."""
+    make_pipeline(kind, "small").save_pretrained(tmp_path)
+    scale = {"guidance_scale": 0.0 if kind == "z-image" else 1.0}
+    sizes = Sizes(settings_of(tmp_path, 320, 256, 64, str(dtype)[6:]).model_copy(update=scale))
+    ours, model, rows = sizes.activations, type(sizes.transformer).from_config(sizes.transformer.config).to(dtype), 2
+    backbone, where = copy.copy(sizes.backbone), torch.arange(2)
+    if hasattr(backbone, "_image_ids"):
+        backbone._image_ids = torch.zeros(backbone._image_ids.shape)
+    shapes = {name: shape for name, shape in backbone._text.shapes.items() if name != "mask"}
+    text = {name: torch.randn(rows, *shape, dtype=dtype) for name, shape in shapes.items()}
+    latents = torch.randn(rows, *backbone.latent_shape, dtype=dtype)
+    backbone.predict(model, latents, 0.5, text, where)  # tables of positions are made once
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    known = [*model.parameters(), *(parameter.grad for parameter in model.parameters()), *model.buffers()]
+    with torch.no_grad(), LiveBytes(known) as live:
+        backbone.predict(model, latents, 0.5, text, where)
+    assert rows * ours.forward == pytest.approx(live.peak, rel=0.15)
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        with LiveBytes(known) as live:
+            backbone.predict(model, latents, 0.5, text, where).float().square().mean().backward()
+        assert rows * ours.update(checkpointing) == pytest.approx(live.peak, rel=0.15)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -553,7 +633,7 @@ def test_recipes_state_their_estimate(recipe, monkeypatch, capsys):
     summary = capsys.readouterr().out.strip().splitlines()[-1]
     assert f"# {summary}\n" in comment and "does not fit" not in summary
     config: Config = load_config(recipe)
-    assert {reward.name for reward in config.rewards} == {"hps", "clip"}
+    assert "clip" in {reward.name for reward in config.rewards}
 
 
 if __name__ == "__main__":

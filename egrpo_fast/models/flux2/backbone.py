@@ -19,8 +19,6 @@ from egrpo_fast.models.protocol import ActivationUnits, Backbone, GuidanceKind
 from egrpo_fast.models.scheduler import grid, scheduler_config
 from egrpo_fast.models.text import Conditioning, TextEncoder
 
-_KEPT = {"Flux2TransformerBlock": 29.0, "Flux2SingleTransformerBlock": 25.0}
-
 
 class Flux2Backbone(Backbone):
     """FLUX.2-dev."""
@@ -31,7 +29,12 @@ class Flux2Backbone(Backbone):
     lora_targets = (
         "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "to_qkv_mlp_proj"
     )  # fmt: skip
-    units = ActivationUnits(forward={2: 17.5, 4: 15.2}, kept={2: _KEPT, 4: _KEPT}, kept_per_head=16, backward=8.5)
+    units = ActivationUnits(
+        forward={2: 22.6, 4: 22.3},
+        kept={2: {"Flux2TransformerBlock": 33.0, "Flux2SingleTransformerBlock": 30.9},
+              4: {"Flux2TransformerBlock": 29.0, "Flux2SingleTransformerBlock": 25.0}},
+        kept_per_head=16, backward=16.0,
+    )  # fmt: skip
 
     @classmethod
     def guidance_kind(cls, folder: Path) -> GuidanceKind:

@@ -25,9 +25,9 @@ class QwenImageBackbone(Backbone):
     input_sizes = ("in_channels", "joint_attention_dim")
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
     units = ActivationUnits(
-        forward={2: 20.0, 4: 20.0},
-        kept={2: {"QwenImageTransformerBlock": 30.0}, 4: {"QwenImageTransformerBlock": 30.0}},
-        kept_per_head=16, backward=8.5,
+        forward={2: 17.9, 4: 15.6},
+        kept={2: {"QwenImageTransformerBlock": 29.0}, 4: {"QwenImageTransformerBlock": 25.0}},
+        kept_per_head=16, backward=7.0,
     )  # fmt: skip
 
     @classmethod

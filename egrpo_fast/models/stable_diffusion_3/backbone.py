@@ -27,8 +27,8 @@ class StableDiffusion3Backbone(Backbone):
     input_sizes = ("in_channels", "joint_attention_dim", "pooled_projection_dim")
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
     units = ActivationUnits(
-        forward={2: 20.0, 4: 20.0}, kept={2: {"JointTransformerBlock": 30.0}, 4: {"JointTransformerBlock": 30.0}},
-        kept_per_head=16, backward=8.5,
+        forward={2: 12.0, 4: 10.8}, kept={2: {"plain": 29.0, "dual": 38.2}, 4: {"plain": 25.0, "dual": 31.6}},
+        kept_per_head=16, backward=2.3,
     )  # fmt: skip
 
     @classmethod
@@ -52,6 +52,10 @@ class StableDiffusion3Backbone(Backbone):
     @classmethod
     def blocks(cls, transformer: SD3Transformer2DModel) -> list[nn.Module]:
         return list(transformer.transformer_blocks)
+
+    @classmethod
+    def kind(cls, block: Any) -> str:
+        return "dual" if block.use_dual_attention else "plain"
 
     def __init__(self, *parts: Any) -> None:
         super().__init__(*parts)

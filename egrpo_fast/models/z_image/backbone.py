@@ -24,8 +24,8 @@ class ZImageBackbone(Backbone):
     input_sizes = ("in_channels", "cap_feat_dim")
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     units = ActivationUnits(
-        forward={2: 20.0, 4: 20.0}, kept={2: {"ZImageTransformerBlock": 30.0}, 4: {"ZImageTransformerBlock": 30.0}},
-        kept_per_head=16, backward=8.5,
+        forward={2: 17.7, 4: 17.4}, kept={2: {"ZImageTransformerBlock": 44.7}, 4: {"ZImageTransformerBlock": 32.7}},
+        kept_per_head=16, backward=6.6,
     )  # fmt: skip
 
     @classmethod
@@ -39,6 +39,10 @@ class ZImageBackbone(Backbone):
     @classmethod
     def size(cls, transformer: ZImageTransformer2DModel) -> tuple[int, int]:
         return transformer.config.dim, transformer.config.n_heads
+
+    def tokens_by_block(self, image: int, text: int) -> list[int]:
+        parts = ("noise_refiner", image), ("context_refiner", text), ("layers", image + text)
+        return [tokens for name, tokens in parts for _ in getattr(self.transformer, name)]
 
     def __init__(self, *parts: Any) -> None:
         super().__init__(*parts)
