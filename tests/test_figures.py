@@ -12,8 +12,10 @@ import pytest
 
 from egrpo_fast.commands import cost
 from egrpo_fast.commands.cluster import GIB, GPUS, Cluster
-from egrpo_fast.config import load_config, plan_of
+from egrpo_fast.config import ModelConfig, load_config, plan_of
+from egrpo_fast.models.folder import configs_of, family_of
 from egrpo_fast.models.sizes import Sizes
+from egrpo_fast.schedule import make_schedule
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -69,6 +71,7 @@ HERE = {
     ("docs/kernels.md", "| kernel | sm_80"),
     ("docs/kernels.md", "| case | triton"),
     ("docs/methods.md", "| `method.name`"),
+    ("docs/models.md", "| model | parameters"),
     ("docs/tails.md", "| stride |"),
     ("docs/tails.md", "| tail | evaluations | rollout"),
     ("docs/tails.md", "| tail | evaluations | correlation"),
@@ -84,6 +87,7 @@ DEFINITIONS = {
     "docs/flux.md": ["| recipe | what is trained"],
     "docs/kernels.md": ["| op | computes"],
     "docs/methods.md": ["| form |"],
+    "docs/models.md": ["| family | models", "| recipe | what it trains"],
     "docs/performance.md": ["| setting | what it does"],
     "docs/prompts.md": ["| | what it holds"],
     "docs/python.md": ["| argument | called with"],
@@ -432,6 +436,30 @@ def test_bytes_of_stored_samples():
     latents = Sizes(load_config("flux-dev").model).backbone.latent_shape
     samples = sum(group.size for group in plan_of(load_config("flux-dev"), 0).groups)
     assert f"{samples * prod(latents) * 4 / 1e6:.0f} MB for {samples} samples" in text("docs/kernels.md")
+
+
+def test_the_models():
+    """The table is the script's of its record; two models of it are counted again, and the entropies told beside it."""
+    spec = importlib.util.spec_from_file_location("models", ROOT / "benchmarks" / "models.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    found = recorded("models.json")["models"]
+    assert script.table(found) in (ROOT / "docs" / "models.md").read_text()
+    for path in ("stabilityai/stable-diffusion-3.5-medium", "Tongyi-MAI/Z-Image"):
+        assert script.measure(path) == found[path]
+    for path, steps, told in (
+        ("black-forest-labs/FLUX.2-klein-4B", 4, "2.89, 3.77, 3.26 and 3.91"),
+        ("Tongyi-MAI/Z-Image-Turbo", 8, "2.89, 3.10, 2.24 and 1.87"),
+    ):
+        folder = configs_of(path)
+        model = ModelConfig(path=path, height=512, width=512)
+        schedule = make_schedule(steps, family_of(folder).times(folder, model, steps))
+        *first, last = (f"{schedule.entropy(index, 1):.2f}" for index in range(4))
+        assert f"{', '.join(first)} and {last}" == told and told in text("docs/models.md")
+        assert schedule.merges[:4] == ((1,) * 4 if steps == 4 else (1, 1, 1, 2))
+    klein = make_schedule(4, family_of(configs_of("black-forest-labs/FLUX.2-klein-4B")).times(
+        configs_of("black-forest-labs/FLUX.2-klein-4B"), ModelConfig(path="x", height=512, width=512), 4))  # fmt: skip
+    assert f"a noise of {klein.sde(3, 1).s:.2f}" in text("docs/models.md")
 
 
 def test_counts():
