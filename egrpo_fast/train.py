@@ -157,7 +157,7 @@ def make_trainer(
 
     from egrpo_fast.distributed.loading import materialize
     from egrpo_fast.distributed.signals import Interruption
-    from egrpo_fast.models.folder import resolve
+    from egrpo_fast.models.folder import resolve, with_times
     from egrpo_fast.models.lora import describe, linear_layers
     from egrpo_fast.models.tail import slow_tail, with_local_tail
     from egrpo_fast.policy import Policy
@@ -170,6 +170,7 @@ def make_trainer(
     rewards = open_rewards(config, world, heart, train_prompts[0])
     heart.at("finding", config.model.path, limit=DOWNLOAD_LIMIT)
     policy = policy or Policy.of(config, resolve(pipeline_path(config.model.path)))
+    config = with_times(config, policy.folder)
     if config.tail.path is not None:
         heart.at("finding", config.tail.path, limit=DOWNLOAD_LIMIT)
     local = with_local_tail(config)
@@ -220,10 +221,6 @@ def run(config: Config, callbacks: "Callbacks | None" = None) -> "tuple[Training
 
     ValueError: what the user must mend; of its kinds, RewardError where a reward fails, perhaps on this rank alone.
     """
-    if config.schedule.shift == "auto":
-        from egrpo_fast.models.folder import with_times
-
-        config = with_times(config)
     checked = check_inputs(config)
     from egrpo_fast.distributed.heartbeat import Heartbeat, group_store
     from egrpo_fast.distributed.world import World

@@ -176,13 +176,15 @@ def cheapest_strides(
 class _Search:
     """Measures tails of one policy, and looks for the cheapest that reaches a target."""
 
-    def __init__(self, recipe: str, overrides: Sequence[str], sampler: _Sampler, prompts: PromptOrder, count: int):
-        self._recipe, self._overrides, self._sampler = recipe, overrides, sampler
+    def __init__(
+        self, recipe: str, overrides: Sequence[str], folder: Path, sampler: _Sampler, prompts: PromptOrder, count: int
+    ) -> None:
+        self._recipe, self._overrides, self._folder, self._sampler = recipe, overrides, folder, sampler
         self._prompts, self._count = prompts, count
         self._exact: dict[int, _Sampled] = {}
 
     def config(self, settings: str) -> Config:
-        return with_times(load_config(self._recipe, [*self._overrides, *settings.split()]))
+        return with_times(load_config(self._recipe, [*self._overrides, *settings.split()]), self._folder)
 
     def measure(self, settings: str, part: int = 0) -> Measured:
         """The tail on the `part`-th lot of prompts."""
@@ -306,7 +308,7 @@ def fidelity(
             check_base(run, folder)
         order = PromptOrder(lines, config.seed, config.prompts.shuffle)
         sampler = _Sampler(config, policy, reader, lines[0], torch.device(device))
-    search = _Search(recipe, overrides, sampler, order, num_prompts)
+    search = _Search(recipe, overrides, folder, sampler, order, num_prompts)
     measured = [search.measure(settings) for settings in candidates]
     chosen = search.suggest(measured, target)
     header = ["tail", "rank correlation", "sign flips", "reward bias", "tail evaluations", "rollout"]

@@ -144,9 +144,12 @@ def check_folder(folder: Path, model: ModelConfig, field: str = "model.path") ->
     return family
 
 
-def with_times(config: Config) -> Config:
-    """The same with the grid of the model's own scheduler where `schedule.shift` is `auto`. ValueError: it has none."""
+def with_times(config: Config, folder: Path | None = None) -> Config:
+    """The same with the grid of the model's own scheduler where `schedule.shift` is `auto`. ValueError: it has none.
+
+    folder: of the model; None: its configs alone, from wherever they are.
+    """
     if config.schedule.shift != "auto":
         return config
-    folder = configs_of(pipeline_path(config.model.path))
+    folder = folder or configs_of(pipeline_path(config.model.path))
     return config.with_times(family_of(folder).times(folder, config.model, config.schedule.num_steps))

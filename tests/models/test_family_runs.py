@@ -46,13 +46,12 @@ def config(folder, name, *others):
 def main(folder):
     from egrpo_fast.distributed.heartbeat import Heartbeat, group_store
     from egrpo_fast.distributed.world import World
-    from egrpo_fast.models.folder import with_times
     from egrpo_fast.train import check_inputs, make_trainer
 
     world = World()
 
     def run(name, *others):
-        settings = with_times(config(folder, name, *others))
+        settings = config(folder, name, *others)
         trainer = make_trainer(settings, world, heart, *check_inputs(settings))
         assert trainer.train() == 0
         save_file({"images": trainer.evaluate().images.contiguous()}, folder / f"{name}.safetensors")
