@@ -165,7 +165,7 @@ class Cost:
                 "gathered weights": weights if whole else gathered,
                 "the tail's copy": 0.0 if config.tail.path is not None else tails,
                 "the tail's cache": self._tail_cache(),
-                "activations": micro_batch * self.sizes.backbone.rows_per_velocity * activations.forward,
+                "activations": micro_batch * self.sizes.backbone.rows_per_call * activations.forward,
                 "velocities": 2.0 * size * live * latents,
                 "images' latents": kept,
             },

@@ -125,7 +125,7 @@ class Backbone(ABC):
 
         OSError, KeyError, TypeError: a config cannot be read.
         """
-        factor = cls.pixels_per_latent * scale_factor(read_json(folder / "vae" / "config.json"))
+        factor = cls._pixels_per_token(folder)
         for name, size in (("height", model.height), ("width", model.width)):
             if size % factor:
                 raise ValueError(f"model.{name}: {size} is not a multiple of {factor}")
@@ -157,9 +157,14 @@ class Backbone(ABC):
         return Guidance(scale, two=kind == "classifier_free" and scale > cls.unguided_scale, settings=model.guidance)
 
     @classmethod
+    def _pixels_per_token(cls, folder: Path) -> int:
+        """Along a side."""
+        return cls.pixels_per_latent * scale_factor(read_json(folder / "vae" / "config.json"))
+
+    @classmethod
     def tokens(cls, folder: Path, model: ModelConfig) -> int:
         """Of an image, without those of its text."""
-        factor = cls.pixels_per_latent * scale_factor(read_json(folder / "vae" / "config.json"))
+        factor = cls._pixels_per_token(folder)
         return (model.height // factor) * (model.width // factor)
 
     @classmethod
@@ -252,6 +257,11 @@ class Backbone(ABC):
     def rows_per_velocity(self) -> int:
         """Rows that the transformer computes for one velocity."""
         return 2 if self._guidance.two else 1
+
+    @property
+    def rows_per_call(self) -> int:
+        """Of them, those that one call computes at a time."""
+        return 2 if self._guidance.two and self._guidance.settings.calls == 1 else 1
 
     @property
     def trained_rows_per_velocity(self) -> int:

@@ -159,6 +159,9 @@ def test_guidance_costs_a_second_evaluation():
     half = estimate("model.guidance.train=conditional")
     forward = guided.flops["evaluation"] * guided.plan.trained_states
     assert half.flops["update"] == pytest.approx(forward + (guided.flops["update"] - forward) / 2, rel=1e-6)
+    tried = (guided, plain, estimate("model.guidance.calls=2"))
+    rollouts = [one.memory.phases["rollout"]["activations"] for one in tried]
+    assert rollouts == [2 * rollouts[1], rollouts[1], rollouts[1]]
     update = "update"
     assert guided.memory.phases[update]["activations"] == 2 * plain.memory.phases[update]["activations"]
     assert half.memory.phases[update]["activations"] == plain.memory.phases[update]["activations"]
