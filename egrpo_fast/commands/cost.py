@@ -152,8 +152,8 @@ class Cost:
         whole = config.rollout.parameters == "gathered" and (gathered > 0)
         sub_group = min(self.sub_group, share) if stage == 3 else share
         away = on_host or on_disk
-        # torch's AdamW: the square root, and on a CPU its quotient too; bitsandbytes works in place.
-        temporaries = 0 if config.optimizer.name == "adamw8bit" else 2 if self.cluster.kind == "cpu" else 1
+        # torch's plain AdamW, on a CPU: the square root and its quotient. The fused one and bitsandbytes work in place.
+        temporaries = 2 if self.cluster.kind == "cpu" and config.optimizer.name == "adamw" else 0
         # Every prompt's image latents stay until the update; so do the shared states.
         samples = sum(group.size for group in self.plan.groups) if config.objective.log_prob == "stored" else 0
         rows_kept = len(self.plan.image_rows) + samples

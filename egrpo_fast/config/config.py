@@ -193,6 +193,11 @@ class Config(Section):
             name = next(name for name in ("lora", "quantization", "cache") if name in self.tail.approximated)
             message = "its model follows the policy from rollout to rollout; needs rollout.parameters gathered"
             raise ValueError(f"tail.{name}: {message}")
+        guidance = self.model.guidance
+        if self.tail.cache is not None and (guidance.calls == 2 or guidance.truncation < 1.0):
+            setting = "calls: 2" if guidance.calls == 2 else f"truncation: {guidance.truncation:g}"
+            message = f"it foresees calls that all compute the same rows, which model.guidance.{setting} does not"
+            raise ValueError(f"tail.cache: {message}")
         if schedule.sde_form == "cps" and schedule.eta > 1.0:
             raise ValueError(f"schedule.eta: {schedule.eta:g}; with sde_form cps at most 1")
         if schedule.shift != "auto":

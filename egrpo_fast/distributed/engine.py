@@ -133,7 +133,9 @@ def _make_optimizer(parameters: list[nn.Parameter], settings: OptimizerConfig, o
 
         return AdamW8bit(parameters, **arguments)
     # torch's own AdamW: DeepSpeed's are compiled on first use, which needs a toolchain where the run is.
-    return torch.optim.AdamW(parameters, **arguments, fused=True if on_host else None)
+    # Fused it needs no temporaries. Between CPU ranks without offload the plain one is what is tested bit by bit.
+    fused = on_host or all(parameter.device.type == "cuda" for parameter in parameters)
+    return torch.optim.AdamW(parameters, **arguments, fused=fused or None)
 
 
 def learning_rate_factor(settings: OptimizerConfig, total_steps: int, step: int) -> float:
@@ -270,6 +272,11 @@ class Engine:
         """Whether the optimizer's state is one of pieces, which any number of ranks can take up."""
         return isinstance(self._client, torch.optim.AdamW)
 
+    def _step_count(self, steps: int, flat: Tensor) -> Tensor:
+        """As torch's AdamW keeps it: the fused one beside its weights, the other on the host."""
+        device = flat.device if self._client.defaults["fused"] else torch.device("cpu")
+        return torch.tensor(float(steps), dtype=torch.float32, device=device)
+
     @torch.no_grad()
     def restore(self, reader: CheckpointReader, steps: int) -> None:
         """Take weights, averages and optimizer state from a checkpoint. steps: optimizer steps it was made after.
@@ -295,7 +302,7 @@ class Engine:
                         group, _, name = key.partition(".")
                         if int(group) == index:
                             state[name] = value.to(flat.device)
-                    state["step"] = torch.tensor(float(steps), dtype=torch.float32) if self._portable else steps
+                    state["step"] = self._step_count(steps, flat) if self._portable else steps
                 targets = {WEIGHT: flat, **{kind: state[kind] for kind in kinds if kind in state}}
                 if self._ema:
                     targets[EMA] = self._ema[index]

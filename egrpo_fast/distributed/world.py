@@ -15,6 +15,19 @@ from torch import Tensor
 
 DEFAULT_PORT = "29500"
 """Of torch's and DeepSpeed's launchers."""
+GROWING_SEGMENTS = "expandable_segments:True"
+"""Rollout and update need blocks of other sizes in turn. Segments that grow leave fewer holes in a GPU's memory."""
+EXACT_PINNED = "pinned_max_round_threshold_mb:64"
+"""torch rounds pinned host memory up to a power of two. From 64 MiB on it is to take what is asked for."""
+
+
+def set_allocator() -> None:
+    """torch's allocator settings for a run, unless the environment has some."""
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        try:
+            torch._C._accelerator_setAllocatorSettings(f"{GROWING_SEGMENTS},{EXACT_PINNED}")
+        except ValueError:  # torch 2.10 does not know the second
+            torch._C._accelerator_setAllocatorSettings(GROWING_SEGMENTS)
 
 
 def free_port() -> int:
@@ -58,6 +71,7 @@ class World:
             os.environ.setdefault(name, str(value))
         os.environ["MASTER_PORT"] = _meeting_port()
         if torch.cuda.is_available():
+            set_allocator()
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         else:

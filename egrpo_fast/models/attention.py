@@ -36,16 +36,19 @@ def use_arithmetic(model: ModelConfig) -> None:
 
 
 def use_attention(transformer: Any, name: str) -> None:
-    """Have every attention layer computed by that `model.attention`."""
+    """Have every attention layer computed by that `model.attention`. ValueError: this model's takes no other."""
     if name != "native":
+        if not any(_processors(transformer)):
+            message = f"diffusers computes that of a {type(transformer).__name__} by PyTorch alone; use native"
+            raise ValueError(f"model.attention: {name}: {message}")
         transformer.set_attention_backend(ATTENTION.get(name, name))
 
 
 def use_same_attention(transformer: Any, as_in: Any) -> None:
     """Have every attention layer of one computed as those of another are."""
-    (chosen,) = {processor._attention_backend for processor in _processors(as_in)}
-    for processor in _processors(transformer):
-        processor._attention_backend = chosen
+    for chosen in {processor._attention_backend for processor in _processors(as_in)}:
+        for processor in _processors(transformer):
+            processor._attention_backend = chosen
 
 
 def _processors(transformer: Any) -> Iterator[Any]:

@@ -2,6 +2,7 @@
 
 import inspect
 import pkgutil
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -58,6 +59,9 @@ class Activations:
         turns = (number * self.block_input + kept for number, kept in enumerate(self.kept, 1))
         return (max(turns) if checkpointing else sum(self.kept)) + self.backward
 
+
+MODULATION = re.compile("norm|mod")
+"""Part of the names of a block's layers that modulate it: their input is one vector for all tokens."""
 
 GuidanceKind = Literal["embedded", "classifier_free", "none"]
 """The transformer reads the scale; or a velocity is made of two; or the model is distilled to work without."""
@@ -201,6 +205,16 @@ class Backbone(ABC):
     def kind(cls, block: nn.Module) -> str:
         """A block's key in `units`."""
         return type(block).__name__
+
+    @classmethod
+    def linear_layers(cls, transformer: Any) -> set[str]:
+        """Names of the linear layers of its blocks, without those of modulation: what 8 bits are for."""
+        blocks = cls.blocks(transformer)
+        inside = {
+            layer for block in blocks for name, layer in block.named_modules()
+            if isinstance(layer, nn.Linear) and not MODULATION.search(name)
+        }  # fmt: skip
+        return {name for name, layer in transformer.named_modules() if layer in inside}
 
     @classmethod
     def compiled(cls, transformer: Any) -> nn.Module:

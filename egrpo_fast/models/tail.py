@@ -89,11 +89,12 @@ class TailCache:
         self._transformer._reset_stateful_cache()
 
     def _ask(self, block: nn.Module, inputs: tuple[()], named: Mapping[str, Tensor]) -> None:
-        self.asked += len(named["hidden_states"])
+        self._rows = len(named["hidden_states"])
+        self.asked += self._rows
 
     def _compute(self, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         """The first thing inside a block, so it runs where the block is not skipped."""
-        self.computed += len(inputs[0])
+        self.computed += self._rows
 
 
 class TailModel:
@@ -119,6 +120,7 @@ class TailModel:
             _check_like(transformer, policy, str(folder), family, family_of(pipeline))
         self._lora = read_lora("tail.lora", settings.lora, transformer, family) if settings.lora else {}
         use_same_attention(transformer, policy)
+        self._linear_layers = family.linear_layers(transformer)
         if compiled and settings.cache is None:
             transformer = family.compiled(transformer)
         self.transformer = transformer.requires_grad_(False).eval()
@@ -169,8 +171,7 @@ class TailModel:
                 down, up, scale = self._lora[owner]
                 value = fused(value, down.to(self._device), up.to(self._device), scale)
             layer = self._put(name, nn.Parameter(value, requires_grad=False))
-            quantised = "transformer_blocks." in owner and "norm" not in owner and isinstance(layer, nn.Linear)
-            if self._quantization is not None and leaf == "weight" and quantised:
+            if self._quantization is not None and leaf == "weight" and owner in self._linear_layers:
                 self._quantization(nn.ModuleList([layer]))
 
     def _put(self, name: str, parameter: nn.Parameter) -> nn.Module:

@@ -283,6 +283,8 @@ def across(draw):
                 ({"rollout.parameters": "sharded", "tail.lora": unknown}, "tail.lora"),
                 ({"rollout.parameters": "sharded", "tail.quantization": "int8"}, "tail.quantization"),
                 ({"rollout.parameters": "sharded", "tail.cache": "taylor_seer"}, "tail.cache"),
+                ({"tail.cache": "taylor_seer", "model.guidance.calls": 2}, "tail.cache"),
+                ({"tail.cache": "taylor_seer", "model.guidance.truncation": 0.5}, "tail.cache"),
                 ({"rewards": [{"name": unknown, "weight": 0}]}, "rewards"),
                 ({"rewards": [{"name": unknown}] * draw(st.integers(2, 4))}, "rewards"),
                 ({"evaluation.stop_when": {"reward": unknown}}, "evaluation.stop_when.reward"),

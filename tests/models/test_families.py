@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from egrpo_fast import noise
-from egrpo_fast.config import LoraConfig, ModelConfig
+from egrpo_fast.config import LoraConfig, ModelConfig, TailConfig, TaylorSeerConfig
+from egrpo_fast.models.attention import use_attention
 from egrpo_fast.models.lora import save_lora
 from egrpo_fast.models.random import make_pipeline
 from egrpo_fast.models.transformer import meta_transformer
@@ -180,6 +181,73 @@ def test_a_lora_of_a_family_is_read_at_its_scale_and_another_familys_is_refused(
     make_pipeline(other).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match=r"model.lora.path: .* cannot be read as a LoRA of this transformer"):
         meta_transformer(tmp_path / "other", LoraConfig(path=str(tmp_path)))
+
+
+def tail_velocity(policy, latents, prompts, **settings):
+    """The tail's model beside the policy, and its velocity while it follows."""
+    policy.use_tail(TailConfig(**settings))
+    policy.load_tail(torch.device("cpu"))
+    conditioning, rows = policy.encode(prompts), torch.arange(len(prompts))
+    with torch.no_grad(), policy.tail_follows(policy.transformer):
+        return policy.tail, policy.tail_velocity(conditioning).velocity(latents, 0.5, rows)
+
+
+def test_tails_in_8_bits_and_with_a_lora_of_their_own(made, tmp_path):
+    """Every linear layer of the blocks is quantised but those of modulation; a LoRA is added at its scale."""
+    pytest.importorskip("torchao")
+    name, _ = made
+    settings = {"height": 80, "width": 96, "guidance_scale": FAMILIES[name].guidance[1]}
+    policy = open_model(made, **settings)
+    x = noise.initial_noise(5, 0, torch.arange(len(PROMPTS)), policy.latent_shape)
+    with torch.no_grad():
+        exact = policy.velocity(policy.encode(PROMPTS))(x, 0.5, torch.arange(len(PROMPTS)))
+    policy.use_tail(TailConfig(quantization="int8"))
+    policy.load_tail(torch.device("cpu"))
+    with policy.tail_follows(policy.transformer):
+        in_8_bits = {key.removesuffix(".weight") for key, value in policy.tail.transformer.named_parameters()
+                     if type(value) is not torch.nn.Parameter}  # fmt: skip
+        counted = sum(policy.transformer.get_submodule(layer).weight.numel() for layer in in_8_bits)
+    blocks = sum(p.numel() for block in policy.backbone.blocks(policy.transformer) for p in block.parameters())
+    assert in_8_bits and not any("norm" in layer or "mod" in layer for layer in in_8_bits) and counted > 0.5 * blocks
+    _, found = tail_velocity(policy, x, PROMPTS, quantization="int8")
+    assert 0 < (found - exact).norm() / exact.norm() < 0.05
+    trained = open_model(made, **settings, lora={"rank": 3, "alpha": 6.0})
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        adapters = {key: value.copy_(torch.randn(value.shape, generator=generator) * 0.2)
+                    for key, value in trained.transformer.named_parameters() if ".lora_" in key}  # fmt: skip
+        expected = trained.velocity(trained.encode(PROMPTS))(x, 0.5, torch.arange(len(PROMPTS)))
+    save_lora(tmp_path, adapters, trained.lora, trained.backbone.pipeline)
+    _, found = tail_velocity(policy, x, PROMPTS, lora=str(tmp_path))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    assert (found - exact).norm() / exact.norm() > 0.01
+
+
+def test_a_cache_that_warms_up_for_all_steps_skips_nothing(made):
+    """Of those families whose blocks diffusers' hooks can skip; the others refuse it by name."""
+    name, _ = made
+    policy = open_model(made, height=80, width=96, guidance_scale=FAMILIES[name].guidance[1])
+    x = noise.initial_noise(5, 0, torch.arange(len(PROMPTS)), policy.latent_shape)
+    cache = TaylorSeerConfig(name="taylor_seer", warm_up=100)
+    if not hasattr(policy.transformer, "enable_cache"):
+        with pytest.raises(ValueError, match="tail.cache: taylor_seer is diffusers', which has none for a "):
+            policy.use_tail(TailConfig(cache=cache))
+        return
+    with torch.no_grad():
+        exact = policy.velocity(policy.encode(PROMPTS))(x, 0.5, torch.arange(len(PROMPTS)))
+    policy.use_tail(TailConfig(cache=cache))
+    policy.load_tail(torch.device("cpu"))
+    tail, rows = policy.tail, torch.arange(len(PROMPTS))
+    with torch.no_grad(), policy.tail_follows(policy.transformer), tail.cache.sequence(0, 0):
+        found = policy.tail_velocity(policy.encode(PROMPTS)).velocity(x, 0.5, rows)
+    torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-5)
+    evaluations = len(PROMPTS) * policy.backbone.rows_per_velocity * len(policy.backbone.blocks(policy.transformer))
+    assert tail.cache.asked == tail.cache.computed == evaluations
+
+
+def test_another_attention_is_refused_where_diffusers_has_none():
+    with pytest.raises(ValueError, match="model.attention: efficient: .* SD3Transformer2DModel by PyTorch alone"):
+        use_attention(make_pipeline("sd3").transformer, "efficient")
 
 
 SD3, KLEIN, DEV = "sd3", "flux2-klein", "flux2-dev"
