@@ -115,6 +115,13 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     print(f"\n{message}\n{arguments.out}: {whole if arguments.part is None else 'the images of this part in models/'}")
 
 
+def _watch(arguments: argparse.Namespace) -> None:
+    from egrpo_fast.commands.watch import PAGE, watch
+
+    print(f"{arguments.run_folder / PAGE}: open it in a browser; it is drawn again while the run goes on")
+    watch(arguments.run_folder, None if arguments.once else arguments.every)
+
+
 def _serve(arguments: argparse.Namespace) -> None:
     try:
         from egrpo_fast.commands import serve_rewards
@@ -322,6 +329,14 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     add("--checkpoint", default="newest", metavar="WHICH", help="newest, best, or an iteration (%(default)s)")
 
     add("--fuse", action="store_true", help="write a LoRA run as a whole pipeline, the adapters in the base's weights")
+
+    about = "draw a run as one page that grows: curves, alarms, best and worst training images, held-out grids"
+    watch = commands.add_parser("watch", help=about, description=about)
+    watch.set_defaults(run=_watch)
+    add = watch.add_argument
+    add("run_folder", type=_path, metavar="RUN", help="the run's output_dir; the page is its watch.html")
+    add("--every", type=_number(1, 86400, float), default=30.0, metavar="SECONDS", help="(%(default)s)")
+    add("--once", action="store_true", help="draw it once and end")
 
     about = "compare fast ODE tails with the exact one, by how they rank the samples of a group, and suggest one"
     fidelity = commands.add_parser("fidelity", help=about, description=about)

@@ -26,7 +26,7 @@ from egrpo_fast.rewards import Reward, RewardError, fill_dropped, score, score_o
 from egrpo_fast.rollout import NoiseKey, Rollout, TailVelocity, Velocity, Wavefront, find_micro_batch
 from egrpo_fast.runs.metrics import Stopwatch
 from egrpo_fast.runs.progress import OutOfMemory, Progress
-from egrpo_fast.runs.report import HeldOut
+from egrpo_fast.runs.report import HeldOut, Sample
 from egrpo_fast.schedule import make_schedule
 
 
@@ -195,10 +195,29 @@ class Sampler:
         grid = torch.stack([image for _, image in collected]) if self._world.is_main else None
         return HeldOut(dict(zip(names, means)), grid)
 
-    def statistics(self, batch: Sequence[Experience]) -> tuple[dict[str, float], dict[str, dict[int, float]]]:
-        """Over all ranks: each reward's mean and spread; and its spread within every group, by reward and grid index.
+    def samples(self, batch: Sequence[Experience]) -> list[Sample]:
+        """Of the first prompts the images with the highest and the lowest mixed reward, decoded once more; on rank 0.
 
-        By the latter group sizes can be dealt.
+        Every `samples.every` iterations, and in the first.
+        """
+        settings, done = self.config.samples, self._progress.iteration
+        if not settings.every or (done != 1 and done % settings.every) or not self._world.is_main:
+            return []
+        found: list[Sample] = []
+        for experience in batch:
+            mixed = self._objective.mixed(experience.rewards)
+            for p, prompt in enumerate(experience.prompts[: settings.prompts - len(found) // 2]):
+                at = torch.stack((mixed[p].argmax(), mixed[p].argmin()))
+                images = self.policy.decode(experience.rollout.final_latents[p, at], not self._tail_guard.fallen)
+                for place, image, scores in zip(("best", "worst"), images, experience.rewards[:, p, at].T.tolist()):
+                    found.append(Sample(prompt, place, dict(zip(self._trained, scores)), image))
+        return found
+
+    def statistics(self, batch: Sequence[Experience]) -> tuple[dict[str, float], dict[str, dict[int, float]]]:
+        """Over all ranks: each reward's mean and spread, how far images that are compared lie apart (the standard
+        deviation of their latents), and each reward's spread within every group, by reward and grid index.
+
+        By the last group sizes can be dealt.
         """
         plan = batch[0].rollout.plan
         rewards = torch.cat([experience.rewards for experience in batch], dim=1)
@@ -206,11 +225,15 @@ class Sampler:
         by_step = torch.stack(
             [values.std(-1).unflatten(0, (len(rewards), -1)).mean((1, 2)) for values in plan.by_group(rewards)]
         )
+        latents = torch.cat([experience.rollout.final_latents for experience in batch]).float().movedim(1, -1)
+        apart = torch.stack([images.std(-1).mean() for images in plan.compared(latents)]).mean()
         found = torch.cat((torch.stack((rewards.mean((1, 2)), spread)), by_step))
-        means, spreads, *of_steps = self._world.mean(found.flatten()).unflatten(0, found.shape).tolist()
+        told = self._world.mean(torch.cat((apart[None], found.flatten())))
+        means, spreads, *of_steps = told[1:].unflatten(0, found.shape).tolist()
         values = {f"reward/{name}": value for name, value in zip(self._trained, means)} | {
             f"reward_spread/{name}": value for name, value in zip(self._trained, spreads)
         }
+        values["latent_spread"] = told[0].item()
         if self.config.objective.on_error == "drop":
             dropped = torch.stack([experience.dropped for experience in batch]).mean()
             values["dropped_share"] = self._world.mean(dropped).item()

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from egrpo_fast.folder_lock import Claim
     from egrpo_fast.policy import Policy
     from egrpo_fast.rewards import Reward
+    from egrpo_fast.runs.metrics import Work
     from egrpo_fast.trainer import Callbacks, TrainingLoop
 
 log = logging.getLogger(__name__)
@@ -138,6 +139,22 @@ def open_rewards(config: Config, world: "World", heart: "Heartbeat", prompt: str
     return rewards
 
 
+def count_work(config: Config, world: "World") -> "Work":
+    """What an iteration computes, by the planner, and its GPU's peak in bfloat16, where it is one of the planner's."""
+    import torch
+
+    from egrpo_fast.commands.cluster import GPUS, Cluster
+    from egrpo_fast.commands.cost import Cost
+    from egrpo_fast.runs.metrics import Work
+
+    cost = Cost(config, Cluster(world.size))
+    flops = sum(cost.flops[part] for part in ("rollout", "update", "decode")) * cost.prompts
+    name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
+    found = [gpu.flops for kind, gpu in GPUS.items() if kind in name.replace(" ", "")]
+    peak = found[0] if found and config.model.dtype == "bfloat16" else None
+    return Work(config.prompts.per_iteration * len(cost.plan.image_rows), flops, peak)
+
+
 def make_trainer(
     config: Config,
     world: "World",
@@ -203,7 +220,7 @@ def make_trainer(
     policy.load_tail(world.device)
     trainer = TrainingLoop(
         config, world, heart, policy, rewards, interruption, train_prompts, held_out_prompts, claim,
-        callbacks or Callbacks(),
+        callbacks or Callbacks(), count_work(config, world) if world.is_main else None,
     )  # fmt: skip
     problem = ""
     if world.is_main:

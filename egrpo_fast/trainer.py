@@ -25,7 +25,7 @@ from egrpo_fast.policy import Policy
 from egrpo_fast.prompts.order import PromptOrder
 from egrpo_fast.rewards import Reward
 from egrpo_fast.runs.guards import BadSteps, Guard, verdict
-from egrpo_fast.runs.metrics import RunLog
+from egrpo_fast.runs.metrics import RunLog, Work
 from egrpo_fast.runs.progress import Progress, ShutdownRequested
 from egrpo_fast.runs.report import SUMMARY, HeldOut, Report
 from egrpo_fast.sampler import Experience, Sampler
@@ -66,9 +66,12 @@ class TrainingLoop:
         held_out_prompts: Sequence[str],
         claim: Claim | None = None,
         callbacks: Callbacks = Callbacks(),
+        work: Work | None = None,
     ) -> None:
+        """work: what an iteration computes; None: that is not counted."""
         self.config, self.world, self.heart, self.policy = config, world, heart, policy
         self.claim, self.callbacks = claim, callbacks
+        self.work = work or Work(config.prompts.per_iteration * len(plan_of(config, 0).image_rows))
         self.progress = Progress(world, heart, interruption)
         self.order = PromptOrder(train_prompts, config.seed, config.prompts.shuffle)
         self.held_out = list(held_out_prompts[: config.evaluation.num_prompts])
@@ -234,7 +237,8 @@ class TrainingLoop:
         BadSteps after too many of those in a row.
         """
         of_rewards, spread_by_step = self.sampler.statistics(batch)
-        values = values | of_rewards | self.progress.stopwatch.read()
+        seconds = self.progress.stopwatch.read()
+        values = values | of_rewards | seconds | self.work.speed(seconds, self.world.device)
         skipped, notes = int(values["skipped_steps"]), dict[str, Any](spread_by_step=spread_by_step)
         alarms, why = [*alarms, *self.guard.alarms(values)], f"a loss or gradient of iteration {self.iteration}"
         if skipped:  # the same on every rank
@@ -244,7 +248,7 @@ class TrainingLoop:
                 why = f"latents or rewards of {', '.join(map(repr, concerned[:4]))} at iteration {self.iteration}"
             notes["skipped_prompts"] = concerned
             alarms.append(f"skipped {skipped} step(s), nothing was changed: {why} not finite")
-        self.report.iteration(self.iteration, values, notes, alarms)
+        self.report.iteration(self.iteration, values, notes, alarms, self.sampler.samples(batch))
         self.callbacks.on_iteration(self.iteration, values)
         self.guard.skipped(skipped, why)
 

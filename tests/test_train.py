@@ -53,7 +53,7 @@ def weights(folder):
 
 def metrics(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    timeless = [{k: v for k, v in line.items() if not k.startswith("seconds/")} for line in lines]
+    timeless = [{k: v for k, v in line.items() if not k.startswith(("seconds/", "speed/"))} for line in lines]
     return [line for line in timeless if "loss" in line], [line for line in timeless if "held_out/clip" in line]
 
 

@@ -45,6 +45,7 @@ from egrpo_fast.policy import Policy
 from egrpo_fast.rewards import Reward, check_reward, make_reward, require_trust, score, try_reward
 from egrpo_fast.rollout import NoiseKey, Wavefront
 from egrpo_fast.runs.inputs import SOURCE, of_rewards
+from egrpo_fast.runs.plots import png
 from egrpo_fast.schedule import make_schedule
 from egrpo_fast.shapes import EMBEDDED, PIPELINE, pipeline_path
 
@@ -369,15 +370,8 @@ def draw(
                 if not torch.isfinite(image).all():
                     raise ValueError(f"models: {model.label} drew an image that is not finite for prompt {place}")
                 folder.image(model, place).parent.mkdir(parents=True, exist_ok=True)
-                write_whole(folder.image(model, place), _png(image))
+                write_whole(folder.image(model, place), png(image))
             bar.update(len(chunk))
-
-
-def _png(image: Tensor) -> bytes:
-    pixels = image.mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG", compress_level=4)
-    return buffer.getvalue()
 
 
 def _read_images(paths: Sequence[Path], height: int, width: int) -> Tensor:

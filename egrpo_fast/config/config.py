@@ -23,6 +23,7 @@ from egrpo_fast.config.sections import (
     PromptsConfig,
     RewardConfig,
     RolloutConfig,
+    SamplesConfig,
     ScheduleConfig,
     TailConfig,
     _as_written,
@@ -73,6 +74,7 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    samples: SamplesConfig = SamplesConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     guards: GuardsConfig = GuardsConfig()
     _times: tuple[float, ...] | None = PrivateAttr(None)

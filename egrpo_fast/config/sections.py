@@ -397,6 +397,15 @@ class EvaluationConfig(Section):
     """End the run when a watched reward falls while the trained ones rise; none given: never."""
 
 
+class SamplesConfig(Section):
+    """Pictures of what is trained on: of a prompt, the image with the highest mixed reward and that with the lowest."""
+
+    every: Natural = 10
+    """Iterations between them, the first included; 0: none."""
+    prompts: Positive = 2
+    """Of how many prompts, from the first of rank 0 on."""
+
+
 class CheckpointConfig(Section):
     every: Natural = 50
     """Iterations between checkpoints; 0: only at the end."""

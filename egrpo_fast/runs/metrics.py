@@ -1,17 +1,22 @@
 """What a run tells: progress bar, seconds by phase, JSONL, TensorBoard, W&B if asked for. Rank 0 only."""
 
+import io
 import json
 import math
+import resource
 import sys
 import time
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch.profiler import record_function
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -21,6 +26,8 @@ from egrpo_fast.folder_lock import Claim
 from egrpo_fast.terminal import Attempts
 
 METRICS = "metrics.jsonl"
+ITERATION = ("rollout", "rewards", "update", "tail check")
+"""Phases of an iteration, without evaluation and checkpoint."""
 BAR = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
 
 
@@ -46,6 +53,31 @@ class Stopwatch:
     def read(self) -> dict[str, float]:
         seconds, self._seconds = self._seconds, {}
         return {f"seconds/{name}": value for name, value in seconds.items()}
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of an iteration. images: of all ranks. flops: of one rank's model calls. peak: FLOP/s of its device, if known."""
+
+    images: int
+    flops: float = 0.0
+    peak: float | None = None
+
+    def speed(self, seconds: Mapping[str, float], device: torch.device) -> dict[str, float]:
+        """seconds: of an iteration, by `Stopwatch.read`. What was done in them, and the peak memory of this rank."""
+        if device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
+        else:
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        told = {"peak_memory_gib": memory / 2**30}
+        if (spent := sum(seconds.get(f"seconds/{phase}", 0.0) for phase in ITERATION)) > 0:
+            told["images_per_second"] = self.images / spent
+            if self.flops:
+                told["model_tflops_per_second"] = self.flops / spent / 1e12
+            if self.flops and self.peak:
+                told["share_of_peak"] = self.flops / spent / self.peak
+        return {f"speed/{name}": value for name, value in told.items()}
 
 
 class RunLog:
@@ -122,6 +154,20 @@ class RunLog:
         if self._wandb is not None:
             with self._attempt("wandb"):
                 self._wandb.log(dict(values), step=iteration)
+
+    def picture(self, iteration: int, name: str, png: bytes, caption: str) -> None:
+        """A picture for TensorBoard and W&B."""
+        with self._attempt("tensorboard"):
+            self._show()
+            assert self._board is not None
+            self._board.add_image(name, np.asarray(Image.open(io.BytesIO(png)).convert("RGB")), iteration,
+                                  dataformats="HWC")  # fmt: skip
+        if self._wandb is not None:
+            with self._attempt("wandb"):
+                import wandb
+
+                shown = wandb.Image(Image.open(io.BytesIO(png)), caption=caption)
+                self._wandb.log({name: shown}, step=iteration)
 
     def sync(self) -> None:
         """Every line so far is on the disk and survives a power cut, or a warning said that it may not."""

@@ -19,7 +19,7 @@ from egrpo_fast.runs.guards import History, Verdict
 from egrpo_fast.runs.metrics import RunLog
 from egrpo_fast.terminal import Attempts
 
-BASE_IMAGES, SUMMARY = "base_images.safetensors", "summary.json"
+BASE_IMAGES, SUMMARY, SAMPLES = "base_images.safetensors", "summary.json", "samples"
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,16 @@ class HeldOut:
 
     rewards: dict[str, float]
     images: Tensor | None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A training image [3, H, W] of a prompt. place: `best` or `worst` by the mixed reward. rewards: trained ones."""
+
+    prompt: str
+    place: str
+    rewards: dict[str, float]
+    image: Tensor
 
 
 class Report:
@@ -79,17 +89,32 @@ class Report:
             self._log.close()
 
     def iteration(
-        self, done: int, values: Mapping[str, float], notes: Mapping[str, Any], alarms: Sequence[str]
-    ) -> None:
-        """One line of metrics, one step of the progress bar."""
+        self, done: int, values: Mapping[str, float], notes: Mapping[str, Any], alarms: Sequence[str],
+        samples: Sequence[Sample] = (),
+    ) -> None:  # fmt: skip
+        """One line of metrics, one step of the progress bar, the images of some samples."""
         if self._log is None:
             return
-        self._log.write(done, values, notes)
+        shown = [self._show(done, place, sample) for place, sample in enumerate(samples)]
+        said = {name: value for name, value in (("alarms", list(alarms)), ("samples", shown)) if value}
+        self._log.write(done, values, {**notes, **said})
         self._write()
         trained = next(reward.name for reward in self._config.rewards if reward.weight)
-        self._log.advance(**{trained: values[f"reward/{trained}"]})
+        beside = {"images/s": values["speed/images_per_second"]} if "speed/images_per_second" in values else {}
+        self._log.advance(**{trained: values[f"reward/{trained}"]}, **beside)
         for alarm in alarms:
             self.say(f"WARNING: iteration {done}: {alarm}")
+
+    def _show(self, done: int, place: int, sample: Sample) -> dict[str, Any]:
+        """Its image as a file and in TensorBoard and W&B; what `metrics.jsonl` says of it."""
+        name = f"{SAMPLES}/iteration-{done:06d}-{place // 2}-{sample.place}.png"
+        rewards = {reward: float(f"{value:.6g}") for reward, value in sample.rewards.items()}
+        said = {"prompt": sample.prompt, "iteration": str(done), "model": self._config.model.path,
+                "seed": str(self._config.seed), "rewards": json.dumps(rewards)}  # fmt: skip
+        drawn = self._put(name, lambda: plots.png(sample.image, said))
+        if self._log and drawn:
+            self._log.picture(done, f"{sample.place}/{place // 2}", drawn, f"{sample.prompt} {json.dumps(rewards)}")
+        return {"file": name, "prompt": sample.prompt, "place": sample.place, "rewards": rewards}
 
     def held_out(self, done: int, held_out: HeldOut, watched: Verdict | None, seconds: Mapping[str, float]) -> None:
         """An evaluation after `done` iterations: its line, its images, and what the watch makes of it."""
@@ -109,15 +134,18 @@ class Report:
                 f"{watched.alarms} of {rule.patience}{'; the run stops here' if watched.stop else ''}"
             )
         images, captions = held_out.images, self._prompts[: len(held_out.images)]
-        self._put(f"images/iteration-{done:06d}.png", lambda: plots.image_grid(images, captions))
+        if drawn := self._put(f"images/iteration-{done:06d}.png", lambda: plots.image_grid(images, captions)):
+            self._log.picture(done, "held_out", drawn, "held-out prompts")
         if done == 0:
             self._put(BASE_IMAGES, lambda: save({"images": images.contiguous()}))
 
-    def _put(self, name: str, make: Callable[[], bytes]) -> None:
-        """A file of the run's folder."""
+    def _put(self, name: str, make: Callable[[], bytes]) -> bytes | None:
+        """A file of the run's folder. Returns what is in it; None: it could not be made."""
+        made = None
         with self._attempt(name, "it is left out"):
-            self._unwritten[name] = make()
+            made = self._unwritten[name] = make()
         self._write()
+        return made
 
     def _write(self) -> None:
         """The files that are not there yet."""

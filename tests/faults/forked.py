@@ -103,11 +103,11 @@ class Server:
 
 
 def lines(folder):
-    """The metrics of a run but its seconds; each line must be whole."""
+    """The metrics of a run but its seconds and speed; each line must be whole."""
     text = (folder / METRICS).read_text()
     assert text.endswith("\n")
     read = [json.loads(line) for line in text.splitlines()]
-    return [{key: value for key, value in line.items() if not key.startswith("seconds/")} for line in read]
+    return [{key: value for key, value in line.items() if not key.startswith(("seconds/", "speed/"))} for line in read]
 
 
 def iterations(folder):

@@ -1,5 +1,6 @@
 """The rewards' common contract: what is found, what is refused by name, what is dropped, batches, caches, dtypes."""
 
+import colorsys
 import contextlib
 import json
 import os
@@ -13,8 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import get_args
 
+import numpy as np
 import open_clip
 import pytest
+import scipy.ndimage
 import torch
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -70,6 +73,24 @@ def test_the_folder_of_a_clip_model_is_expanded(pictures, clip, tmp_path, monkey
     (tmp_path / "mine").symlink_to(CLIP)
     ours = make_reward("clip", {"model": "local-dir:~/mine"})
     assert torch.equal(ours(pictures, CAPTIONS), clip(pictures, CAPTIONS))
+
+
+def test_saturation_and_sharpness_are_what_other_libraries_say():
+    """Of HSV by colorsys, of the Laplacian by scipy; grey has no colour, and a blurred image is less sharp."""
+    images = torch.rand(3, 3, 9, 7, generator=torch.Generator().manual_seed(0))
+    images[2] = images[2].mean(0)
+    saturation = [
+        np.mean([colorsys.rgb_to_hsv(*pixel)[1] for pixel in image.flatten(1).T.tolist()]) for image in images
+    ]
+    found = make_reward("saturation", {})(images, CAPTIONS)
+    torch.testing.assert_close(found, torch.tensor(saturation, dtype=torch.float32), rtol=0, atol=1e-6)
+    assert found[2] == 0 and found[0] > 0.3
+    luma = (images.double() * torch.tensor([0.299, 0.587, 0.114]).double().view(3, 1, 1)).sum(1).numpy()
+    laplacian = [scipy.ndimage.laplace(image)[1:-1, 1:-1].var() for image in luma]
+    sharpness = make_reward("sharpness", {})
+    torch.testing.assert_close(sharpness(images, CAPTIONS).double(), torch.tensor(laplacian), rtol=1e-5, atol=0)
+    blurred = torch.nn.functional.avg_pool2d(images, 3, 1, 1)
+    assert (sharpness(blurred, CAPTIONS) < sharpness(images, CAPTIONS)).all()
 
 
 def test_jpeg_prefers_what_compresses(pictures):
@@ -405,7 +426,9 @@ def test_a_reward_cannot_change_what_the_next_one_sees(pictures):
     assert torch.equal(pictures, before) and captions == CAPTIONS
 
 
-BUILT_IN = {"shapes_soft": {}, "shapes_strict": {}, "jpeg": {}, "clip": {"model": "shapes"}}
+BUILT_IN = {
+    "shapes_soft": {}, "shapes_strict": {}, "jpeg": {}, "saturation": {}, "sharpness": {}, "clip": {"model": "shapes"}
+}  # fmt: skip
 
 
 class Seen(TorchDispatchMode):

@@ -4,13 +4,16 @@ import json
 import resource
 import warnings
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from egrpo_fast.config import load_config
 from egrpo_fast.folder_lock import Claim
-from egrpo_fast.runs.metrics import METRICS
-from egrpo_fast.runs.report import BASE_IMAGES, HeldOut, Report
+from egrpo_fast.runs.metrics import METRICS, Work
+from egrpo_fast.runs.report import BASE_IMAGES, HeldOut, Report, Sample
 
 IMAGES = torch.zeros(2, 3, 8, 8)
 HISTORY = [(0, {"clip": 0.25}), (1, {"clip": 0.5})]
@@ -132,3 +135,41 @@ def test_a_folder_that_was_moved_does_not_come_back_half(run):
     evaluate(report, 1)
     assert finish(report) == []
     check(folder)
+
+
+def test_best_and_worst_samples_are_files_that_say_what_they_show(run):
+    folder, report = run
+    image = torch.linspace(0, 1, 192).view(3, 8, 8)
+    samples = [Sample("a cat, é", place, {"clip": score}, image) for place, score in (("best", 0.5), ("worst", 0.25))]
+    report.iteration(1, {"reward/clip": 0.3, "reward/shapes_soft": 0.1}, {}, ["too bright"], samples)
+    report.close()
+    (line,) = map(json.loads, (folder / METRICS).read_text().splitlines())
+    assert line["alarms"] == ["too bright"]
+    best, worst = line["samples"]
+    assert best == {
+        "file": "samples/iteration-000001-0-best.png", "prompt": "a cat, é", "place": "best", "rewards": {"clip": 0.5}
+    }  # fmt: skip
+    with Image.open(folder / worst["file"]) as read:
+        assert read.text["prompt"] == "a cat, é" and json.loads(read.text["rewards"]) == {"clip": 0.25}
+        assert np.array_equal(np.asarray(read), image.mul(255).round().byte().permute(1, 2, 0).numpy())
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert events.Tags()["images"] == ["best/0", "worst/0"]
+
+
+def test_an_image_that_cannot_be_drawn_costs_itself_alone(run):
+    folder, report = run
+    broken = [Sample("a cat", "best", {"clip": 0.5}, torch.zeros(3, 8))]
+    with pytest.warns(UserWarning, match="samples/iteration-000001-0-best.png"):
+        report.iteration(1, {"reward/clip": 0.3, "reward/shapes_soft": 0.1}, {}, [], broken)
+    report.close()
+    assert len((folder / METRICS).read_text().splitlines()) == 1
+
+
+def test_speed_is_of_an_iterations_own_phases():
+    seconds = {"seconds/rollout": 3.0, "seconds/rewards": 0.5, "seconds/update": 0.5, "seconds/evaluation": 100.0}
+    told = Work(images=8, flops=2e12, peak=1e12).speed(seconds, torch.device("cpu"))
+    assert told.pop("speed/peak_memory_gib") > 0.01
+    assert told == {
+        "speed/images_per_second": 2.0, "speed/model_tflops_per_second": 0.5, "speed/share_of_peak": 0.5
+    }  # fmt: skip
+    assert Work(images=8).speed({}, torch.device("cpu")).keys() == {"speed/peak_memory_gib"}
