@@ -253,7 +253,7 @@ def _candidates(config: Config) -> list[str]:
     """What the method and the way its weights are held let be chosen, and first the configuration's own tail."""
     uses = config.method.uses
     own = [""] if not config.tail.exact else []
-    cached = [] if config.collects_weights else list(CACHED)
+    cached = list(CACHED) if config.calls_are_alike and not config.collects_weights else []
     if "tail.stride" in uses:
         return own + [_grid(stride, solver) for solver in SOLVERS for stride in STRIDES] + cached
     return own + ([f"tail.solver={solver}" for solver in SOLVERS[1:]] + cached[:1] if "tail.solver" in uses else [])
@@ -302,8 +302,13 @@ def fidelity(
         # Last: a hub id is downloaded for it.
         folder = resolve(pipeline_path(model.path))
         policy = Policy.of(config, folder)
-        for one in configs:
-            policy.use_tail(with_local_tail(one).tail)
+        for settings, one in zip(list(candidates), configs):
+            try:
+                policy.use_tail(with_local_tail(one).tail)
+            except ValueError:
+                if tails or settings not in CACHED:
+                    raise
+                candidates.remove(settings)  # a model that diffusers cannot cache
         if reader:
             check_base(run, folder)
         order = PromptOrder(lines, config.seed, config.prompts.shuffle)

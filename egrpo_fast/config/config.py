@@ -196,7 +196,7 @@ class Config(Section):
             message = "its model follows the policy from rollout to rollout; needs rollout.parameters gathered"
             raise ValueError(f"tail.{name}: {message}")
         guidance = self.model.guidance
-        if self.tail.cache is not None and (guidance.calls == 2 or guidance.truncation < 1.0):
+        if self.tail.cache is not None and not self.calls_are_alike:
             setting = "calls: 2" if guidance.calls == 2 else f"truncation: {guidance.truncation:g}"
             message = f"it foresees calls that all compute the same rows, which model.guidance.{setting} does not"
             raise ValueError(f"tail.cache: {message}")
@@ -233,6 +233,11 @@ class Config(Section):
     def with_lora(self, lora: LoraConfig) -> "Config":
         """The same with other settings of the adapters."""
         return self.model_copy(update={"model": self.model.model_copy(update={"lora": lora})})
+
+    @property
+    def calls_are_alike(self) -> bool:
+        """Whether every model call of the same samples computes the same rows, as a tail's cache expects."""
+        return self.model.guidance.calls == 1 and self.model.guidance.truncation == 1.0
 
     @property
     def collects_weights(self) -> bool:

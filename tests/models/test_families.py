@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from egrpo_fast import noise
+from egrpo_fast.commands.fidelity import fidelity
 from egrpo_fast.config import LoraConfig, ModelConfig, TailConfig, TaylorSeerConfig
 from egrpo_fast.models.attention import use_attention
 from egrpo_fast.models.lora import save_lora
@@ -320,3 +321,17 @@ def test_guidance_is_bounded_and_ends_where_it_is_asked_to(tmp_path):
         for i, theirs in enumerate(after):
             x = x + schedule.ode(i, i + 1).c_v * velocity(x, schedule.times[i], rows)
             torch.testing.assert_close(x, theirs.flatten(2), rtol=1e-4, atol=1e-4)
+
+
+def test_fidelity_measures_what_a_family_can_have(made, tmp_path):
+    """Without tails of the user's own: strides and solvers, and a cache where diffusers has one for the family."""
+    name, folder = made
+    settings = [
+        f"model.path={folder}", "model.height=32", "model.width=48", "model.guidance_scale=null",
+        f"model.max_sequence_length={FAMILIES[name].max_sequence_length}", "schedule.num_steps=5",
+        "schedule.shift=auto", "schedule.active_steps=[0]", "rollout.group_size=3", "rewards=[{name: jpeg}]",
+        f"prompts.train={json.dumps(PROMPTS)}",
+    ]  # fmt: skip
+    told = fidelity("shapes", settings, num_prompts=1)
+    cached = hasattr(make_pipeline(name).transformer, "enable_cache")
+    assert "tail.stride=2 tail.solver=dpm2m" in told and ("tail.cache=taylor_seer" in told) == cached
