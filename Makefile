@@ -101,12 +101,12 @@ $(VENV)/.torch: $(CONSTRAINTS)
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*)
 	@echo "== set-up, once: egrpo_fast and what it needs"
-	$(INSTALL) --no-build-isolation --editable ".[rewards,evaluation,http]"
+	$(INSTALL) --no-build-isolation --editable ".[evaluation,http]"
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "== set-up, once: the tools of the tests"
-	$(INSTALL) --no-build-isolation --editable ".[rewards,evaluation,http,quantized,datasets,dev]"
+	$(INSTALL) --no-build-isolation --editable ".[evaluation,http,quantized,datasets,dev]"
 	$(BIN)/pip check
 	@touch $@
 

@@ -105,7 +105,7 @@ def _find(name: str) -> Any:
         message = "it is neither in this folder nor on Python's path"
         if kind in NAMES:
             extras = metadata("egrpo_fast").get_all("Provides-Extra") or []
-            message = f"pip install 'egrpo_fast[{kind if kind in extras else 'rewards'}]'"
+            message = f"pip install 'egrpo_fast[{kind}]'" if kind in extras else "install egrpo_fast again"
         raise RewardError(f"rewards.{name}: {missing.name} is not installed; {message}", error.trace) from None
     if not callable(reward):
         raise ValueError(f"rewards.{name}: {type(reward).__name__} is no class and no function")
