@@ -21,7 +21,7 @@ SECTIONS = {  # a whole tree in which every optional section is there, so that e
     "output_dir": "runs/fuzz",
     "model": {"path": "shapes", "lora": {}, "guidance": {}},
     "prompts": {"train": "shapes", "held_out": "shapes"},
-    "schedule": {}, "rollout": {}, "tail": {}, "objective": {}, "optimizer": {}, "deepspeed": {}, "checkpoint": {},
+    "schedule": {}, "rollout": {}, "tail": {}, "objective": {}, "optimizer": {}, "deepspeed": {}, "checkpoint": {}, "samples": {},
     "guards": {},
     "rewards": [{"name": "shapes_soft"}, {"name": "clip", "weight": 0, "options": {"model": "shapes"}}],
     "evaluation": {"stop_when": {"reward": "clip"}},

@@ -15,6 +15,7 @@ from egrpo_fast.distributed.world import free_port
 from egrpo_fast.plan import ode_plan
 from egrpo_fast.prompts.order import PromptOrder
 from egrpo_fast.runs.guards import Guard, verdict
+from egrpo_fast.runs.metrics import Work
 from egrpo_fast.runs.plots import curves
 from egrpo_fast.runs.progress import Progress, ShutdownRequested
 from egrpo_fast.runs.report import HeldOut
@@ -120,6 +121,9 @@ class ScriptedSampler:
     def statistics(self, batch):
         return {}, {}
 
+    def samples(self, batch):
+        return []
+
 
 class Scripted(TrainingLoop):
     """The loop itself, around held-out means from a list and no model."""
@@ -136,7 +140,7 @@ class Scripted(TrainingLoop):
         self.checkpoints, self.guard = SimpleNamespace(wait=lambda: None), Guard(self.config.guards)
         self.sampler, self.objective = ScriptedSampler(), SimpleNamespace(ops=SimpleNamespace(chosen={}))
         self.clip, self.history = clip, list(history)
-        self.saved = {}
+        self.saved, self.work = {}, Work(1)
         self._saved = (iteration, len(self.history))
 
     def evaluate(self):
