@@ -27,22 +27,16 @@ KNOWN_TO = {
         "egrpo_fast.distributed.master_weights",
         "egrpo_fast.distributed.world",
     },
-    # The scripts that make pipelines build them from its parts; no module imports them.
+    # Every module of a family's folder may. The scripts that make pipelines build them from its parts; no module
+    # imports them.
     "diffusers": {
-        "egrpo_fast.models.flux.compiled",
         "egrpo_fast.models.attention",
         "egrpo_fast.models.vae",
         "egrpo_fast.models.tail",
         "egrpo_fast.models.scheduler",
         "egrpo_fast.models.protocol",
         "egrpo_fast.models.random",
-        *(
-            f"egrpo_fast.models.{family}.{part}"
-            for family in ("flux", "flux2", "qwen_image", "stable_diffusion_3", "z_image")
-            for part in ("backbone", "random")
-        ),
-        "egrpo_fast.models.flux2.text",
-        "egrpo_fast.models.z_image.transformer",
+        *(f"egrpo_fast.models.{file.parent.name}.{file.stem}" for file in (ROOT / "egrpo_fast/models").glob("*/*.py")),
     },
     "torchao": {"egrpo_fast.models.tail"},
     "open_clip": {"egrpo_fast.rewards.clip", "egrpo_fast.rewards.hps"},

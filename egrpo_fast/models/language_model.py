@@ -26,14 +26,15 @@ class LanguageModel(TextEncoder):
     layers: ClassVar[tuple[int, ...]]
     """Places in transformers' `hidden_states`."""
     keeps_lengths: ClassVar[bool]
-    left_out: ClassVar[int] = 0
-    """First tokens of the chat, which the transformer does not read and `max_sequence_length` does not count."""
+    left_out: ClassVar[str] = ""
+    """How the chat begins: what the transformer does not read and `max_sequence_length` does not count."""
 
     def __init__(self, folder: Path, model: ModelConfig, device: torch.device | str = "cpu") -> None:
-        self._tokenizer = load_tokenizer(self.tokenizer_class, folder, "tokenizer")
+        self._tokenizer = load_tokenizer(self.tokenizer_class, folder, self.tokenizers[0])
         self._encoder = self.load(self.model_class, folder, "text_encoder", model, device, quantized=True)
         self._dtype, self.room = getattr(torch, model.dtype), model.max_sequence_length
-        self.limits = {"the text encoder": self.room + self.left_out}
+        self._skipped = len(self._tokenizer(self.left_out)["input_ids"]) if self.left_out else 0
+        self.limits = {"the text encoder": self.room + self._skipped}
 
     @classmethod
     def shapes(cls, folder: Path, model: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -80,7 +81,7 @@ class LanguageModel(TextEncoder):
     def _own(self, text: Tensor, mask: Tensor) -> Tensor:
         """Of a row the tokens of its prompt. mask: on the CPU, so that nobody waits for the device."""
         first, count = int(mask.argmax()), int(mask.sum())
-        return text[first + self.left_out : first + count]
+        return text[first + self._skipped : first + count]
 
     def truncated(self, prompts: Sequence[str]) -> list[Truncation]:
         found = []

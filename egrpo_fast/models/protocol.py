@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from egrpo_fast.config import GuidanceConfig, ModelConfig
 from egrpo_fast.files import read_json
-from egrpo_fast.models.scheduler import dynamic_mu, grid, scheduler_config
+from egrpo_fast.models.scheduler import dynamic_mu, grid, scheduler_config, uniform
 from egrpo_fast.models.text import CachedText, Conditioning, HollowText, Text, TextEncoder, joined, tell_truncated
-from egrpo_fast.models.vae import decode_bytes, hollow_vae, load_tiny_decoder, load_vae, scale_factor
+from egrpo_fast.models.vae import decoder_width, hollow_vae, load_tiny_decoder, load_vae, scale_factor
 from egrpo_fast.models.weight_files import part_identity
 
 
@@ -30,13 +30,15 @@ class ActivationUnits:
 
     Keys: bytes of a number, 2 for bfloat16 and 4 for float32. forward: at the peak of one without gradient. kept: for
     the backward, by the kind of a block. kept_per_head: the same, in bytes by each of its heads and tokens. backward:
-    at the peak of one, beyond what is kept.
+    at the peak of one, beyond what is kept. decode: at the peak of decoding an image, in units of pixels x
+    `decoder_width` x bytes of the dtype; the default is that of an AutoencoderKL.
     """
 
     forward: Mapping[int, float]
     kept: Mapping[int, Mapping[str, float]]
     kept_per_head: float
     backward: float
+    decode: float = 3.0
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,7 @@ class Backbone(ABC):
     def times(cls, folder: Path, model: ModelConfig, num_steps: int) -> Sequence[float]:
         """The grid of the pipeline's own scheduler, from 1 to 0. ValueError: it is none to train on."""
         config = scheduler_config(folder)
-        return grid(config, num_steps, dynamic_mu(config, cls.tokens(folder, model)))
+        return grid(config, num_steps, dynamic_mu(config, cls.tokens(folder, model)), uniform(num_steps))
 
     @classmethod
     def fingerprints(cls, folder: Path) -> dict[str, str]:
@@ -299,7 +301,7 @@ class Backbone(ABC):
         return Activations(
             forward=units.forward[itemsize] * unit, kept=tuple(kept),
             block_input=unit, backward=units.backward * unit,
-            decode=decode_bytes(self._vae.config, self.height, self.width, itemsize),
+            decode=units.decode * self.height * self.width * decoder_width(self._vae.config) * itemsize,
         )  # fmt: skip
 
     def check_prompts(self, prompts: Sequence[str], field: str, tell: bool = True) -> None:
@@ -361,11 +363,16 @@ class Backbone(ABC):
 
     @torch.no_grad()
     def decode(self, latents: Tensor, tiny: bool = False) -> Tensor:
-        """Images [B, 3, H, W], float32 in [0, 1], of latents [B, L, C]. tiny: by the small decoder, if there is one."""
+        """Images [B, 3, H, W], float32 in [0, 1], of latents [B, L, C].
+
+        What a decoder gives with an alpha channel is laid over white. tiny: by the small decoder, if there is one.
+        """
         vae = self._tiny if tiny and self._tiny is not None else self._vae
         chunks = (self._unpacked(chunk, vae).to(vae.dtype) for chunk in latents.split(self.decode_batch_size))
         images = torch.cat([vae.decode(chunk, return_dict=False)[0] for chunk in chunks])
-        return images.reshape(-1, 3, self.height, self.width).float().div(2).add(0.5).clamp(0, 1)
+        images = images.reshape(len(latents), -1, self.height, self.width).float().div(2).add(0.5).clamp(0, 1)
+        colour, alpha = images.tensor_split((3,), dim=1)
+        return colour * alpha + (1 - alpha) if alpha.shape[1] else colour
 
 
 BACKBONES: dict[str, type[Backbone]] = {}

@@ -1,7 +1,7 @@
 """The time grid of a pipeline's own scheduler, as its pipeline asks for it: what `schedule.shift: auto` stands for."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -32,15 +32,21 @@ def dynamic_mu(config: Mapping[str, Any], tokens: int) -> float:
     return low + (high - low) * (tokens - few) / (many - few)
 
 
-def grid(config: Mapping[str, Any], num_steps: int, mu: float | None, uniform: bool = True) -> tuple[float, ...]:
+def uniform(num_steps: int) -> Sequence[float]:
+    """`1 - i / T`, without the 0 at the end: what most pipelines give their scheduler to shift."""
+    return np.linspace(1.0, 1.0 / num_steps, num_steps).tolist()
+
+
+def grid(
+    config: Mapping[str, Any], num_steps: int, mu: float | None, sigmas: Sequence[float] | None
+) -> tuple[float, ...]:
     """The times, from 1 to 0, of a scheduler of this config. ValueError: they are no grid.
 
-    mu: `log s` of the shift, for those of dynamic shift. uniform: the pipeline gives it `1 - i / T` to shift; else the
-    scheduler begins with times of its own.
+    mu: `log s` of the shift, for those of dynamic shift. sigmas: what the pipeline gives it to shift; None: nothing,
+    and the scheduler begins with times of its own.
     """
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
-    start = {"sigmas": np.linspace(1.0, 1.0 / num_steps, num_steps)} if uniform else {}
-    scheduler.set_timesteps(num_steps, mu=mu, **start)
+    scheduler.set_timesteps(num_steps, mu=mu, sigmas=sigmas)
     times = tuple(scheduler.sigmas.tolist())
     if times[0] != 1.0 or times[-1] != 0.0 or any(earlier <= later for earlier, later in pairwise(times)):
         message = f"from {times[0]:g} to {times[-1]:g} in {len(times) - 1} steps, not all towards 0"

@@ -17,16 +17,12 @@ def scale_factor(config: Any) -> int:
     return 2 ** (len(config["block_out_channels"]) - 1)
 
 
-DECODE, DECODE_VIDEO = 3.0, 18.1
-"""Measured: activations at the peak of decoding, in units of pixels x channels x bytes of the dtype."""
-
-
-def decode_bytes(config: Any, height: int, width: int, itemsize: int) -> float:
-    """Activations of decoding one image, at their peak: in the block that works at full size."""
-    if "base_dim" in config:  # a decoder of videos, whose frames wait for each other
-        return DECODE_VIDEO * height * width * config["base_dim"] * itemsize
+def decoder_width(config: Any) -> int:
+    """Channels of the block that works at an image's full size, by the config of an image decoder. KeyError."""
+    if "base_dim" in config:  # of a video
+        return config.get("decoder_base_dim") or config["base_dim"]
     channels = config["block_out_channels"]
-    return DECODE * height * width * channels[min(1, len(channels) - 1)] * itemsize
+    return channels[min(1, len(channels) - 1)]
 
 
 def hollow_vae(folder: Path, kind: Any = AutoencoderKL) -> Any:

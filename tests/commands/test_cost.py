@@ -28,9 +28,10 @@ from egrpo_fast.config.recipe_files import recipe_names
 from egrpo_fast.models.flux.backbone import FluxBackbone
 from egrpo_fast.models.folder import configs_of
 from egrpo_fast.models.lora import save_lora
+from egrpo_fast.models.protocol import families
 from egrpo_fast.models.random import make_pipeline
 from egrpo_fast.models.sizes import Sizes
-from egrpo_fast.models.vae import decode_bytes
+from egrpo_fast.models.vae import decoder_width
 from egrpo_fast.rewards import NAMES, make_reward, parameters
 from egrpo_fast.shapes import PIPELINE
 
@@ -93,11 +94,15 @@ def made(sizes, dtype=torch.float32):
 def test_other_decoders_activations(dtype):
     double = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     flux2 = AutoencoderKLFlux2(**double, block_out_channels=(16, 32, 64, 64), norm_num_groups=8)
-    for vae, shape in ((flux2, (2, 32, 16, 12)), (AutoencoderKLQwenImage(base_dim=16), (2, 16, 1, 16, 12))):
+    for vae, shape, family in (
+        (flux2, (2, 32, 16, 12), "Flux2Pipeline"),
+        (AutoencoderKLQwenImage(base_dim=16), (2, 16, 1, 16, 12), "QwenImagePipeline"),
+    ):
         vae.to(dtype).eval()
         with torch.no_grad(), LiveBytes(vae.parameters()) as live:
             vae.decode(torch.randn(shape, dtype=dtype), return_dict=False)
-        assert 2 * decode_bytes(vae.config, 128, 96, dtype.itemsize) == pytest.approx(live.peak, rel=0.15)
+        unit = 2 * 128 * 96 * decoder_width(vae.config) * dtype.itemsize
+        assert families()[family].units.decode * unit == pytest.approx(live.peak, rel=0.15)
 
 
 def evaluate(transformer, sizes, rows):
@@ -277,7 +282,8 @@ def test_flops_of_an_evaluation_and_of_decoding(folder):
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             vae.decode(latents, return_dict=False)
         assert 2 * sizes.decode_flops == counter.get_total_flops()
-        assert 2 * decode_bytes(vae.config, 128, 64, dtype.itemsize) == pytest.approx(live.peak, rel=0.15)
+        decode = FluxBackbone.units.decode * 128 * 64 * decoder_width(vae.config) * dtype.itemsize
+        assert 2 * decode == pytest.approx(live.peak, rel=0.15)
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
@@ -290,7 +296,8 @@ def test_activations_of_every_family(kind, dtype, tmp_path):
     make_pipeline(kind, "small").save_pretrained(tmp_path)
     scale = {"guidance_scale": 0.0 if kind == "z-image" else 1.0}
     sizes = Sizes(settings_of(tmp_path, 320, 256, 64, str(dtype)[6:]).model_copy(update=scale))
-    ours, model, rows = sizes.activations, type(sizes.transformer).from_config(sizes.transformer.config).to(dtype), 2
+    ours, rows = sizes.activations, 2
+    model = sizes.family.mended(type(sizes.transformer).from_config(sizes.transformer.config)).to(dtype)
     backbone, where = copy.copy(sizes.backbone), torch.arange(2)
     if hasattr(backbone, "_image_ids"):
         backbone._image_ids = torch.zeros(backbone._image_ids.shape)

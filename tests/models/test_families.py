@@ -1,5 +1,6 @@
 """Every model family against its own diffusers pipeline, on small random models of its real classes."""
 
+import inspect
 import json
 import shutil
 from dataclasses import dataclass, field
@@ -23,14 +24,20 @@ PROMPTS = ["a café at night", "two dogs that chase a red kite over the sea in t
 
 @dataclass(frozen=True)
 class Family:
-    """guidance: scales that are tried, the first of them without guidance. called: what the pipeline is called with."""
+    """guidance: scales that are tried, the first of them without guidance. called: what the pipeline is called with,
+    for each prompt."""
 
     guidance: tuple[float, ...] = (1.0, 4.5)
     called: dict = field(default_factory=dict)
     argument: str = "guidance_scale"
     max_sequence_length: int = 40
+    """The pipeline is told, if it truncates prompts at all."""
     packs: bool = False
     """Its pipeline takes latents [B, C, h, w] that it packs itself."""
+    unit: int = 16
+    """Sides of an image are so many times larger than SIZES says."""
+    alone: bool = False
+    """Its pipeline is called for one prompt after the other, for what it makes of a row depends on its neighbours."""
 
 
 FAMILIES = {
@@ -38,7 +45,7 @@ FAMILIES = {
     "flux2-dev": Family((1.0, 4.0), packs=True, max_sequence_length=320),
     "flux2-klein": Family((1.0, 1.0), packs=True),
     "flux2-klein-base": Family((1.0, 4.0), packs=True),
-    "qwen-image": Family(argument="true_cfg_scale", called={"negative_prompt": [""] * len(PROMPTS)}),
+    "qwen-image": Family(argument="true_cfg_scale", called={"negative_prompt": ""}),
     "z-image": Family((0.0, 4.0)),
 }
 
@@ -63,6 +70,11 @@ def open_pipeline(folder, dtype=torch.float32):
     return pipeline
 
 
+def sides(name, rows=5, columns=6):
+    unit = FAMILIES[name].unit
+    return {"height": rows * unit, "width": columns * unit}
+
+
 def their_latents(name, latents, height, width):
     """Our [B, L, C] as the pipeline takes them."""
     if FAMILIES[name].packs:
@@ -70,26 +82,45 @@ def their_latents(name, latents, height, width):
     return latents.unflatten(2, (height // 8, width // 8)) if latents.shape[1] == 16 else latents
 
 
-SIZES = [(80, 144), (96, 96), (176, 112)]
+def their_run(name, pipeline, start, steps, scale, height, width):
+    """Of PROMPTS by the pipeline: latents after every step, and images."""
+    family = FAMILIES[name]
+    called = {family.argument: scale, "height": height, "width": width, "num_inference_steps": steps}
+    if "max_sequence_length" in inspect.signature(pipeline.__call__).parameters:
+        called["max_sequence_length"] = family.max_sequence_length
+    found = []
+    for rows in [slice(row, row + 1) for row in range(len(PROMPTS))] if family.alone else [slice(None)]:
+        prompts, latents, after = PROMPTS[rows], start[rows], []
+        images = pipeline(
+            prompt=prompts, latents=their_latents(name, latents, height, width), output_type="pt",
+            callback_on_step_end=lambda pipe, i, t, values, after=after: after.append(values["latents"].clone()) or {},
+            **called, **{key: [value] * len(prompts) for key, value in family.called.items()},
+        ).images  # fmt: skip
+        found.append((*after, images))
+    *after, images = (torch.cat(parts) for parts in zip(*found))
+    return after, over_white(images)
+
+
+def over_white(images):
+    colour, alpha = images.tensor_split((3,), dim=1)
+    return colour * alpha + 1 - alpha if alpha.shape[1] else colour
+
+
+SIZES = [(5, 9), (6, 6), (11, 7)]
 
 
 @pytest.mark.parametrize("guided", [False, True], ids=["unguided", "guided"])
-@pytest.mark.parametrize(("height", "width"), SIZES)
+@pytest.mark.parametrize(("rows", "columns"), SIZES)
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
-def test_the_ode_sampler_reproduces_the_pipeline(made, height, width, dtype, guided, steps=3):
+def test_the_ode_sampler_reproduces_the_pipeline(made, rows, columns, dtype, guided, steps=3):
     """Latents after every step, each from the pipeline's own before it, and the images: prompts of mixed length."""
     name, folder = made
     family = FAMILIES[name]
     scale = family.guidance[guided]
-    policy = open_model(made, height=height, width=width, dtype=dtype, guidance_scale=scale)
+    size = sides(name, rows, columns)
+    policy = open_model(made, **size, dtype=dtype, guidance_scale=scale)
     start = noise.initial_noise(5, 0, torch.arange(len(PROMPTS)), policy.latent_shape).to(policy.dtype)
-    after = []
-    images = open_pipeline(folder, policy.dtype)(
-        prompt=list(PROMPTS), height=height, width=width, num_inference_steps=steps, output_type="pt",
-        latents=their_latents(name, start, height, width), max_sequence_length=family.max_sequence_length,
-        callback_on_step_end=lambda pipe, i, t, values: after.append(values["latents"].clone()) or {},
-        **{family.argument: scale}, **family.called,
-    ).images  # fmt: skip
+    after, images = their_run(name, open_pipeline(folder, policy.dtype), start, steps, scale, **size)
     schedule = make_schedule(steps, policy.times(steps, "auto"))
     velocity, rows, x = policy.velocity(policy.encode(PROMPTS)), torch.arange(len(PROMPTS)), start.float()
     bound = 1e-5 if dtype == "float32" else 0.02 * (1 + scale)
@@ -109,7 +140,7 @@ def test_the_ode_sampler_reproduces_the_pipeline(made, height, width, dtype, gui
 
 def test_a_row_hears_its_own_prompt_and_no_other(made):
     """Alone, or beside shorter and longer prompts in any order: the same but for rounding. 1e-5, in float32."""
-    policy = open_model(made, height=80, width=96, guidance_scale=FAMILIES[made[0]].guidance[1])
+    policy = open_model(made, **sides(made[0]), guidance_scale=FAMILIES[made[0]].guidance[1])
     x = noise.initial_noise(5, 0, torch.arange(len(PROMPTS)), policy.latent_shape)
     with torch.no_grad():
         together = policy.velocity(policy.encode(PROMPTS))
@@ -130,9 +161,7 @@ def test_guidance_in_one_call_and_in_two(made, train):
         pytest.skip("without classifier-free guidance")
     found = []
     for calls in (1, 2):
-        policy = open_model(
-            made, height=80, width=96, guidance_scale=3.0, guidance={"train": train, "calls": calls},
-        )  # fmt: skip
+        policy = open_model(made, **sides(made[0]), guidance_scale=3.0, guidance={"train": train, "calls": calls})
         weight = next(policy.transformer.parameters()).requires_grad_(True)
         x = noise.initial_noise(5, 0, torch.arange(len(PROMPTS)), policy.latent_shape)
         v = policy.velocity(policy.encode(PROMPTS))(x, 0.7, torch.arange(len(PROMPTS)))
@@ -140,7 +169,7 @@ def test_guidance_in_one_call_and_in_two(made, train):
         found.append((v.detach(), gradient))
     for one, two in zip(*found):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4 * one.abs().max().item())
-    plain = open_model(made, height=80, width=96, guidance_scale=family.guidance[0])
+    plain = open_model(made, **sides(made[0]), guidance_scale=family.guidance[0])
     rows = torch.arange(len(PROMPTS))
     conditional = plain.velocity(plain.encode(PROMPTS))(x, 0.7, rows)
     unconditional = plain.velocity(plain.encode([""] * len(PROMPTS)))(x, 0.7, rows)
@@ -150,17 +179,18 @@ def test_guidance_in_one_call_and_in_two(made, train):
 
 
 def test_the_system_message_of_qwen_image_is_left_out(tmp_path):
-    from egrpo_fast.models.qwen_image.text import CHAT, QwenImageTextEncoder
+    from egrpo_fast.models.qwen_image.text import QwenImageTextEncoder
 
-    tokens = make_pipeline("qwen-image").tokenizer(CHAT.partition("{}")[0])["input_ids"]
-    assert len(tokens) == QwenImageTextEncoder.left_out
+    pipeline = make_pipeline("qwen-image")
+    tokens = pipeline.tokenizer(QwenImageTextEncoder.left_out)["input_ids"]
+    assert len(tokens) == pipeline.prompt_template_encode_start_idx
 
 
 def test_a_lora_of_a_family_is_read_at_its_scale_and_another_familys_is_refused(made, tmp_path):
     """As the family's own pipeline runs it."""
     name, folder = made
     lora = {"rank": 3, "alpha": 6.0}
-    policy = open_model(made, height=80, width=96, guidance_scale=FAMILIES[name].guidance[1], lora=lora)
+    policy = open_model(made, **sides(made[0]), guidance_scale=FAMILIES[name].guidance[1], lora=lora)
     generator = torch.Generator().manual_seed(0)
     adapters = {key: torch.randn(value.shape, generator=generator) * 0.2
                 for key, value in policy.transformer.named_parameters() if ".lora_" in key}  # fmt: skip
@@ -175,7 +205,7 @@ def test_a_lora_of_a_family_is_read_at_its_scale_and_another_familys_is_refused(
         if hasattr(module, "lora_A"):
             delta = theirs[layer].get_delta_weight("default_0")
             torch.testing.assert_close(delta, module.get_delta_weight("default"), rtol=1e-4, atol=1e-5)
-    settings = {"height": 80, "width": 96, "guidance_scale": FAMILIES[name].guidance[1]}
+    settings = sides(name) | {"guidance_scale": FAMILIES[name].guidance[1]}
     read = open_model(made, **settings, lora={"path": str(tmp_path)})
     assert set(read.lora.target_modules) <= set(policy.backbone.lora_targets) and read.lora.rank == 3
     other = "z-image" if name != "z-image" else "sd3"  # some of the others are alike when they are so small

@@ -3,11 +3,14 @@
 Started with a folder, this file is what its process runs: several trainers one after the other.
 """
 
+import inspect
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import diffusers
@@ -20,6 +23,7 @@ from egrpo_fast.commands.encode import encode
 from egrpo_fast.config import CHECKPOINTS, load_config
 from egrpo_fast.distributed.checkpoint import CheckpointReader
 from egrpo_fast.models.random import make_pipeline
+from egrpo_fast.models.sizes import Sizes
 from egrpo_fast.runs.export import find_checkpoint
 
 PROMPTS = ["a café at night", "two dogs that chase a red kite over the sea in the snow", "rain", "an old map"]
@@ -32,15 +36,44 @@ SETTINGS = [
     "rewards=[{name: jpeg, weight: 2.0}, {name: clip, options: {model: shapes}}]",
 ]  # fmt: skip
 LORA = "model.lora={rank: 4, alpha: 16}"
+
+
+@dataclass(frozen=True)
+class Family:
+    """settings: other than SETTINGS. called: what its pipeline is called with, for each prompt. theirs: of our latents
+    what it takes. alone: it is called for one prompt after the other."""
+
+    settings: tuple[str, ...] = ()
+    called: dict = field(default_factory=dict)
+    theirs: Callable = lambda latents: latents
+    alone: bool = False
+
+
+def channels_first(latents):
+    return latents.unflatten(2, (6, 10))
+
+
+def unpacked(latents):
+    return latents.transpose(1, 2).unflatten(2, (3, 5))
+
+
+FAMILIES = {
+    "sd3": Family(theirs=channels_first),
+    # Its system message is read before the prompt.
+    "flux2-dev": Family(("model.max_sequence_length=320",), theirs=unpacked),
+    "flux2-klein": Family(theirs=unpacked),
+    "flux2-klein-base": Family(theirs=unpacked),
+    "qwen-image": Family(called={"negative_prompt": ""}),
+    "z-image": Family(theirs=channels_first),
+}
 KINDS = ["sd3", "qwen-image", *(pytest.param(kind, marks=pytest.mark.slow)
                                 for kind in ("flux2-dev", "flux2-klein", "flux2-klein-base", "z-image"))]  # fmt: skip
 
 
 def config(folder, name, *others):
-    # The system message of FLUX.2-dev is read before the prompt.
-    longer = ["model.max_sequence_length=320"] if folder.name.startswith("flux2-dev") else []
+    own = FAMILIES[folder.name].settings
     inputs = [f"model.path={folder / 'base'}", f"output_dir={folder / name}"]
-    return load_config("shapes", [*SETTINGS, "model.guidance_scale=null", *longer, *inputs, *others])
+    return load_config("shapes", [*SETTINGS, "model.guidance_scale=null", *own, *inputs, *others])
 
 
 def main(folder):
@@ -67,7 +100,7 @@ def main(folder):
 
 @pytest.fixture(scope="module", params=KINDS)
 def runs(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(request.param)
+    folder = tmp_path_factory.mktemp(request.param, numbered=False)
     make_pipeline(request.param).save_pretrained(folder / "base")
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
     length = config(folder, "any").model.max_sequence_length
@@ -99,22 +132,25 @@ def test_it_learns_and_resumes_bit_by_bit(runs):
 @pytest.mark.parametrize("name", ["full", "lora"])
 def test_the_familys_own_pipeline_draws_the_trainers_images(runs, name):
     kind, folder = runs
-    settings = config(folder, name).model
+    family, settings = FAMILIES[kind], config(folder, name).model
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder / ("base" if name == "lora" else "full/pipeline"))
     if name == "lora":
         pipeline.load_lora_weights(folder / "lora" / "pipeline")
     pipeline.set_progress_bar_config(disable=True)
-    rows = torch.arange(3)
-    packed = kind == "qwen-image"
-    start = noise.initial_noise(0, 0, rows, (15, 64) if packed else (15, 128), step=noise.EVALUATION)
-    if kind in ("sd3", "z-image"):
-        start = noise.initial_noise(0, 0, rows, (16, 60), step=noise.EVALUATION).unflatten(2, (6, 10))
-    elif not packed:
-        start = start.transpose(1, 2).unflatten(2, (3, 5))
-    images = pipeline(
-        prompt=PROMPTS[:3], height=48, width=80, num_inference_steps=3, latents=start, output_type="pt",
-        max_sequence_length=settings.max_sequence_length, **({"negative_prompt": [""] * 3} if packed else {}),
-    ).images  # fmt: skip
+    shape = Sizes(settings).backbone.latent_shape
+    start = family.theirs(noise.initial_noise(0, 0, torch.arange(3), shape, step=noise.EVALUATION))
+    called = {"height": settings.height, "width": settings.width, "num_inference_steps": 3, "output_type": "pt"}
+    if "max_sequence_length" in inspect.signature(pipeline.__call__).parameters:
+        called["max_sequence_length"] = settings.max_sequence_length
+    drawn = [
+        pipeline(
+            prompt=PROMPTS[rows], latents=start[rows], **called,
+            **{key: [value] * len(PROMPTS[rows]) for key, value in family.called.items()},
+        ).images
+        for rows in ([slice(row, row + 1) for row in range(3)] if family.alone else [slice(3)])
+    ]  # fmt: skip
+    colour, alpha = torch.cat(drawn).tensor_split((3,), dim=1)
+    images = colour * alpha + 1 - alpha if alpha.shape[1] else colour
     others = (name, "full" if name == "lora" else "lora")
     ours, other = (load_file(folder / f"{one}.safetensors")["images"] for one in others)
     torch.testing.assert_close(ours, images, rtol=0, atol=2e-4)

@@ -16,7 +16,7 @@ from egrpo_fast.config import ModelConfig
 from egrpo_fast.files import read_json
 from egrpo_fast.models.flux2.text import Flux2KleinTextEncoder, Flux2TextEncoder
 from egrpo_fast.models.protocol import ActivationUnits, Backbone, GuidanceKind
-from egrpo_fast.models.scheduler import grid, scheduler_config
+from egrpo_fast.models.scheduler import grid, scheduler_config, uniform
 from egrpo_fast.models.text import Conditioning, TextEncoder
 
 
@@ -42,7 +42,8 @@ class Flux2Backbone(Backbone):
 
     @classmethod
     def times(cls, folder: Path, model: ModelConfig, num_steps: int) -> Sequence[float]:
-        return grid(scheduler_config(folder), num_steps, compute_empirical_mu(cls.tokens(folder, model), num_steps))
+        mu = compute_empirical_mu(cls.tokens(folder, model), num_steps)
+        return grid(scheduler_config(folder), num_steps, mu, uniform(num_steps))
 
     @classmethod
     def blocks(cls, transformer: Flux2Transformer2DModel) -> list[nn.Module]:

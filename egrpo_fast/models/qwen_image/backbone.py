@@ -27,7 +27,7 @@ class QwenImageBackbone(Backbone):
     units = ActivationUnits(
         forward={2: 17.9, 4: 15.6},
         kept={2: {"QwenImageTransformerBlock": 29.0}, 4: {"QwenImageTransformerBlock": 25.0}},
-        kept_per_head=16, backward=7.0,
+        kept_per_head=16, backward=7.0, decode=18.1,
     )  # fmt: skip
 
     @classmethod

@@ -14,11 +14,11 @@ CHAT = (
 
 
 class QwenImageTextEncoder(LanguageModel):
-    """As `QwenImagePipeline.encode_prompt`. With the model's own tokenizer, what is left out is the system message."""
+    """As `QwenImagePipeline.encode_prompt`."""
 
     encoders = MappingProxyType({"text_encoder": "qwen2_5_vl"})
     model_class, tokenizer_class = Qwen2_5_VLForConditionalGeneration, Qwen2TokenizerFast
-    layers, keeps_lengths, left_out = (-1,), True, 34
+    layers, keeps_lengths, left_out = (-1,), True, CHAT.partition("{}")[0]
     most_tokens = 1024
 
     def chat(self, prompt: str) -> str:

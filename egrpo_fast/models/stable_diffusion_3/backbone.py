@@ -47,7 +47,7 @@ class StableDiffusion3Backbone(Backbone):
     def times(cls, folder: Path, model: ModelConfig, num_steps: int) -> Sequence[float]:
         config = scheduler_config(folder)
         dynamic = config.get("use_dynamic_shifting")
-        return grid(config, num_steps, dynamic_mu(config, cls.tokens(folder, model)) if dynamic else None, False)
+        return grid(config, num_steps, dynamic_mu(config, cls.tokens(folder, model)) if dynamic else None, None)
 
     @classmethod
     def blocks(cls, transformer: SD3Transformer2DModel) -> list[nn.Module]:
