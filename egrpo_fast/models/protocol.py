@@ -160,7 +160,11 @@ class Backbone(ABC):
         if changed and kind != "classifier_free":
             message = f"it is for classifier-free guidance, and {folder} {WITHOUT[kind]}"
             raise ValueError(f"model.guidance.{changed[0]}: {message}; leave it out")
-        return Guidance(scale, two=kind == "classifier_free" and scale > cls.unguided_scale, settings=model.guidance)
+        two = kind == "classifier_free" and scale > cls.unguided_scale
+        if changed and not two:
+            message = f"there is no guidance at a model.guidance_scale of {scale:g}; give more, or leave this out"
+            raise ValueError(f"model.guidance.{changed[0]}: {message}")
+        return Guidance(scale, two, model.guidance)
 
     @classmethod
     def _pixels_per_token(cls, folder: Path) -> int:

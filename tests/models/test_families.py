@@ -291,6 +291,7 @@ SD3, KLEIN, DEV = "sd3", "flux2-klein", "flux2-dev"
         (KLEIN, {"guidance": {"negative_prompt": "blurry"}}, "model.guidance.negative_prompt: .* is distilled"),
         (DEV, {"guidance": {"negative_prompt": "blurry"}}, "model.guidance.negative_prompt: .* embeds its guidance"),
         (DEV, {"guidance": {"train": "conditional"}}, "model.guidance.train: it is for classifier-free guidance"),
+        (SD3, {"guidance_scale": 1.0, "guidance": {"negative_prompt": "blurry"}}, "model.guidance.negative_prompt: "),
         (SD3, {"height": 88}, "model.height: 88 is not a multiple of 16"),
         (SD3, {"width": 1600}, "model.width: 1600; .* knows positions up to 1536"),
         (SD3, {"max_sequence_length": 513}, "model.max_sequence_length: 513; a StableDiffusion3Pipeline reads at"),
