@@ -13,7 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLQwenImage, FluxPipeline, FluxTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
+    AutoencoderKLQwenImage21,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -97,6 +104,7 @@ def test_other_decoders_activations(dtype):
     for vae, shape, family in (
         (flux2, (2, 32, 16, 12), "Flux2Pipeline"),
         (AutoencoderKLQwenImage(base_dim=16), (2, 16, 1, 16, 12), "QwenImagePipeline"),
+        (AutoencoderKLQwenImage21(base_dim=16, decoder_base_dim=24), (2, 64, 1, 8, 6), "QwenImage21Pipeline"),
     ):
         vae.to(dtype).eval()
         with torch.no_grad(), LiveBytes(vae.parameters()) as live:
@@ -137,6 +145,7 @@ KNOWN = {
     "black-forest-labs/FLUX.2-klein-base-4B": 3_875_544_576,
     "black-forest-labs/FLUX.2-klein-base-9B": 9_078_581_248,
     "Qwen/Qwen-Image": 20_430_401_088,
+    "Qwen/Qwen-Image-2.1": 7_115_124_736,
     "stabilityai/stable-diffusion-3.5-medium": 2_243_171_520,
     "stabilityai/stable-diffusion-3.5-large": 8_056_627_520,
     "Tongyi-MAI/Z-Image": 6_154_908_736,
@@ -291,7 +300,7 @@ def test_flops_of_an_evaluation_and_of_decoding(folder):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["sd3", "flux2-klein-base", "qwen-image", "z-image"])
+@pytest.mark.parametrize("kind", ["sd3", "flux2-klein-base", "qwen-image", "qwen-image-2.1", "z-image"])
 def test_activations_of_every_family(kind, dtype, tmp_path):
     """Measured peaks of a forward, and of a forward and backward with and without checkpointing."""
     make_pipeline(kind, "small").save_pretrained(tmp_path)

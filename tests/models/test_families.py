@@ -46,6 +46,9 @@ FAMILIES = {
     "flux2-klein": Family((1.0, 1.0), packs=True),
     "flux2-klein-base": Family((1.0, 4.0), packs=True),
     "qwen-image": Family(argument="true_cfg_scale", called={"negative_prompt": ""}),
+    "qwen-image-2.1": Family(
+        argument="true_cfg_scale", called={"negative_prompt": ""}, max_sequence_length=80, unit=32, alone=True
+    ),
     "z-image": Family((0.0, 4.0)),
 }
 

@@ -64,6 +64,7 @@ FAMILIES = {
     "flux2-klein": Family(theirs=unpacked),
     "flux2-klein-base": Family(theirs=unpacked),
     "qwen-image": Family(called={"negative_prompt": ""}),
+    "qwen-image-2.1": Family(("model.height=64", "model.width=96", "model.max_sequence_length=80"), alone=True),
     "z-image": Family(theirs=channels_first),
 }
 KINDS = ["sd3", "qwen-image", *(pytest.param(kind, marks=pytest.mark.slow)

@@ -66,5 +66,5 @@ def named(file):
 
 
 def test_families_are_found_by_their_folders():
-    names = ("Flux2Klein", "Flux2", "Flux", "QwenImage", "StableDiffusion3", "ZImage")
+    names = ("Flux2Klein", "Flux2", "Flux", "QwenImage", "QwenImage21", "StableDiffusion3", "ZImage")
     assert families().keys() == {f"{name}Pipeline" for name in names}
