@@ -26,9 +26,9 @@ LOCK_FILE = "run.lock"
 BEFORE_A_RUN = {LOCK_FILE, RUN_FILE, f"{RUN_FILE}.tmp", f"{CONFIG_FILE}.tmp"}
 """What is left of a run that was ended before its settings were recorded. Nothing of it had begun."""
 MAY_CHANGE = (
-    "resume", "iterations", "output_dir", "wandb", "evaluation.every", "samples.", "checkpoint.", "guards.", "deepspeed.",
-    "rollout.parameters", "rollout.max_rows_per_call", "rollout.compile", "rollout.overlap", "model.decode_batch_size",
-    "model.gradient_checkpointing", "model.attention", "model.tf32", "prompts.embeddings",
+    "resume", "iterations", "output_dir", "wandb", "evaluation.every", "samples.", "checkpoint.", "guards.",
+    "deepspeed.", "rollout.parameters", "rollout.max_rows_per_call", "rollout.compile", "rollout.overlap",
+    "model.decode_batch_size", "model.gradient_checkpointing", "model.attention", "model.tf32", "prompts.embeddings",
 )  # fmt: skip
 """Settings, and sections, that a resumed run may change: they change its length, speed, memory and rounding."""
 

@@ -21,8 +21,8 @@ SECTIONS = {  # a whole tree in which every optional section is there, so that e
     "output_dir": "runs/fuzz",
     "model": {"path": "shapes", "lora": {}, "guidance": {}},
     "prompts": {"train": "shapes", "held_out": "shapes"},
-    "schedule": {}, "rollout": {}, "tail": {}, "objective": {}, "optimizer": {}, "deepspeed": {}, "checkpoint": {}, "samples": {},
-    "guards": {},
+    "schedule": {}, "rollout": {}, "tail": {}, "objective": {}, "optimizer": {}, "deepspeed": {}, "checkpoint": {},
+    "samples": {}, "guards": {},
     "rewards": [{"name": "shapes_soft"}, {"name": "clip", "weight": 0, "options": {"model": "shapes"}}],
     "evaluation": {"stop_when": {"reward": "clip"}},
 }  # fmt: skip
@@ -376,7 +376,7 @@ def test_random_valid_configs_are_accepted(folder):
     free = [(path, values) for path, values in free if values is not None]
     accepted = Counter()
 
-    @settings(FUZZ, max_examples=300)
+    @settings(FUZZ, max_examples=400)
     @given(st.data())
     def accepts(data):
         tree = SECTIONS
