@@ -299,7 +299,10 @@ def test_flops_of_an_evaluation_and_of_decoding(folder):
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+BOTH = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]  # a CPU is slow in bfloat16
+
+
+@pytest.mark.parametrize("dtype", BOTH, ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["sd3", "flux2-klein-base", "qwen-image", "qwen-image-2.1", "z-image"])
 def test_activations_of_every_family(kind, dtype, tmp_path):
     """Measured peaks of a forward, and of a forward and backward with and without checkpointing."""

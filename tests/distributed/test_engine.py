@@ -167,8 +167,8 @@ def test_an_iteration_under_zero_equals_plain_pytorch(stage, ranks, tmp_path):
 
 @pytest.mark.parametrize(
     "kind",
-    ["sd3", "z-image", *(pytest.param(kind, marks=pytest.mark.slow)
-                         for kind in ("flux2-dev", "flux2-klein", "flux2-klein-base", "qwen-image", "qwen-image-2.1"))],
+    ["sd3", *(pytest.param(kind, marks=pytest.mark.slow)
+              for kind in ("flux2-dev", "flux2-klein", "flux2-klein-base", "qwen-image", "qwen-image-2.1", "z-image"))],
 )  # fmt: skip
 def test_an_iteration_of_every_family_equals_plain_pytorch(kind, tmp_path):
     """Full, and LoRA on the family's own layers; guidance at the pipeline's default, which gradients flow through."""

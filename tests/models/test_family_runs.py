@@ -67,8 +67,7 @@ FAMILIES = {
     "qwen-image-2.1": Family(("model.height=64", "model.width=96", "model.max_sequence_length=80"), alone=True),
     "z-image": Family(theirs=channels_first),
 }
-KINDS = ["sd3", "qwen-image", *(pytest.param(kind, marks=pytest.mark.slow)
-                                for kind in sorted(FAMILIES.keys() - {"sd3", "qwen-image"}))]  # fmt: skip
+KINDS = ["sd3", *(pytest.param(kind, marks=pytest.mark.slow) for kind in sorted(FAMILIES.keys() - {"sd3"}))]
 
 
 def config(folder, name, *others):
