@@ -13,6 +13,7 @@ from egrpo_fast.files import is_hub_id
 from egrpo_fast.models.attention import check_attention, use_arithmetic, use_attention
 from egrpo_fast.models.folder import check_folder
 from egrpo_fast.models.protocol import Backbone
+from egrpo_fast.models.quantization import quantization_config
 from egrpo_fast.models.tail import TailModel, check_tail
 from egrpo_fast.models.text import Conditioning
 from egrpo_fast.models.transformer import fill_buffers, fill_whole, meta_transformer, with_adapters
@@ -47,7 +48,8 @@ class Policy:
         check_attention(model.attention)
         self.model, self.folder, self._embeddings = model, folder, embeddings
         self._family = check_folder(folder, model)
-        self.transformer, weights = meta_transformer(folder, model.lora, seed)
+        how = quantization_config(model.quantization, self.dtype)
+        self.transformer, weights = meta_transformer(folder, model.lora, seed, quantization=how)
         self.lora: LoraConfig | None = weights.lora
         self._weights = with_adapters(weights, self.transformer, folder, fuse, "models") if fuse else weights
         use_attention(self.transformer, model.attention)

@@ -95,9 +95,11 @@ def check_inputs(config: Config) -> "tuple[Sequence[str], Sequence[str], Policy 
     import torch
 
     from egrpo_fast import ops
+    from egrpo_fast.models.quantization import check_quantization
     from egrpo_fast.policy import Policy
     from egrpo_fast.rewards import check_reward
 
+    check_quantization(config.model.quantization)
     try:
         ops.choose(config.rollout.backend, "cuda" if torch.cuda.is_available() else "cpu")
     except ValueError as error:
@@ -176,6 +178,7 @@ def make_trainer(
     from egrpo_fast.distributed.signals import Interruption
     from egrpo_fast.models.folder import resolve, with_times
     from egrpo_fast.models.lora import describe, linear_layers
+    from egrpo_fast.models.quantization import weight_takers
     from egrpo_fast.models.tail import slow_tail, with_local_tail
     from egrpo_fast.policy import Policy
     from egrpo_fast.runs.inputs import of_files, of_rewards
@@ -208,7 +211,7 @@ def make_trainer(
             print(describe(policy.lora, policy.transformer))
 
     def fill(transformer: "nn.Module", read: "Callable[[str], Tensor]") -> None:
-        loaded = materialize(transformer, read, config, world, heart)
+        loaded = materialize(transformer, read, config, world, heart, weight_takers(transformer, world.device))
         if world.is_main:
             print(f"rank 0: {loaded}")
         else:

@@ -101,7 +101,8 @@ class Cost:
     def memory(self) -> Memory:
         """By part and phase; ZeRO's partitions are P / N of P parameters on N GPUs."""
         config, gpus, stage, size = self.config, self.cluster.gpus, self.config.deepspeed.zero_stage, self.itemsize
-        weights = (self.parameters + self.adapters) * size
+        quantized = self.sizes.quantized(config.model.quantization)
+        weights = (self.parameters - quantized.parameters + self.adapters) * size
         share = self.trained / gpus
         always: dict[str, float] = {}
         host: dict[str, float] = {}
@@ -114,6 +115,7 @@ class Cost:
         shard = weights / gpus if stage == 3 else weights
         if config.deepspeed.offload_param != "nvme":
             put("weights", shard, config.deepspeed.offload_param == "cpu")
+        always |= {"quantized weights": float(quantized.weights), "their scales": float(quantized.scales)}
         if self.hpz > 1:
             always["weights, hpZ copy"] = weights / self.hpz
         put("gradients", 4.0 * (self.trained if stage == 1 else share), (on_host or on_disk) and stage > 1)
@@ -155,6 +157,7 @@ class Cost:
         # torch's plain AdamW, on a CPU: the square root and its quotient. The fused one and bitsandbytes work in place.
         temporaries = 2 if self.cluster.kind == "cpu" and config.optimizer.name == "adamw" else 0
         # Every prompt's image latents stay until the update; so do the shared states.
+        dequantized = float(quantized.largest * size)  # by a layer, while it computes
         samples = sum(group.size for group in self.plan.groups) if config.objective.log_prob == "stored" else 0
         rows_kept = len(self.plan.image_rows) + samples
         kept = float(self.prompts * latents * (4 * rows_kept + (4 + size) * self.plan.trained_states))
@@ -165,6 +168,7 @@ class Cost:
                 "gathered weights": weights if whole else gathered,
                 "the tail's copy": 0.0 if config.tail.path is not None else tails,
                 "the tail's cache": self._tail_cache(),
+                "a layer dequantized": dequantized,
                 "activations": micro_batch * self.sizes.backbone.rows_per_call * activations.forward,
                 "velocities": 2.0 * size * live * latents,
                 "images' latents": kept,
@@ -177,6 +181,7 @@ class Cost:
             },
             "update": {
                 "gathered weights": gathered,
+                "a layer dequantized": dequantized,
                 "activations": states * trained_rows * activations.update(config.model.gradient_checkpointing),
                 "gradients in reduction": (4.0 if size == 2 else 0.0) * min(self.bucket, self.trained),
                 "images' latents": kept,
@@ -342,6 +347,7 @@ CHANGES: tuple[Mapping[str, Any], ...] = (
     {"optimizer.name": "adamw", "deepspeed.offload_optimizer": "cpu"},
     {"deepspeed.offload_param": "cpu"},
     {"optimizer.name": "adamw", "deepspeed.offload_optimizer": "none", "model.lora": {}},
+    {"model.lora": {}, "model.quantization": "nf4", "deepspeed.zero_stage": 2, "deepspeed.offload_param": "none"},
     {"GPUs": 2},
     {"GPUs": 4},
 )

@@ -200,11 +200,28 @@ class Config(Section):
             setting = "calls: 2" if guidance.calls == 2 else f"truncation: {guidance.truncation:g}"
             message = f"it foresees calls that all compute the same rows, which model.guidance.{setting} does not"
             raise ValueError(f"tail.cache: {message}")
+        if self.model.quantization != "none":
+            self._check_quantization()
         if schedule.sde_form == "cps" and schedule.eta > 1.0:
             raise ValueError(f"schedule.eta: {schedule.eta:g}; with sde_form cps at most 1")
         if schedule.shift != "auto":
             self._check_schedule()
         return self
+
+    def _check_quantization(self) -> None:
+        """ValueError where something does not go with quantized weights."""
+        model, tail, whole = self.model, self.tail, f"with model.quantization {self.model.quantization}"
+        if model.lora is None:
+            message = f"{model.quantization} is for the weights under adapters; without model.lora all are trained"
+            raise ValueError(f"model.quantization: {message}")
+        if self.deepspeed.zero_stage == 3:
+            raise ValueError(f"deepspeed.zero_stage: 3 shards weights; {whole} every rank has all of them, use 1 or 2")
+        if self.rollout.compile:
+            raise ValueError(f"rollout.compile: has not been tried {whole}")
+        if tail.has_model and tail.path is None:
+            name = next(name for name in ("lora", "quantization", "cache") if name in tail.approximated)
+            message = f"its model takes the policy's weights from rollout to rollout, which it cannot {whole}"
+            raise ValueError(f"tail.{name}: {message}; give tail.path, or leave it out")
 
     def _check_schedule(self) -> None:
         """ConfigError where the closed forms give nothing to sample by."""

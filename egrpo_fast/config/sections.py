@@ -136,6 +136,9 @@ class ModelConfig(Section):
     install."""
     lora: LoraConfig | None = None
     """Train adapters instead of the whole transformer; none given: all weights."""
+    quantization: Literal["none", "int8", "nf4", "float8"] = "none"
+    """How the weights under the adapters are kept: as loaded, in 8 bits with a scale per row (torchao), or in 4 bits
+    with a scale per block (bitsandbytes). Layers compute in model.dtype."""
     text_encoder_quantization: Literal["none", "int8", "nf4"] = "none"
     """Weights of the largest text encoder: as loaded, or in 8 or 4 bits by bitsandbytes."""
     decode_batch_size: Positive = 32

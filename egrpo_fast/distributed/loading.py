@@ -3,9 +3,10 @@
 import contextlib
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import deepspeed
@@ -21,12 +22,14 @@ from egrpo_fast.distributed.world import World
 
 
 def materialize(
-    module: nn.Module, read: Callable[[str], Tensor], config: Config, world: World, heart: Heartbeat
-) -> str:
+    module: nn.Module, read: Callable[[str], Tensor], config: Config, world: World, heart: Heartbeat,
+    takers: Mapping[str, Callable[[Tensor], int]] = MappingProxyType({}),
+) -> str:  # fmt: skip
     """Give a module on the meta device its weights, in the run's dtype, without any rank ever holding all of it.
 
     read: value of a parameter by name, called on rank 0 alone, which passes it on; under ZeRO-3 every rank keeps its
-    partition and forgets the rest before the next parameter is read. Returns what it took, in a line.
+    partition and forgets the rest before the next parameter is read. takers: by name, what puts a value into the module
+    in fewer bits and returns its bytes; every rank forgets the value then. Returns what it took, in a line.
     """
     dtype = torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
     sharded = config.deepspeed.zero_stage == 3
@@ -42,12 +45,14 @@ def materialize(
     first: Any = None
     fresh = partial(torch.empty, dtype=dtype, device=world.device)
     # One buffer for what is passed on and forgotten: of tensors freed one by one the allocator keeps hundreds of MiB.
-    passing = fresh(max(parameter.numel() for parameter in parameters.values()) if sharded else 0)
+    passed_on = parameters.keys() if sharded else takers.keys()
+    passing = fresh(max((parameters[name].numel() for name in passed_on), default=0))
+    quantized = 0
     for name, parameter in parameters.items():
         heart.at("loading", name, config.deepspeed.init_timeout)
         # Rank 0 says first whether it could read: a file that fails ends every rank, and none waits for the others.
         size, problem = parameter.numel(), ""
-        value = (passing[:size] if sharded else fresh(size)).view(parameter.shape)
+        value = (passing[:size] if name in passed_on else fresh(size)).view(parameter.shape)
         if world.is_main:
             try:
                 value.copy_(read(name))
@@ -58,21 +63,26 @@ def materialize(
         problem = world.broadcast(problem)
         if problem:
             raise ValueError(problem)
+        bar.update(size)
+        if not sharded:
+            dist.broadcast(value, 0)
+        if name in takers:
+            quantized += takers[name](value)
+            continue
         owner, _, leaf = name.rpartition(".")
         filled = nn.Parameter(value, requires_grad=parameter.requires_grad)
         setattr(module.get_submodule(owner), leaf, filled)
         if not sharded:
-            dist.broadcast(filled.data, 0)
-        elif first is None:
+            continue
+        if first is None:
             deepspeed.zero.Init(
                 module=nn.ParameterList([filled]), config_dict_or_path=deepspeed_config(config), dtype=dtype
             )
             first = filled
         else:
             first.convert_to_zero_parameters(param_list=[filled])
-        bar.update(parameter.numel())
     bar.close()
-    kept = sum(getattr(p, "ds_tensor", p).numel() for p in module.parameters()) * dtype.itemsize
+    kept = sum(getattr(p, "ds_tensor", p).numel() for p in module.parameters()) * dtype.itemsize + quantized
     return (
         f"loaded {total / 1e6:,.1f} M parameters in {time.perf_counter() - start:.1f} s: this rank keeps "
         f"{kept / 2**20:,.1f} MiB, its host memory grew by at most {(_host_memory('VmHWM') - before) / 2**20:,.1f} MiB"

@@ -1,6 +1,7 @@
 """How large a pipeline is: parameters, FLOPs, bytes. Counted on the meta device by its configs, without its weights."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -10,8 +11,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from egrpo_fast.config import LoraConfig, ModelConfig
 from egrpo_fast.models.folder import configs_of, family_of
 from egrpo_fast.models.lora import follow_lora, linear_layers
+from egrpo_fast.models.quantization import quantized_bytes
 from egrpo_fast.models.transformer import hollow_transformer
 from egrpo_fast.shapes import pipeline_path
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Of quantized weights: how many, their bytes, those of their scales, and how many the largest layer has."""
+
+    parameters: int
+    weights: int
+    scales: int
+    largest: int
 
 
 class Sizes:
@@ -43,6 +55,15 @@ class Sizes:
         found = {name for names in lora.layers(layers).values() for name in names}
         chosen = (self.transformer.get_submodule(name) for name in found)
         return sum(lora.rank * (layer.in_features + layer.out_features) for layer in chosen)
+
+    def quantized(self, quantization: str) -> Quantized:
+        """What is kept in fewer bits with `model.quantization`: the weights of all linear layers."""
+        layers = (module for module in self.transformer.modules() if isinstance(module, torch.nn.Linear))
+        shapes = [tuple(layer.weight.shape) for layer in layers if quantization != "none"]
+        sizes = [quantized_bytes(quantization, shape) for shape in shapes]
+        numels = [out * into for out, into in shapes]
+        weights, scales = (sum(size[part] for size in sizes) for part in (0, 1))
+        return Quantized(sum(numels), weights, scales, max(numels, default=0))
 
     def followed(self, lora: LoraConfig) -> LoraConfig:
         """With what its file says, or the family."""

@@ -12,6 +12,7 @@ from egrpo_fast.config import LoraConfig
 from egrpo_fast.files import read_json
 from egrpo_fast.models.folder import family_of
 from egrpo_fast.models.lora import Adapter, follow_lora, linear_layers, read_lora
+from egrpo_fast.models.quantization import quantize_layers, weight_takers
 from egrpo_fast.models.weight_files import WeightFiles, fused, new_adapter
 
 
@@ -62,12 +63,13 @@ def hollow_transformer(folder: Path, field: str = "model.path") -> Any:
 
 
 def meta_transformer(
-    folder: Path, lora: LoraConfig | None = None, seed: int = 0, field: str = "model.path"
+    folder: Path, lora: LoraConfig | None = None, seed: int = 0, field: str = "model.path", quantization: Any = None
 ) -> tuple[Any, TransformerWeights]:
     """The transformer of a pipeline folder without its weights (on the meta device), and where they are.
 
-    lora: adapters are added and alone need gradients; it follows the file that it names. ValueError: files and
-    architecture do not match (it begins with `field`), or the adapters do not fit.
+    lora: adapters are added and alone need gradients; it follows the file that it names. quantization: a
+    `quantization_config`, by which the weights under the adapters will be kept. ValueError: files and architecture do
+    not match (it begins with `field`), or the adapters do not fit.
     """
     family, transformer = family_of(folder, field), hollow_transformer(folder, field)
     try:
@@ -80,6 +82,8 @@ def meta_transformer(
         lora, given = follow_lora(lora, transformer, family)
         lora.layers(linear_layers(transformer))  # says which entry takes nothing, as peft does not
         transformer.requires_grad_(False)
+        if quantization is not None:
+            quantize_layers(transformer, quantization)
         made = peft.LoraConfig(r=lora.rank, target_modules=lora.target_modules, init_lora_weights=False)
         made.lora_alpha = lora.alpha  # type: ignore[assignment]  # peft says int, and only divides it
         try:
@@ -102,7 +106,11 @@ def fill_whole(
     transformer: nn.Module, read: Callable[[str], Tensor], dtype: torch.dtype, device: torch.device | str
 ) -> None:
     """Give a transformer from `meta_transformer` its parameters, one after the other. `fill_buffers` does the rest."""
+    takers = weight_takers(transformer, device)
     for name, hollow in list(transformer.named_parameters()):
+        if name in takers:
+            takers[name](read(name).to(device, dtype))
+            continue
         owner, _, leaf = name.rpartition(".")
         value = nn.Parameter(read(name).to(device, dtype), hollow.requires_grad)
         setattr(transformer.get_submodule(owner), leaf, value)
