@@ -156,7 +156,7 @@ def test_the_extension():
 def test_the_recipes_estimates():
     shown = {row[0]: row[1:] for row in table("docs/cost.md", "| | estimated GiB")}
     brief = {row[0].strip("`"): row[2] for row in table("README.md", "| recipe | what it is for")}
-    assert len(shown) == len(brief) == 4
+    assert len(shown) == len(brief) == 5
     for name, (memory, seconds, prompts) in shown.items():
         recipe, nodes, gpus, kind = re.fullmatch(r"`([\w-]+)` on (?:(\d+) x )?(\w+) (\w+)", name).groups()
         config, nodes, gpus = load_config(recipe), int(nodes or 1), 1 if gpus == "one" else int(gpus)
@@ -164,6 +164,16 @@ def test_the_recipes_estimates():
         peak, limit = told["memory"]["peak"] / GIB, GPUS[kind].memory / GIB
         assert memory == f"{peak:.1f} of {limit:.1f}" and brief[recipe] == f"{peak:.1f} GiB"
         assert seconds == f"{told['seconds']['total']:.0f}" and prompts == str(config.prompts.per_iteration)
+
+
+def test_a_quantized_base():
+    sizes = Sizes(load_config("flux-dev").model)
+    plain, bits = sizes.quantized("int8").parameters * 2 / GIB, {}
+    for kind in ("int8", "float8", "nf4"):
+        found = sizes.quantized(kind)
+        bits[kind] = f"{(found.weights + found.scales) / GIB:.1f} GiB in"
+    told = f"take {plain:.1f} GiB in bfloat16, {bits['int8']} 8 bits and {bits['nf4']} nf4"
+    assert bits["int8"] == bits["float8"] and told in text("docs/flux.md")
 
 
 def test_the_gpus():

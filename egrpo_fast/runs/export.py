@@ -362,7 +362,9 @@ def _write_card(
     }
     licence_name = licence.get("license_name") or licence.get("license")
     message = f"its licence ({licence_name})" if licence_name else "its own licence"
-    adapters = ", low-rank adapters" if lora else ", low-rank adapters fused into the base" if fuse else ""
+    kept = config.model.quantization
+    base_in = "" if kept == "none" else f", trained on the base in {kept}"
+    adapters = f", low-rank adapters{base_in}" if lora else ", low-rank adapters fused into the base" if fuse else ""
     rewards = ", ".join(f"{reward.name} (weight {reward.weight:g})" for reward in config.rewards if reward.weight)
     evaluations = [line for line in RunLog.read(run) if any(key.startswith("held_out/") for key in line)]
     names = [key for key in evaluations[0] if key.startswith("held_out/")] if evaluations else []

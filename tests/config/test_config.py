@@ -123,6 +123,35 @@ def test_bad_values_are_refused_by_name(override):
     assert len(str(told.value).splitlines()) == 1 and len(str(told.value)) < 500
 
 
+QUANTIZED = ["model.quantization=nf4", "model.lora={}", "deepspeed.zero_stage=2"]
+BESIDE_QUANTIZED = {
+    "model.lora=null": "model.quantization: nf4 is for the weights under adapters; without model.lora all are trained",
+    "deepspeed.zero_stage=3": "deepspeed.zero_stage: 3 shards weights; with model.quantization nf4 .*use 1 or 2",
+    "deepspeed.offload_param=cpu": "deepspeed.offload_param: only ZeRO-3 shards weights, zero_stage is 2",
+    "deepspeed.offload_optimizer=nvme": "deepspeed.nvme_path: |deepspeed.offload_optimizer: nvme needs zero_stage 3",
+    "rollout.compile=true": "rollout.compile: has not been tried with model.quantization nf4",
+    "tail.quantization=int8": "tail.quantization: its model takes the policy's weights .*give tail.path, or leave it out",
+    "tail.lora=folder": "tail.lora: its model takes the policy's weights",
+    "tail.cache=taylor_seer": "tail.cache: its model takes the policy's weights",
+    "model.quantization=int4": "model.quantization: 'int4': .*'none', 'int8', 'nf4' or 'float8'",
+}
+
+
+@pytest.mark.parametrize("override", BESIDE_QUANTIZED)
+def test_what_does_not_go_with_quantized_weights_is_refused_by_name(override):
+    load_config("shapes", QUANTIZED)
+    with pytest.raises(ConfigError, match=f"^{BESIDE_QUANTIZED[override]}") as told:
+        load_config("shapes", [*QUANTIZED, override])
+    assert len(str(told.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4", "float8"])
+def test_what_goes_with_quantized_weights_is_taken(kind):
+    others = ["deepspeed.zero_stage=1", "deepspeed.offload_optimizer=cpu", "optimizer.ema_decay=0.9",
+              "tail={path: folder, quantization: int8, stride: 2}", "model.lora={path: folder}"]  # fmt: skip
+    assert load_config("shapes", [*QUANTIZED, f"model.quantization={kind}", *others]).model.quantization == kind
+
+
 def test_every_mistake_is_told_at_once():
     with pytest.raises(ConfigError) as told:
         load_config("shapes", ["seed=-1", "iterations=0", "schedule.eta=0"])

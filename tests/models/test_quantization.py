@@ -37,7 +37,7 @@ from egrpo_fast.runs.export import find_checkpoint
 CPU = torch.device("cpu")
 KINDS = ["nf4", "int8", "float8"]
 SHARE = {"nf4": 0.1, "int8": 0.01, "float8": 0.04}
-"""Root mean square error of a weight, of what it is as a whole, at most: of normal ones about 0.09, 0.005 and 0.025."""
+"""Root mean square error of a weight, as a share of its own, at most: of normal ones about 0.09, 0.005 and 0.025."""
 
 
 @pytest.fixture(autouse=True)
@@ -191,6 +191,16 @@ def test_a_transformer_takes_what_the_plan_says_and_is_near_the_original(family,
         )
     apart = (found - exact).square().mean().sqrt() / exact.square().mean().sqrt()
     assert 1e-4 < apart < 5 * SHARE[kind]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_package_that_is_missing_is_named_before_anything_is_downloaded(kind, monkeypatch):
+    from egrpo_fast.train import check_inputs
+
+    package = "bitsandbytes" if kind == "nf4" else "torchao"
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not there
+    with pytest.raises(ValueError, match=f"^model.quantization: {kind} needs {package}; pip install 'egrpo_fast"):
+        check_inputs(settings("nobody/has-this", kind))
 
 
 class Live(TorchDispatchMode):
