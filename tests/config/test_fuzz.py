@@ -364,8 +364,8 @@ CROSS = {  # fields whose range depends on others
     "schedule.merge_lengths", "schedule.active_steps",
     "schedule.max_merge", "rewards.0.weight", "rewards.0.name", "rewards.1.name", "evaluation.stop_when",
     "evaluation.stop_when.reward", "evaluation.every", "checkpoint.best", "deepspeed.offload_optimizer",
-    "deepspeed.offload_param", "deepspeed.zero_stage", "model.lora", "rewards", "model.attention", "rollout.parameters",
-    "tail.lora", "tail.quantization",
+    "deepspeed.offload_param", "deepspeed.zero_stage", "model.quantization", "model.lora", "rewards", "model.attention",
+    "rollout.parameters", "tail.lora", "tail.quantization",
 }  # fmt: skip
 
 

@@ -122,7 +122,8 @@ def test_no_dequantized_weight_is_kept_for_the_backward(kind):
 
     def largest(stack):
         kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda some: kept.append(some.numel()) or some, lambda some: some):
+        hooks = (lambda some: kept.append(some.numel()) or some), (lambda some: some)
+        with torch.autograd.graph.saved_tensors_hooks(*hooks):
             stack(torch.randn(2, 64, requires_grad=True)).sum().backward()
         return max(kept, default=0)
 
@@ -178,7 +179,8 @@ def test_a_transformer_takes_what_the_plan_says_and_is_near_the_original(family,
         assert torch.equal(dequantized(weight), dequantized(layer.weight)), name
 
     always = Cost(config, Cluster(1)).memory.always
-    assert always["quantized weights"] + always["their scales"] == sum(nbytes(layer.weight) for layer in layers.values())
+    taken = sum(nbytes(layer.weight) for layer in layers.values())
+    assert always["quantized weights"] + always["their scales"] == taken
     assert always["weights"] == sum(parameter.nbytes for parameter in quantized.parameters())
     ids = {id(parameter) for parameter in quantized.parameters()}
     assert not ids.intersection(id(layer.weight) for layer in layers.values()), "what DeepSpeed would find"
@@ -329,7 +331,8 @@ def test_adapters_alone_are_trained_from_a_ratio_of_1_and_resumed_bit_by_bit(run
     for line in trained:
         assert line["log_ratio_before_update"] == 0.0 and line["grad_norm"] > 0 and line["skipped_steps"] == 0
         assert line["policy_mismatch"] < 1e-3
-    before, after, resumed = checkpoint(folder, "run", 1), checkpoint(folder, "run", 2), checkpoint(folder, "resumed", 2)
+    before, after = (checkpoint(folder, "run", iteration) for iteration in (1, 2))
+    resumed = checkpoint(folder, "resumed", 2)
     assert all(".lora_" in name and value.dtype == torch.float32 for (_, name), value in after.items())
     assert max((before[key] - after[key]).abs().max() for key in before if key[0] == "weight") > 1e-4
     assert after.keys() == resumed.keys() and all(torch.equal(after[key], resumed[key]) for key in after)
