@@ -84,7 +84,7 @@ DEFINITIONS = {
     "docs/evaluation.md": ["| file | what |", "| option of"],
     "docs/extension.md": ["| file | what it is |"],
     "docs/faults.md": ["| fault | what happens", "| what happened |", "| what | fingerprint |"],
-    "docs/flux.md": ["| recipe | what is trained"],
+    "docs/flux.md": ["| recipe | what is trained", "| `model.quantization` | a weight", "| beside it |"],
     "docs/kernels.md": ["| op | computes"],
     "docs/methods.md": ["| form |"],
     "docs/models.md": ["| family | models", "| recipe | what it trains"],

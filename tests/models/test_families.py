@@ -230,7 +230,7 @@ def test_tails_in_8_bits_and_with_a_lora_of_their_own(made, tmp_path):
     """Every linear layer of the blocks is quantised but those of modulation; a LoRA is added at its scale."""
     pytest.importorskip("torchao")
     name, _ = made
-    settings = {"height": 80, "width": 96, "guidance_scale": FAMILIES[name].guidance[1]}
+    settings = {"height": 96, "width": 64, "guidance_scale": FAMILIES[name].guidance[1]}
     policy = open_model(made, **settings)
     x = noise.initial_noise(5, 0, torch.arange(len(PROMPTS)), policy.latent_shape)
     with torch.no_grad():
@@ -260,7 +260,7 @@ def test_tails_in_8_bits_and_with_a_lora_of_their_own(made, tmp_path):
 def test_a_cache_that_warms_up_for_all_steps_skips_nothing(made):
     """Of those families whose blocks diffusers' hooks can skip; the others refuse it by name."""
     name, _ = made
-    policy = open_model(made, height=80, width=96, guidance_scale=FAMILIES[name].guidance[1])
+    policy = open_model(made, height=96, width=64, guidance_scale=FAMILIES[name].guidance[1])
     x = noise.initial_noise(5, 0, torch.arange(len(PROMPTS)), policy.latent_shape)
     cache = TaylorSeerConfig(name="taylor_seer", warm_up=100)
     if not hasattr(policy.transformer, "enable_cache"):
@@ -361,7 +361,7 @@ def test_fidelity_measures_what_a_family_can_have(made, tmp_path):
     """Without tails of the user's own: strides and solvers, and a cache where diffusers has one for the family."""
     name, folder = made
     settings = [
-        f"model.path={folder}", "model.height=32", "model.width=48", "model.guidance_scale=null",
+        f"model.path={folder}", "model.height=32", "model.width=64", "model.guidance_scale=null",
         f"model.max_sequence_length={FAMILIES[name].max_sequence_length}", "schedule.num_steps=5",
         "schedule.shift=auto", "schedule.active_steps=[0]", "rollout.group_size=3", "rewards=[{name: jpeg}]",
         f"prompts.train={json.dumps(PROMPTS)}",
